@@ -1,0 +1,51 @@
+"""The slow, obvious twin: Eq. 1 by pairwise loops, Eq. 5 by autograd through the SGD step."""
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+
+def kl(student, teacher, temperature, direction, stop_gradient_teacher):
+    """KL(z_i, z_j) of DESIGN: z_i the student, z_j the teacher; summed over classes, mean over the batch."""
+    p_student, p_teacher = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    if stop_gradient_teacher:
+        p_teacher = p_teacher.detach()
+    over, under = (p_teacher, p_student) if direction == "teacher_to_student" else (p_student, p_teacher)
+    return temperature**2 * (over * (over.log() - under.log())).sum(-1).mean()
+
+
+def inner_loss(
+    logits, targets, weights, alpha, temperature=1.0, kl_direction="teacher_to_student", stop_gradient_teacher=False
+):
+    total = 0.0
+    for i, student in enumerate(logits):
+        total = total + (1 - alpha) * weights[i] * F.cross_entropy(student, targets)
+        for j, teacher in enumerate(logits):
+            divergence = kl(student, teacher, temperature, kl_direction, stop_gradient_teacher)
+            total = total + alpha * weights[j] * divergence
+    return total
+
+
+def ensemble_loss(logits, targets, weights):
+    return F.cross_entropy(sum(w * z for w, z in zip(weights, logits, strict=True)), targets)
+
+
+def forward(model, parameters, inputs):
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return list(functional_call(model, {**parameters, **buffers}, (inputs,)))
+
+
+def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, inner_step, **kl_options):
+    """d/domega of L2(omega, theta - gamma dL1/dtheta); each loss is the mean over the workers' shards."""
+    parameters = dict(model.named_parameters())
+    weights = weights.clone().requires_grad_()
+    images = sum(len(y) for _, y in inner_shards)
+    inner = sum(
+        inner_loss(forward(model, parameters, x), y, weights, alpha, **kl_options) * len(y) / images
+        for x, y in inner_shards
+    )
+    gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
+    stepped = {name: p - inner_step * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    images = sum(len(y) for _, y in outer_shards)
+    outer = sum(ensemble_loss(forward(model, stepped, x), y, weights) * len(y) / images for x, y in outer_shards)
+    return torch.autograd.grad(outer, weights)[0]

@@ -1,0 +1,226 @@
+"""Backbones: a name to an ordered dict of stages whose composition is the network.
+
+A stage is any module from one tensor to one tensor; the last stage ends in the linear layer that gives the logits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torchvision.models as tv
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
+
+from wml_ray.config import UserError
+
+Stages = dict[str, nn.Module]
+
+SMALL_IMAGE = 64  # pixels; below it MobileNetV2 and VGG take their CIFAR form
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a backbone must fit: input channels, side of the square images in pixels, number of classes K."""
+
+    channels: int
+    resolution: int
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.resolution, self.resolution)
+
+
+def build(name: str, spec: ImageSpec) -> Stages:
+    """Freshly initialised stages of the backbone `name` (or of a user's `package.module:function`).
+
+    A user's function is called as `function(spec)` and returns a list or a dict of modules.
+
+    Raises:
+        UserError: the name is unknown, or the user's function cannot be imported or returns something else.
+    """
+    if ":" in name:
+        return _user_stages(name, spec)
+    if name not in BACKBONES:
+        raise UserError(
+            f"model.backbone = '{name}' is unknown; allowed: {', '.join(BACKBONES)}, "
+            "or your own as package.module:function"
+        )
+    return BACKBONES[name](spec)
+
+
+def _user_stages(name: str, spec: ImageSpec) -> Stages:
+    module_name, _, function_name = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH") from error
+    stages = function(spec)
+    if isinstance(stages, (list, tuple)):
+        stages = {f"stage{index}": stage for index, stage in enumerate(stages)}
+    if not isinstance(stages, Mapping) or not all(isinstance(stage, nn.Module) for stage in stages.values()):
+        raise UserError(f"model.backbone = '{name}' must return a list or dict of torch.nn.Module, one a stage")
+    return dict(stages)
+
+
+def _head(channels: int, num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def _kaiming(stages: Stages) -> Stages:
+    for stage in stages.values():
+        for module in stage.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return stages
+
+
+def _cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
+    """He et al. 2016, section 4.2, with 1x1 convolution shortcuts (option B) where the width changes."""
+    blocks = (depth - 2) // 6
+    stages: Stages = {"stem": Conv2dNormActivation(spec.channels, 16, 3)}
+    width_in = 16
+    for index, width in enumerate((16, 32, 64)):
+        layer = nn.Sequential()
+        for block in range(blocks):
+            stride = 2 if index and not block else 1
+            shortcut = None
+            if width_in != width:
+                shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+            layer.append(BasicBlock(width_in, width, stride, shortcut))
+            width_in = width
+        stages[f"layer{index + 1}"] = layer
+    stages["head"] = _head(64, spec.num_classes)
+    return _kaiming(stages)
+
+
+def _resnet(spec: ImageSpec, *, factory: Callable[..., tv.ResNet], cifar_stem: bool) -> Stages:
+    network = factory(weights=None, num_classes=spec.num_classes)
+    if cifar_stem:
+        stem: nn.Module = Conv2dNormActivation(spec.channels, 64, 3)
+    else:
+        conv = nn.Conv2d(spec.channels, 64, 7, stride=2, padding=3, bias=False)
+        stem = nn.Sequential(conv, network.bn1, network.relu, network.maxpool)
+    stages: Stages = {"stem": stem, "layer1": network.layer1, "layer2": network.layer2, "layer3": network.layer3}
+    stages |= {"layer4": network.layer4, "head": nn.Sequential(network.avgpool, nn.Flatten(), network.fc)}
+    _kaiming({"stem": stem})
+    return stages
+
+
+def _mobilenet_v2(spec: ImageSpec) -> Stages:
+    """Under 64 pixels the first three reductions are left out, as is usual on CIFAR."""
+    small = spec.resolution < SMALL_IMAGE
+    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    if small:
+        settings[1][3] = settings[2][3] = 1
+    network = tv.MobileNetV2(num_classes=spec.num_classes, inverted_residual_setting=settings)
+    features = list(network.features)
+    features[0] = Conv2dNormActivation(spec.channels, 32, 3, stride=1 if small else 2, activation_layer=nn.ReLU6)
+    stages: Stages = {"stem": nn.Sequential(*features[:2])}
+    for index, (first, last) in enumerate(((2, 4), (4, 7), (7, 14), (14, 19))):
+        stages[f"layer{index + 1}"] = nn.Sequential(*features[first:last])
+    stages["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.classifier)
+    _kaiming({"stem": stages["stem"]})
+    return stages
+
+
+def _vgg16_bn(spec: ImageSpec) -> Stages:
+    """Five blocks of 3x3 convolutions; a block halves the image unless it has a single pixel left."""
+    stages: Stages = {}
+    channels, side = spec.channels, spec.resolution
+    for index, (width, convs) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
+        block = nn.Sequential()
+        for _ in range(convs):
+            block.append(Conv2dNormActivation(channels, width, 3))
+            channels = width
+        if side >= 2:
+            block.append(nn.MaxPool2d(2))
+            side //= 2
+        stages[f"block{index + 1}"] = block
+    stages["head"] = _head(512, spec.num_classes) if spec.resolution < SMALL_IMAGE else _vgg_classifier(spec)
+    return _kaiming(stages)
+
+
+def _vgg_classifier(spec: ImageSpec) -> nn.Module:
+    return nn.Sequential(
+        nn.AdaptiveAvgPool2d(7),
+        nn.Flatten(),
+        *(nn.Linear(512 * 7 * 7, 4096), nn.ReLU(), nn.Dropout()),
+        *(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout()),
+        nn.Linear(4096, spec.num_classes),
+    )
+
+
+def _densenet_bc(spec: ImageSpec, *, depth: int) -> Stages:
+    """Huang et al. 2017 for CIFAR: growth rate 12, bottlenecks, compression 0.5, three dense blocks."""
+    layers = (depth - 4) // 6
+    network = tv.DenseNet(
+        growth_rate=12, block_config=(layers,) * 3, num_init_features=24, num_classes=spec.num_classes
+    )
+    features = network.features
+    stem = nn.Conv2d(spec.channels, 24, 3, padding=1, bias=False)
+    stages: Stages = {"stem": stem}
+    for index in (1, 2):
+        block, transition = features.get_submodule(f"denseblock{index}"), features.get_submodule(f"transition{index}")
+        stages[f"block{index}"] = nn.Sequential(block, transition)
+    stages["block3"] = nn.Sequential(features.get_submodule("denseblock3"), features.get_submodule("norm5"), nn.ReLU())
+    stages["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.classifier)
+    _kaiming({"stem": stem})
+    return stages
+
+
+class PreActivationBlock(nn.Module):
+    """Wide ResNet's basic block (Zagoruyko & Komodakis 2016): BN-ReLU-conv twice, shortcut from the first ReLU."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.relu = nn.ReLU()
+        self.shortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        active = self.relu(self.bn1(inputs))
+        outputs: Tensor = self.conv2(self.relu(self.bn2(self.conv1(active))))
+        return outputs + (inputs if self.shortcut is None else self.shortcut(active))
+
+
+def _wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
+    blocks = (depth - 4) // 6
+    stages: Stages = {"stem": nn.Conv2d(spec.channels, 16, 3, padding=1, bias=False)}
+    width_in = 16
+    for index, width in enumerate((16 * widen, 32 * widen, 64 * widen)):
+        layer = nn.Sequential()
+        for block in range(blocks):
+            layer.append(PreActivationBlock(width_in, width, 2 if index and not block else 1))
+            width_in = width
+        stages[f"layer{index + 1}"] = layer
+    stages["head"] = nn.Sequential(nn.BatchNorm2d(width_in), nn.ReLU(), _head(width_in, spec.num_classes))
+    return _kaiming(stages)
+
+
+BACKBONES: dict[str, Callable[[ImageSpec], Stages]] = {
+    **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 56, 110)},
+    **{
+        f"resnet{depth}{suffix}": partial(_resnet, factory=factory, cifar_stem=bool(suffix))
+        for depth, factory in ((18, tv.resnet18), (50, tv.resnet50), (101, tv.resnet101))
+        for suffix in ("", "_cifar")
+    },
+    "mobilenet_v2": _mobilenet_v2,
+    "vgg16_bn": _vgg16_bn,
+    **{f"densenet_bc{depth}": partial(_densenet_bc, depth=depth) for depth in (40, 100)},
+    **{
+        f"wrn_{depth}_{widen}": partial(_wide_resnet, depth=depth, widen=widen)
+        for depth, widen in ((16, 4), (28, 10), (40, 2))
+    },
+}

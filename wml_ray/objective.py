@@ -1,0 +1,148 @@
+"""Eq. 1, its derivative by omega, and the ensemble loss: pure functions on logits.
+
+Shape letters: M peers, B images, K classes. B may stand for several dimensions, as (B, tokens) does in a language model.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KlDirection = Literal["teacher_to_student", "student_to_teacher"]
+
+
+def peer_losses(
+    logits_MBK: Tensor,
+    targets_B: Tensor,
+    alpha: float,
+    *,
+    temperature: float = 1.0,
+    kl_direction: KlDirection = "teacher_to_student",
+    stop_gradient_teacher: bool = False,
+) -> Tensor:
+    """L_a of Eq. 5, shape (M,), in nats a sample: dL1/domega_i = (1-alpha) CE(z_i, y) + alpha sum_j KL(z_j, z_i).
+
+    Peer i is the teacher of every peer j. KL is summed over classes, averaged over B, taken of outputs softened by
+    `temperature` and multiplied by its square; "teacher_to_student" is KL(p_i || p_j).
+
+    Raises:
+        ValueError: shapes do not fit, alpha outside [0, 1], temperature not positive, or an unknown direction.
+    """
+    _check(logits_MBK, targets_B, alpha, temperature, kl_direction)
+    logits_MBK = _at_least_float32(logits_MBK)
+    losses_M = torch.zeros_like(logits_MBK[:, 0].flatten(1)[:, 0])
+    if alpha < 1.0:
+        losses_M = (1.0 - alpha) * cross_entropies(logits_MBK, targets_B)
+    if alpha > 0.0:
+        losses_M = losses_M + alpha * _teaching_losses(logits_MBK, temperature, kl_direction, stop_gradient_teacher)
+    return losses_M
+
+
+def inner_loss(
+    logits_MBK: Tensor,
+    targets_B: Tensor,
+    weights_M: Tensor,
+    alpha: float,
+    *,
+    temperature: float = 1.0,
+    kl_direction: KlDirection = "teacher_to_student",
+    stop_gradient_teacher: bool = False,
+) -> Tensor:
+    """L1 of Eq. 1, shape (), in nats a sample: (1-alpha) sum_i omega_i CE(z_i, y) + alpha sum_ij omega_j KL(z_i, z_j).
+
+    L1 is linear in omega, so it is omega . L_a. The KL term costs O(M B K): no pair of peers is ever formed.
+
+    Raises:
+        ValueError: as `peer_losses`, or weights_M has not M entries.
+    """
+    losses_M = peer_losses(
+        logits_MBK,
+        targets_B,
+        alpha,
+        temperature=temperature,
+        kl_direction=kl_direction,
+        stop_gradient_teacher=stop_gradient_teacher,
+    )
+    return torch.dot(_weights_like(weights_M, losses_M), losses_M)
+
+
+def ensemble_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor) -> Tensor:
+    """L2 of Eq. 3, shape (), in nats a sample: CE(sum_i omega_i z_i, y).
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check(logits_MBK, targets_B)
+    logits_MBK = _at_least_float32(logits_MBK)
+    ensemble_BK = weighted_ensemble(logits_MBK, _weights_like(weights_M, logits_MBK))
+    return F.cross_entropy(ensemble_BK.flatten(0, -2), targets_B.flatten())
+
+
+def weighted_ensemble(logits_MBK: Tensor, weights_M: Tensor) -> Tensor:
+    """sum_i omega_i z_i, shape (B, K)."""
+    return torch.tensordot(weights_M.to(logits_MBK.dtype), logits_MBK, dims=1)
+
+
+def average_ensemble(logits_MBK: Tensor) -> Tensor:
+    """Mean of the peers' logits, shape (B, K)."""
+    return logits_MBK.mean(0)
+
+
+def cross_entropies(logits_MBK: Tensor, targets_B: Tensor) -> Tensor:
+    """CE(z_i, y) of each peer, shape (M,), in nats a sample."""
+    num_peers, num_classes = logits_MBK.shape[0], logits_MBK.shape[-1]
+    targets_MB = targets_B.flatten().expand(num_peers, -1)
+    losses_MB = F.cross_entropy(logits_MBK.reshape(-1, num_classes), targets_MB.flatten(), reduction="none")
+    return losses_MB.view(num_peers, -1).mean(1)
+
+
+def _teaching_losses(
+    logits_MBK: Tensor, temperature: float, kl_direction: KlDirection, stop_gradient_teacher: bool
+) -> Tensor:
+    """tau^2 sum_j KL(z_j, z_i) for each teacher i, shape (M,).
+
+    With S = sum_j log p_j, sum_j KL(p_i || p_j) = sum_k p_i (M log p_i - S); with P = sum_j p_j,
+    sum_j KL(p_j || p_i) = sum_k (sum_j p_j log p_j - P log p_i). Each is one pass over the M peers.
+    """
+    num_peers = logits_MBK.shape[0]
+    log_p_MBK = torch.log_softmax(logits_MBK / temperature, dim=-1)
+    teacher_MBK = log_p_MBK.detach() if stop_gradient_teacher else log_p_MBK
+    if kl_direction == "teacher_to_student":
+        divergence_MBK = teacher_MBK.exp() * (num_peers * teacher_MBK - log_p_MBK.sum(0))
+    else:
+        p_MBK = log_p_MBK.exp()
+        divergence_MBK = (p_MBK * log_p_MBK).sum(0) - p_MBK.sum(0) * teacher_MBK
+    return temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _weights_like(weights_M: Tensor, like: Tensor) -> Tensor:
+    if weights_M.shape != like.shape[:1]:
+        raise ValueError(f"weights_M has shape {tuple(weights_M.shape)}; it must be ({like.shape[0]},), one a peer")
+    return weights_M.to(like)
+
+
+def _check(
+    logits_MBK: Tensor,
+    targets_B: Tensor,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    kl_direction: str = "teacher_to_student",
+) -> None:
+    if logits_MBK.dim() < 3 or logits_MBK.shape[1:-1] != targets_B.shape:
+        raise ValueError(
+            f"logits_MBK {tuple(logits_MBK.shape)} and targets_B {tuple(targets_B.shape)} do not fit: "
+            "logits are (M, B, K) and targets (B,)"
+        )
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha = {alpha} must lie in [0, 1]")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature = {temperature} must be positive")
+    if kl_direction not in ("teacher_to_student", "student_to_teacher"):
+        raise ValueError(f"kl_direction = '{kl_direction}' must be 'teacher_to_student' or 'student_to_teacher'")

@@ -1,0 +1,82 @@
+"""PeerTree: M peers as root-to-leaf paths of one module that holds every copy once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from wml_ray.config import UserError
+
+
+class PeerTree(nn.Module):
+    """Stages of a backbone with `sharing[s]` copies of stage s; peer i runs through copy `i * sharing[s] // M`.
+
+    Submodules are named `stages.<stage>.<copy>`. A forward pass runs each copy once.
+    """
+
+    def __init__(self, build: Callable[[], Mapping[str, nn.Module]], sharing: Sequence[int]) -> None:
+        """`build` returns freshly initialised stages each time it is called.
+
+        Raises:
+            UserError: `sharing` has not one entry a stage.
+        """
+        super().__init__()
+        self.sharing = tuple(sharing)
+        networks = [build() for _ in range(self.num_peers)]
+        names = list(networks[0])
+        if len(names) != len(self.sharing):
+            raise UserError(
+                f"model.sharing = {list(self.sharing)} has {len(self.sharing)} entries but the backbone has "
+                f"{len(names)} stages ({', '.join(names)}); give one entry a stage"
+            )
+        self.stages = nn.ModuleDict(
+            {
+                name: nn.ModuleList(network[name] for network in networks[:copies])
+                for name, copies in zip(names, self.sharing, strict=True)
+            }
+        )
+
+    @property
+    def num_peers(self) -> int:
+        return self.sharing[-1]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, ...) inputs to logits_MBK."""
+        return torch.stack(self.logits(inputs))
+
+    def logits(self, inputs: Tensor) -> list[Tensor]:
+        """The M peers' logits, (B, K) each, before they are stacked."""
+        features = [inputs]
+        for copies in self._copies():
+            features = [stage(features[k * len(features) // len(copies)]) for k, stage in enumerate(copies)]
+        return features
+
+    def path(self, peer: int) -> list[str]:
+        """Names of the copies peer `peer` runs through, from the stem to the head."""
+        return [
+            f"stages.{name}.{peer * copies // self.num_peers}"
+            for name, copies in zip(self.stages, self.sharing, strict=True)
+        ]
+
+    def peers_through(self, module_name: str) -> frozenset[int]:
+        """Peers that run through the copy that holds the submodule or parameter `module_name`."""
+        copy_name = ".".join(module_name.split(".")[:3])
+        return frozenset(peer for peer in range(self.num_peers) if copy_name in self.path(peer))
+
+    def peer(self, index: int) -> nn.Sequential:
+        """The standalone network of one peer: its own copies of the tensors, outputs equal to the tree's."""
+        return nn.Sequential(*(copy.deepcopy(self.get_submodule(name)) for name in self.path(index)))
+
+    def _copies(self) -> list[nn.ModuleList]:
+        return list(self.stages.values())  # type: ignore[arg-type]
+
+
+def pure_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Logits_MBK of `model` at `parameters`; buffers (BatchNorm's running statistics) neither change nor count."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    outputs = functional_call(model, {**buffers, **parameters}, (inputs,))
+    return outputs if isinstance(outputs, Tensor) else torch.stack(list(outputs))

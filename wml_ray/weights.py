@@ -1,0 +1,130 @@
+"""How omega learns: the gradient of Eq. 5 by one forward-mode pass, and mirror descent (Eq. 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from wml_ray.objective import KlDirection, ensemble_loss, inner_loss, peer_losses
+from wml_ray.tree import pure_forward
+
+Unroll = Literal["exact", "same_point"]
+Batch = tuple[Tensor, Tensor]
+
+
+class _KlOptions(TypedDict):
+    temperature: float
+    kl_direction: KlDirection
+    stop_gradient_teacher: bool
+
+
+def weight_gradient(
+    model: nn.Module,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    weights_M: Tensor,
+    alpha: float,
+    inner_step: float,
+    *,
+    unroll: Unroll = "exact",
+    temperature: float = 1.0,
+    kl_direction: KlDirection = "teacher_to_student",
+    stop_gradient_teacher: bool = False,
+) -> Tensor:
+    """g of Eq. 5, shape (M,): g_i = dL2/domega_i - gamma <dL2/dtheta, dL_a,i/dtheta> over all parameters.
+
+    `model` gives M logits, (M, B, K) or M times (B, K); the batches are (inputs, targets) pairs, on a worker its own
+    share of them. With "exact", L2 is taken at theta - gamma dL1/dtheta and g is the derivative of
+    omega -> L2(omega, theta - gamma dL1/dtheta); with "same_point", L2 is taken at theta, which saves one pass.
+    All M inner products are the tangent of L_a along v = dL2/dtheta, one forward-mode pass. When torch.distributed
+    is initialised, v is averaged over the workers once and then 2M numbers are, by the images each worker holds, and
+    every worker returns the same bits. The model keeps its parameters, gradients, mode and buffers.
+
+    Raises:
+        ValueError: an unknown `unroll`, or what `wml_ray.objective` raises.
+    """
+    if unroll not in ("exact", "same_point"):
+        raise ValueError(f"unroll = '{unroll}' must be 'exact' or 'same_point'")
+    (inner_inputs, inner_targets), (outer_inputs, outer_targets) = inner_batch, outer_batch
+    kl = _KlOptions(
+        temperature=temperature, kl_direction=kl_direction, stop_gradient_teacher=stop_gradient_teacher
+    )
+    theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
+        outer_theta = theta
+        if unroll == "exact":
+            leaves = _leaves(theta)
+            loss = inner_loss(pure_forward(model, leaves, inner_inputs), inner_targets, weights_M, alpha, **kl)
+            descent = _mean_over_workers(_gradient(loss, list(leaves.values())), len(inner_targets))
+            outer_theta = {name: theta[name] - inner_step * g for name, g in zip(theta, descent, strict=True)}
+        leaves = _leaves(outer_theta)
+        omega_M = weights_M.detach().clone().requires_grad_()
+        loss = ensemble_loss(pure_forward(model, leaves, outer_inputs), outer_targets, omega_M)
+        direct_M, *v = _gradient(loss, [omega_M, *leaves.values()])
+        v = _mean_over_workers(v, len(outer_targets))
+    # Outside the fork the random state is the one the inner pass started from: dropout draws the same masks again.
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
+        losses_M = peer_losses(pure_forward(model, duals, inner_inputs), inner_targets, alpha, **kl)
+        tangent_M = forward_ad.unpack_dual(losses_M).tangent
+    if tangent_M is None:  # no parameter reaches the losses
+        tangent_M = torch.zeros_like(losses_M)
+    direct_M, tangent_M = _mean_in_rank_order(
+        (direct_M, len(outer_targets)), (tangent_M.to(direct_M), len(inner_targets))
+    )
+    return direct_M - inner_step * tangent_M
+
+
+def mirror_descent(weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
+    """Eq. 7, shape (M,): omega_i exp(-eta g_i) / sum_k omega_k exp(-eta g_k).
+
+    Computed on logarithms, so large gradients neither overflow nor leave the simplex, and a constant added to every
+    g_i changes nothing. A weight of exactly 0 stays 0.
+    """
+    return log_mirror_descent(weights_M.log(), gradient_M, step_size).exp()
+
+
+def log_mirror_descent(log_weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
+    """Eq. 7 from log omega to log omega, where no weight can underflow."""
+    centred_M = gradient_M - gradient_M.mean()
+    return torch.log_softmax(log_weights_M - step_size * centred_M.to(log_weights_M), dim=0)
+
+
+def _leaves(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def _gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_over_workers(tensors: Sequence[Tensor], num_images: int) -> list[Tensor]:
+    """Mean over all workers' images of per-worker means, in one all-reduce."""
+    if _workers() == 1:
+        return list(tensors)
+    count = tensors[0].new_tensor([num_images])
+    flat = torch.cat([count, *(t.reshape(-1) * num_images for t in tensors)])
+    dist.all_reduce(flat)
+    parts = (flat[1:] / flat[0]).split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def _mean_in_rank_order(*vectors_and_counts: tuple[Tensor, int]) -> list[Tensor]:
+    """As `_mean_over_workers`, summed in rank order so that every worker gets the same bits."""
+    if _workers() == 1:
+        return [vector for vector, _ in vectors_and_counts]
+    own = torch.cat([torch.cat([vector * count, vector.new_tensor([count])]) for vector, count in vectors_and_counts])
+    gathered = [torch.empty_like(own) for _ in range(_workers())]
+    dist.all_gather(gathered, own)
+    parts = torch.stack(gathered).sum(0).split([vector.numel() + 1 for vector, _ in vectors_and_counts])
+    return [part[:-1] / part[-1] for part in parts]
