@@ -64,8 +64,10 @@ class PeerTree(nn.Module):
 
     def peers_through(self, module_name: str) -> frozenset[int]:
         """Peers that run through the copy that holds the submodule or parameter `module_name`."""
-        copy_name = ".".join(module_name.split(".")[:3])
-        return frozenset(peer for peer in range(self.num_peers) if copy_name in self.path(peer))
+        _, stage, copy_index, *_ = module_name.split(".")
+        copies = self.sharing[list(self.stages).index(stage)]
+        per_copy = self.num_peers // copies
+        return frozenset(range(int(copy_index) * per_copy, (int(copy_index) + 1) * per_copy))
 
     def peer(self, index: int) -> nn.Sequential:
         """The standalone network of one peer: its own copies of the tensors, outputs equal to the tree's."""
