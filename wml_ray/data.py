@@ -1,0 +1,441 @@
+"""Datasets, their splits, and batches that are a function of seed, epoch and step alone.
+
+Small sets live as tensors on the training device and are augmented in whole batches; image folders stream through
+loader processes. A worker takes its share of every global batch, so the number of workers changes no batch.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor
+
+from wml_ray.backbones import ImageSpec
+from wml_ray.config import Config, DataConfig, UserError
+
+Batch = tuple[Tensor, Tensor]
+Split = Literal["train", "outer", "validation", "test"]
+
+SPECS = {
+    "digits": ImageSpec(1, 8, 10),
+    "fashion_mnist": ImageSpec(1, 28, 10),
+    "cifar10": ImageSpec(3, 32, 10),
+    "cifar100": ImageSpec(3, 32, 100),
+}
+DIGITS_TEST_FRACTION = 0.2
+EVAL_BATCH = 512  # images a worker evaluates at once
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which worker this is among how many."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, values: Tensor) -> Tensor:
+        """This worker's share of a global batch; shares differ by at most one image."""
+        return values.tensor_split(self.world_size)[self.rank]
+
+
+def seed_for(*parts: object) -> int:
+    """A 63-bit seed from any words and numbers, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+def generator_for(*parts: object) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_for(*parts))
+
+
+def image_spec(config: DataConfig) -> ImageSpec:
+    """Channels, resolution and classes, known without reading images.
+
+    Raises:
+        UserError: an image folder that is missing or has no classes.
+    """
+    if config.name != "imagefolder":
+        return SPECS[config.name]
+    return ImageSpec(3, config.resolution, len(_image_folder(Path(config.root) / "train", config.root).classes))
+
+
+def load(config: Config, device: torch.device | str = "cpu") -> Dataset:
+    """The dataset of `config`, resident on `device` where it is small.
+
+    Raises:
+        UserError: the folder is missing or broken, the download failed, or a split would be empty.
+    """
+    if config.data.name == "imagefolder":
+        return StreamedDataset.from_folder(config, torch.device(device))
+    images, labels, num_train = _READERS[config.data.name](config)
+    splits = _splits(config, num_train, torch.arange(num_train, len(labels)))
+    return ResidentDataset(config, SPECS[config.data.name], splits, images, labels, torch.device(device))
+
+
+class Dataset(ABC):
+    """Batches of one dataset. Inputs come normalised, (B, C, H, W) float32 on the training device; targets (B,)."""
+
+    mean: tuple[float, ...]  # of each channel, in the units the images are stored in
+    std: tuple[float, ...]
+
+    def __init__(self, config: Config, spec: ImageSpec, splits: dict[Split, Tensor], device: torch.device) -> None:
+        self.config, self.spec, self.splits, self.device = config, spec, splits, device
+        self.batch_size = config.data.batch_size
+        if len(splits["train"]) < self.batch_size:
+            raise UserError(
+                f"data.batch_size = {self.batch_size} is more than the {len(splits['train'])} training images of "
+                f"{config.data.name}; make it smaller"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in the training split; what is left over waits for another epoch's order."""
+        return len(self.splits["train"]) // self.batch_size
+
+    def train_batches(self, epoch: int, shard: Shard) -> Iterator[Batch]:
+        """This worker's share of each batch of an epoch, in an order drawn from seed and epoch."""
+        order = self._shuffled("train", epoch)[: self.steps_per_epoch * self.batch_size]
+        return self._augmented(order.split(self.batch_size), ("train", epoch), shard)
+
+    def outer_batches(self, epoch: int, shard: Shard) -> Iterator[Batch]:
+        """Endless batches for the outer loss, augmented as training batches are, in an order of their own."""
+        size = min(self.batch_size, len(self.splits["outer"]))
+        orders = (self._shuffled("outer", (epoch, lap)) for lap in itertools.count())
+        batches = (batch for order in orders for batch in order.split(size) if len(batch) == size)
+        return self._augmented(batches, ("outer", epoch), shard)
+
+    def saliency_batches(self, count: int) -> list[Batch]:
+        """The first `count` batches of the training split in an order of their own, whole on every worker."""
+        order = self._shuffled("train", "saliency")
+        return [self._plain(indices) for indices in order.split(self.batch_size)[:count]]
+
+    def evaluation_batches(self, split: Split, shard: Shard) -> Iterator[Batch]:
+        """This worker's share of a split, in order and without augmentation."""
+        for indices in shard.of(self.splits[split]).split(EVAL_BATCH):
+            if len(indices):
+                yield self._plain(indices)
+
+    def _shuffled(self, split: Split, key: object) -> Tensor:
+        indices = self.splits[split]
+        return indices[torch.randperm(len(indices), generator=generator_for(self.config.seed, split, key))]
+
+    @abstractmethod
+    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+        """This worker's share of each global batch of indices, with augmentation drawn from (seed, key, step)."""
+
+    @abstractmethod
+    def _plain(self, indices: Tensor) -> Batch: ...
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        normalised = (images - mean) / std
+        if self.config.optim.channels_last:
+            normalised = normalised.contiguous(memory_format=torch.channels_last)
+        return normalised
+
+
+class ResidentDataset(Dataset):
+    """All images as one uint8 tensor on the training device."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: ImageSpec,
+        splits: dict[Split, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, spec, splits, device)
+        training = images[splits["train"]].double()
+        self.mean = tuple(training.mean((0, 2, 3)).tolist())
+        self.std = tuple(training.std((0, 2, 3)).clamp_min(1e-8).tolist())
+        self.images, self.labels = images.to(device), labels.to(device)
+
+    def _plain(self, indices: Tensor) -> Batch:
+        indices = indices.to(self.device)
+        return self._normalised(self.images[indices].float()), self.labels[indices]
+
+    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+        for step, indices in enumerate(batches):
+            inputs, targets = self._plain(shard.of(indices))
+            draws = _Draws(len(indices), generator_for(self.config.seed, *key, step), shard, self.device)
+            yield self._augment(inputs, draws), targets
+
+    def _augment(self, images: Tensor, draws: _Draws) -> Tensor:
+        """Zero after normalisation is the mean, so padding and cutout fill with the mean image value."""
+        data = self.config.data
+        if data.crop_padding:
+            images = _random_crop(images, data.crop_padding, draws)
+        if data.flip:
+            images = torch.where(draws.integers(2).view(-1, 1, 1, 1) == 1, images.flip(-1), images)
+        if data.cutout:
+            images = _cutout(images, data.cutout, draws)
+        if self.config.optim.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
+
+
+class _Draws:
+    """Random integers for a global batch, of which a worker keeps its share."""
+
+    def __init__(self, batch: int, generator: torch.Generator, shard: Shard, device: torch.device) -> None:
+        self.batch, self.generator, self.shard, self.device = batch, generator, shard, device
+
+    def integers(self, end: int) -> Tensor:
+        values = torch.randint(end, (self.batch,), generator=self.generator)
+        return self.shard.of(values).to(self.device)
+
+
+def _random_crop(images: Tensor, padding: int, draws: _Draws) -> Tensor:
+    side = images.shape[-1]
+    padded = F.pad(images, [padding] * 4)
+    span = torch.arange(side, device=images.device)
+    rows, columns = (draws.integers(2 * padding + 1)[:, None] + span for _ in range(2))
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _cutout(images: Tensor, size: int, draws: _Draws) -> Tensor:
+    """DeVries & Taylor 2017: the square's centre lies anywhere in the image, so part of it may fall outside."""
+    side = images.shape[-1]
+    span = torch.arange(side, device=images.device)
+    rows, columns = (span - draws.integers(side)[:, None] + size // 2 for _ in range(2))
+    inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
+    return images.masked_fill(inside[:, None], 0.0)
+
+
+class StreamedDataset(Dataset):
+    """Image files, decoded and augmented one by one in loader processes."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: ImageSpec,
+        splits: dict[Split, Tensor],
+        samples: Sequence[tuple[str, int]],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, spec, splits, device)
+        self.mean, self.std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.files = _ImageFiles(samples, spec.resolution, config.data.flip)
+
+    @classmethod
+    def from_folder(cls, config: Config, device: torch.device) -> StreamedDataset:
+        """root/train and root/test; without root/test, root/val is the test set (as ImageNet is used).
+
+        Validation images are root/val where root/test exists too, else a share of root/train.
+        """
+        root = Path(config.data.root)
+        train = _image_folder(root / "train", config.data.root)
+        has_test = (root / "test").is_dir()
+        test = _image_folder(root / ("test" if has_test else "val"), config.data.root)
+        held = _image_folder(root / "val", config.data.root) if has_test and (root / "val").is_dir() else None
+        for other in (test, held):
+            if other is not None and other.classes != train.classes:
+                raise UserError(f"data.root = '{root}': {other.root} has other class folders than {train.root}")
+        samples = [*train.samples, *test.samples, *(held.samples if held else [])]
+        ends = np.cumsum([len(train.samples), len(test.samples)])
+        splits = _splits(
+            config, int(ends[0]), torch.arange(ends[0], ends[1]), torch.arange(ends[1], len(samples)) if held else None
+        )
+        spec = ImageSpec(3, config.data.resolution, len(train.classes))
+        return cls(config, spec, splits, samples, device)
+
+    def _plain(self, indices: Tensor) -> Batch:
+        return next(self._stream([[(index, None) for index in indices.tolist()]], workers=0))
+
+    def evaluation_batches(self, split: Split, shard: Shard) -> Iterator[Batch]:
+        batches = [indices.tolist() for indices in shard.of(self.splits[split]).split(EVAL_BATCH) if len(indices)]
+        return self._stream([[(index, None) for index in batch] for batch in batches])
+
+    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+        return self._stream(
+            [(index, seed_for(self.config.seed, *key, step, index)) for index in shard.of(indices).tolist()]
+            for step, indices in enumerate(batches)
+        )
+
+    def _stream(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:
+        loader: Any = torch.utils.data.DataLoader(
+            self.files,
+            batch_sampler=batches,
+            num_workers=self.config.data.loader_workers if workers is None else workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, labels in loader:
+            on_device = images.to(self.device, non_blocking=True).float()
+            yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
+
+
+class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Reads (index, seed): a random crop and flip drawn from the seed, or the centre crop where it is None."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], resolution: int, flip: bool) -> None:
+        from torchvision.transforms import v2
+
+        self.samples = samples
+        self.training = v2.Compose(
+            [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
+        )
+        self.evaluation = v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
+
+    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
+        from torchvision.io import ImageReadMode, decode_image
+
+        index, seed = key
+        path, label = self.samples[index]
+        try:
+            image = decode_image(path, mode=ImageReadMode.RGB)
+        except (RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"image {path} cannot be read ({reason}); mend or remove the file") from None
+        if seed is None:
+            return self.evaluation(image), label
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.training(image), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def _splits(config: Config, num_train: int, test: Tensor, validation: Tensor | None = None) -> dict[Split, Tensor]:
+    """Train, outer, validation and test indices; what is not given is a share of the first `num_train`, by the seed."""
+    order = torch.randperm(num_train, generator=generator_for(config.seed, "splits"))
+    if not len(test):
+        test, order = _take(order, DIGITS_TEST_FRACTION)
+    if validation is None:
+        validation, order = _take(order, config.data.validation_fraction)
+    outer = order
+    if config.wml.outer_data == "holdout":
+        outer, order = _take(order, config.wml.holdout_fraction)
+    splits: dict[Split, Tensor] = {
+        "train": order.sort().values,
+        "outer": outer.sort().values,
+        "validation": validation.sort().values,
+        "test": test.sort().values,
+    }
+    for name, indices in splits.items():
+        if not len(indices):
+            raise UserError(f"the {name} split of {config.data.name} is empty: {num_train} images are too few")
+    return splits
+
+
+def _take(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    count = round(len(order) * fraction)
+    return order[:count], order[count:]
+
+
+def _read_digits(config: Config) -> tuple[Tensor, Tensor, int]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+    return images, torch.from_numpy(digits.target.astype(np.int64)), len(images)
+
+
+def _read_fashion_mnist(config: Config) -> tuple[Tensor, Tensor, int]:
+    """The four IDX files, gzipped or not, in the folder itself or where torchvision puts them."""
+    root = Path(config.data.root)
+    folders = [root, root / "FashionMNIST" / "raw"]
+    if config.data.download and not any(_idx_file(folder, "train-images-idx3") for folder in folders):
+        from torchvision.datasets import FashionMNIST
+
+        _download(root, lambda: FashionMNIST(str(root), download=True))
+    folder = next((folder for folder in folders if _idx_file(folder, "train-images-idx3")), None)
+    if folder is None:
+        raise _missing(config.data, "train-images-idx3-ubyte[.gz] and its three companions")
+    images, labels = [], []
+    for prefix in ("train", "t10k"):
+        images.append(_read_idx(folder, f"{prefix}-images-idx3", 16))
+        labels.append(_read_idx(folder, f"{prefix}-labels-idx1", 8))
+        if len(images[-1]) != 784 * len(labels[-1]):
+            raise UserError(f"data.root = '{root}': {prefix} images and labels of {folder} do not match; fetch them again")
+    pixels = np.concatenate(images).reshape(-1, 1, 28, 28)
+    return torch.from_numpy(pixels), torch.from_numpy(np.concatenate(labels).astype(np.int64)), len(labels[0])
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((path for suffix in ("", ".gz") if (path := folder / f"{stem}-ubyte{suffix}").is_file()), None)
+
+
+def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    path = _idx_file(folder, stem)
+    if path is None:
+        raise UserError(f"data.root: {folder / stem}-ubyte[.gz] is missing; fetch the dataset again")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise UserError(f"data.root: {path} is broken ({error}); fetch it again") from None
+    count = int.from_bytes(raw[4:8], "big")
+    values = np.frombuffer(raw, np.uint8, offset=min(header_bytes, len(raw)))
+    if count == 0 or len(values) % count:
+        raise UserError(f"data.root: {path} is cut short or not an IDX file; fetch it again")
+    return values
+
+
+def _read_cifar(config: Config) -> tuple[Tensor, Tensor, int]:
+    """torchvision's reader, which compares every file with its published digest before opening it."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if config.data.name == "cifar10" else CIFAR100
+    root = Path(config.data.root)
+    if config.data.download:
+        _download(root, lambda: kind(str(root), download=True))
+    try:
+        parts = [kind(str(root), train=train) for train in (True, False)]
+    except RuntimeError:
+        raise _missing(config.data, f"an intact folder {kind.base_folder}") from None
+    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
+    labels = [label for part in parts for label in part.targets]
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
+
+
+def _image_folder(folder: Path, root: str) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
+        ) from None
+
+
+def _download(root: Path, fetch: Callable[[], object]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".download.lock"):
+        try:
+            fetch()
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"data.download: the download into '{root}' failed ({' '.join(str(error).split())}); check the network, "
+                "or set data.root to a folder that holds the dataset"
+            ) from None
+
+
+def _missing(data: DataConfig, what: str) -> UserError:
+    return UserError(
+        f"data.root = '{data.root}' holds no {data.name}: expected {what}; set data.download=true to fetch it, or "
+        "data.root to the folder that has it"
+    )
+
+
+_READERS: dict[str, Callable[[Config], tuple[Tensor, Tensor, int]]] = {
+    "digits": _read_digits,
+    "fashion_mnist": _read_fashion_mnist,
+    "cifar10": _read_cifar,
+    "cifar100": _read_cifar,
+}

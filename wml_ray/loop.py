@@ -1,0 +1,319 @@
+"""One worker's training in plain PyTorch: it knows no cluster, no tracker and no file; `report` is its only way out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wml_ray.batchnorm import synchronise
+from wml_ray.config import Config, OptimConfig, UserError
+from wml_ray.data import Dataset, Shard, Split, seed_for
+from wml_ray.metrics import evaluate
+from wml_ray.objective import cross_entropies, inner_loss
+from wml_ray.tree import PeerTree
+from wml_ray.weights import log_mirror_descent, weight_gradient
+
+TICK_S = 0.2  # seconds between two progress reports
+STEPS_BETWEEN_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Progress inside an epoch: training steps done of all there are."""
+
+    epoch: int
+    step: int
+    total_steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch is done: its number from 1, and its metrics under their MLflow names."""
+
+    epoch: int
+    metrics: dict[str, float]
+
+
+Report = Callable[[Tick | EpochEnd], None]
+
+
+class Diverged(RuntimeError):
+    """A loss, a parameter or a peer weight turned non-finite; the message says which, where and what helps."""
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of training step `step` (from 0), a function of the step alone, so there is no state to resume."""
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup_epochs * steps_per_epoch
+    if config.schedule == "onecycle":  # Smith & Topin 2019: up over the warm-up (30 % by default), down to almost 0
+        warmup = warmup or 0.3 * total
+        start, end = config.learning_rate / 25, config.learning_rate / 1e4
+        if step < warmup:
+            return _cosine(start, config.learning_rate, step / warmup)
+        return _cosine(config.learning_rate, end, (step - warmup) / max(total - 1 - warmup, 1))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    if config.schedule == "cosine":
+        return _cosine(config.learning_rate, 0.0, (step - warmup) / (total - warmup))
+    if config.schedule == "multistep":
+        decays = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return config.learning_rate * config.decay_factor**decays
+    return config.learning_rate
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+class Trainer:
+    """Everything that changes while a family trains: parameters, optimiser, omega, and how far it has come."""
+
+    def __init__(
+        self, config: Config, tree: PeerTree, dataset: Dataset, device: torch.device, shard: Shard | None = None
+    ) -> None:
+        """`tree` is already pruned, and the same on every worker; with several, torch.distributed is initialised.
+
+        Raises:
+            UserError: more workers than images in a batch.
+        """
+        self.config, self.dataset, self.device = config, dataset, device
+        self.shard = shard or Shard()
+        self._check_shares()
+        self.tree = tree.to(device=device, memory_format=self._memory_format).train()  # type: ignore[call-overload]
+        if config.optim.sync_batchnorm and self.shard.world_size > 1:
+            synchronise(self.tree)
+        self.optimizer = _optimizer(config.optim, self.tree)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
+        self.log_weights_M = torch.full(
+            (tree.num_peers,), -math.log(tree.num_peers), dtype=torch.float64, device=device
+        )
+        self.epoch = 0  # epochs done
+        self.model = self._wrapped()
+        self._losses: list[tuple[int, float, Tensor]] = []  # (step, learning rate, losses_M) not yet looked at
+
+    @property
+    def weights_M(self) -> Tensor:
+        """omega, (M,) float64 on the simplex."""
+        return self.log_weights_M.exp()
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.optim.epochs * self.dataset.steps_per_epoch
+
+    def fit(self, report: Report) -> None:
+        """Train the epochs that are left.
+
+        Raises:
+            Diverged: something turned non-finite.
+        """
+        while self.epoch < self.config.optim.epochs:
+            loss, images_per_second = self._train_epoch(report)
+            self._check_parameters()
+            self._average_buffers()
+            self.epoch += 1
+            metrics = self.evaluate("validation")
+            metrics |= {f"weights/peer{i}": w for i, w in enumerate(self.weights_M.tolist())}
+            metrics |= {"train/loss": loss, "train/images_per_second": images_per_second}
+            metrics["train/learning_rate"] = self._learning_rate(self.epoch * self.dataset.steps_per_epoch - 1)
+            report(EpochEnd(self.epoch, metrics))
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Accuracies on a split, under their MLflow names."""
+        prefix = {"validation": "val", "test": "test"}[split]
+        with self._autocast():
+            found = evaluate(self.tree, self.dataset.evaluation_batches(split, self.shard), self.weights_M)
+        return found.metrics(prefix)
+
+    def model_state(self) -> dict[str, Tensor]:
+        return self.tree.state_dict()
+
+    def state(self) -> dict[str, Tensor]:
+        """What besides the model's tensors a resumed run needs, as named tensors.
+
+        Batch order, augmentation, dropout and learning rate follow from seed and step, so they need no state.
+        """
+        tensors = {"log_weights": self.log_weights_M, "epoch": torch.tensor(self.epoch)}
+        for name, parameter in self.tree.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
+        for key, value in self.scaler.state_dict().items():
+            tensors[f"scaler/{key}"] = torch.tensor(value, dtype=torch.float64)
+        return tensors
+
+    def load_state(self, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        self.tree.load_state_dict(model)
+        self.log_weights_M = state["log_weights"].to(self.device)
+        self.epoch = int(state["epoch"])
+        parameters = dict(self.tree.named_parameters())
+        for name, value in state.items():
+            kind, _, rest = name.partition("/")
+            if kind == "optimizer":
+                key, _, parameter_name = rest.partition("/")
+                parameter = parameters[parameter_name]
+                on_cpu = key == "step"  # where AdamW keeps its step counts
+                moved = value.clone() if on_cpu else value.to(self.device, memory_format=torch.preserve_format)
+                self.optimizer.state[parameter][key] = moved
+        scaler = {name.removeprefix("scaler/"): v.item() for name, v in state.items() if name.startswith("scaler/")}
+        if scaler:
+            self.scaler.load_state_dict({key: int(v) if key.startswith(("_", "growth_i")) else v for key, v in scaler.items()})
+
+    def _train_epoch(self, report: Report) -> tuple[float, float]:
+        """Mean inner loss and images a second, over all workers."""
+        steps, wml = self.dataset.steps_per_epoch, self.config.wml
+        torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.shard.rank))
+        learns = wml.weights == "learned" and self.tree.num_peers > 1
+        outer_batches = self.dataset.outer_batches(self.epoch, self.shard) if learns else None
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        start_s = last_tick_s = time.perf_counter()
+        for step, batch in enumerate(self.dataset.train_batches(self.epoch, self.shard), self.epoch * steps):
+            loss = self._train_step(step, batch)
+            total += loss
+            if outer_batches is not None and (step + 1) % wml.inner_steps == 0:
+                self._update_weights(step, batch, next(outer_batches))
+            if time.perf_counter() - last_tick_s >= TICK_S and self.shard.rank == 0:
+                last_tick_s = time.perf_counter()
+                report(Tick(self.epoch + 1, step + 1, self.total_steps, float(loss)))
+        self._check_losses()
+        if self.shard.world_size > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
+            total /= 1 if self.device.type == "cuda" else self.shard.world_size
+        mean_loss = float(total) / steps
+        return mean_loss, steps * self.config.data.batch_size / (time.perf_counter() - start_s)
+
+    def _train_step(self, step: int, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """One descent on Eq. 1. The loss returned is this worker's, scaled so that the workers' mean is the batch's."""
+        inputs, targets = batch
+        rate = self._learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with self._autocast():
+            logits_MBK = self.model(inputs)
+        loss = inner_loss(logits_MBK, targets, self.weights_M, self.config.wml.alpha, **self._kl_options)  # type: ignore[arg-type]
+        loss = loss * (len(targets) * self.shard.world_size / self.config.data.batch_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.config.optim.gradient_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.tree.parameters(), self.config.optim.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._losses.append((step, rate, cross_entropies(logits_MBK.detach().float(), targets)))
+        if self.device.type != "cuda" or len(self._losses) >= STEPS_BETWEEN_CHECKS_ON_GPU:
+            self._check_losses()
+        return loss.detach()
+
+    def _update_weights(self, step: int, inner_batch: tuple[Tensor, Tensor], outer_batch: tuple[Tensor, Tensor]) -> None:
+        """Eqs. 5 and 7. Always in float32: a tangent in eight bits of mantissa is mostly noise."""
+        wml, rate = self.config.wml, self._learning_rate(step)
+        inner_step = rate if wml.inner_step is None else wml.inner_step
+        gradient_M = weight_gradient(
+            self.tree,
+            inner_batch,
+            outer_batch,
+            self.weights_M,
+            wml.alpha,
+            inner_step,
+            unroll=wml.unroll,
+            **self._kl_options,  # type: ignore[arg-type]
+        )
+        self.log_weights_M = log_mirror_descent(self.log_weights_M, gradient_M, wml.mirror_step_size)
+        if not self.log_weights_M.isfinite().all():
+            peers = [i for i, g in enumerate(gradient_M.tolist()) if not math.isfinite(g)]
+            raise self._diverged(f"the gradient of the weight of {_peers(peers)}", step, rate)
+
+    def _check_losses(self) -> None:
+        for step, rate, losses_M in self._losses:
+            bad = [i for i, loss in enumerate(losses_M.tolist()) if not math.isfinite(loss)]
+            if bad:
+                raise self._diverged(f"the loss of {_peers(bad)}", step, rate)
+        self._losses.clear()
+
+    def _check_parameters(self) -> None:
+        named = list(self.tree.named_parameters())
+        norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()  # type: ignore[attr-defined]
+        bad = [name for (name, _), norm in zip(named, norms, strict=True) if not math.isfinite(norm)]
+        if bad:
+            peers = sorted(frozenset[int]().union(*(self.tree.peers_through(name) for name in bad)))
+            step = (self.epoch + 1) * self.dataset.steps_per_epoch - 1
+            raise self._diverged(f"a parameter of {_peers(peers)} ({bad[0]})", step, self._learning_rate(step))
+
+    def _diverged(self, what: str, step: int, rate: float) -> Diverged:
+        epoch = step // self.dataset.steps_per_epoch + 1
+        return Diverged(
+            f"training diverged: {what} is not finite at epoch {epoch}, step {step + 1}, learning rate {rate:.4g}; "
+            "lower optim.learning_rate, lengthen optim.warmup_epochs, or set optim.gradient_clip=1"
+        )
+
+    def _average_buffers(self) -> None:
+        """Give every worker the mean of the workers' running statistics, so that all evaluate the same network."""
+        if self.shard.world_size == 1:
+            return
+        for buffer in self.tree.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.shard.world_size
+
+    def _check_shares(self) -> None:
+        smallest = min(self.config.data.batch_size, len(self.dataset.splits["outer"]))
+        if smallest < 2 * self.shard.world_size:
+            raise UserError(
+                f"scale.workers = {self.shard.world_size} is too many for batches of {smallest} images: BatchNorm "
+                "needs two images a worker; use fewer workers or a larger data.batch_size"
+            )
+
+    def _wrapped(self) -> nn.Module:
+        model: nn.Module = self.tree
+        if self.config.optim.compile:
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.shard.world_size > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(
+                model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return model
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(self.config.optim, step, self.dataset.steps_per_epoch)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        precision = self.config.optim.precision
+        return torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32")
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.config.optim.channels_last else torch.contiguous_format
+
+    @property
+    def _kl_options(self) -> dict[str, object]:
+        wml = self.config.wml
+        return {
+            "temperature": wml.temperature,
+            "kl_direction": wml.kl_direction,
+            "stop_gradient_teacher": wml.stop_gradient_teacher,
+        }
+
+
+def _optimizer(config: OptimConfig, tree: PeerTree) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        return torch.optim.AdamW(tree.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        tree.parameters(),
+        config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov and config.momentum > 0,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _peers(indices: list[int]) -> str:
+    return ("peer " if len(indices) == 1 else "peers ") + ", ".join(map(str, indices))
