@@ -83,7 +83,9 @@ class PruningConfig(Section):
     unit: Literal["channels", "params", "macs"] = Field("channels", description="what the ratios count")
     min_channels: Count = Field(4, description="channels every layer keeps at least")
     round_to: Count = Field(1, description="keep multiples of this many channels (8 or 16 suits GPUs)")
-    saliency_batches: Count = Field(1, description="training batches the SNIP saliency is taken on")
+    saliency_images: Annotated[int, Field(ge=2)] = Field(
+        256, description="training images the SNIP saliency is taken on"
+    )
 
 
 class WmlConfig(Section):

@@ -34,6 +34,7 @@ SPECS = {
     "cifar100": ImageSpec(3, 32, 100),
 }
 DIGITS_TEST_FRACTION = 0.2
+SALIENCY_BATCH = 64  # images at most in a pass of the whole unpruned tree
 EVAL_BATCH = 512  # images a worker evaluates at once
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -115,10 +116,10 @@ class Dataset(ABC):
         batches = (batch for order in orders for batch in order.split(size) if len(batch) == size)
         return self._augmented(batches, ("outer", epoch), shard)
 
-    def saliency_batches(self, count: int) -> list[Batch]:
-        """The first `count` batches of the training split in an order of their own, whole on every worker."""
-        order = self._shuffled("train", "saliency")
-        return [self._plain(indices) for indices in order.split(self.batch_size)[:count]]
+    def saliency_batches(self, images: int) -> list[Batch]:
+        """Batches of altogether `images` training images, drawn by the seed, not augmented."""
+        order = self._shuffled("train", "saliency")[:images]
+        return [self._plain(indices) for indices in order.tensor_split(-(-len(order) // SALIENCY_BATCH))]
 
     def evaluation_batches(self, split: Split, shard: Shard) -> Iterator[Batch]:
         """This worker's share of a split, in order and without augmentation."""

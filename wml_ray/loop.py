@@ -74,6 +74,12 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
+def initial_state(num_peers: int) -> dict[str, Tensor]:
+    """The state of a trainer before its first step: equal weights, no momentum."""
+    equal = torch.full((num_peers,), -math.log(num_peers), dtype=torch.float64)
+    return {"log_weights": equal, "epoch": torch.tensor(0)}
+
+
 class Trainer:
     """Everything that changes while a family trains: parameters, optimiser, omega, and how far it has come."""
 
@@ -93,9 +99,7 @@ class Trainer:
             synchronise(self.tree)
         self.optimizer = _optimizer(config.optim, self.tree)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
-        self.log_weights_M = torch.full(
-            (tree.num_peers,), -math.log(tree.num_peers), dtype=torch.float64, device=device
-        )
+        self.log_weights_M = initial_state(tree.num_peers)["log_weights"].to(device)
         self.epoch = 0  # epochs done
         self.model = self._wrapped()
         self._losses: list[tuple[int, float, Tensor]] = []  # (step, learning rate, losses_M) not yet looked at

@@ -1,0 +1,220 @@
+"""The same worker under Ray Train: in this process, on N workers, or on as many as there are."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+from wml_ray.checkpoint import write_json
+from wml_ray.config import Config, UserError, parse
+from wml_ray.data import Shard
+from wml_ray.loop import Diverged, EpochEnd, Tick
+from wml_ray.session import run_worker
+from wml_ray.tracking import TrackedRun, Tracker
+
+DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
+INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
+OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
+POLL_S = 0.2
+
+OnEvent = Callable[[Tick | EpochEnd], None]
+
+
+def start(config: Config) -> None:
+    """Join the cluster, or start one on this machine, and see that it has what the run needs.
+
+    Raises:
+        UserError: more workers or GPUs than there are.
+    """
+    if config.scale.workers == 0:
+        if config.scale.gpu and not torch.cuda.is_available():
+            raise UserError("scale.gpu = true but this machine has no CUDA GPU; set scale.gpu=false")
+        return
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+    resources = ray.cluster_resources()
+    fewest = _worker_range(config)[0]
+    gpus = int(resources.get("GPU", 0))
+    if config.scale.gpu and gpus < fewest:
+        raise UserError(
+            f"scale.gpu = true with scale.workers = {config.scale.workers} needs {fewest} GPUs; this cluster has "
+            f"{gpus}; use fewer workers, or scale.gpu=false"
+        )
+    cpus = int(resources.get("CPU", 0))
+    needed = fewest * _cpus_per_worker(config)
+    if cpus < needed:
+        raise UserError(
+            f"scale.workers = {config.scale.workers} needs {needed} CPU cores; this cluster has {cpus}; use fewer "
+            "workers or a smaller scale.cpus_per_worker"
+        )
+
+
+def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
+    """Train to the end on the cluster `start` has joined; returns the steps MLflow could not be told of.
+
+    Raises:
+        Diverged: training turned non-finite.
+        UserError: a worker met a mistake of the user's, such as an image that cannot be read.
+    """
+    (config.run_folder / OUTCOME).unlink(missing_ok=True)
+    for name in ("ray.train", "ray.data", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    mailbox = _Mailbox(on_event) if config.scale.workers else None
+    ray_folder = config.run_folder.resolve() / ".ray"
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "tracked": asdict(tracked),
+            "send": mailbox.sender if mailbox else on_event,
+        },
+        scaling_config=_scaling(config),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex,  # our checkpoints are what a run resumes from, never Ray's
+            storage_path=str(ray_folder),
+            failure_config=FailureConfig(max_failures=config.scale.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except (Diverged, UserError, ray.train.TrainingFailedError):
+        _raise_what_the_worker_said(config)
+        raise
+    finally:
+        if mailbox:
+            mailbox.close()
+        shutil.rmtree(ray_folder, ignore_errors=True)
+    _raise_what_the_worker_said(config)
+    return int(json.loads((config.run_folder / OUTCOME).read_text())["undelivered"])
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
+    config = parse(settings["config"])
+    outcome = config.run_folder / OUTCOME
+    if outcome.exists():  # Ray started the workers again after an error that another start cannot mend
+        return
+    context = ray.train.get_context()
+    shard = Shard(context.get_world_rank(), context.get_world_size())
+    if config.scale.workers:
+        torch.set_num_threads(_cpus_per_worker(config))
+    device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
+    tracked = TrackedRun(**settings["tracked"])
+    tracker = Tracker(tracked, config.run.system_metrics) if shard.rank == 0 else None
+    send = settings["send"]
+
+    def report(event: Tick | EpochEnd) -> None:
+        if shard.rank == 0:
+            send(event)
+        if isinstance(event, EpochEnd):
+            ray.train.report({"epoch": event.epoch, **event.metrics})
+
+    patience_s = INTERRUPTED_DELIVERY_S
+    undelivered = 0
+    try:
+        run_worker(config, shard, device, report, tracker.log if tracker else _ignore)
+        patience_s = DELIVERY_S
+    except (Diverged, UserError) as error:
+        write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
+        raise
+    finally:
+        if tracker:
+            undelivered = tracker.close(patience_s)
+    if shard.rank == 0:
+        write_json(outcome, {"undelivered": undelivered})
+
+
+def _raise_what_the_worker_said(config: Config) -> None:
+    """Turn an error a worker wrote down into the same error here, without Ray's layers around it."""
+    outcome = config.run_folder / OUTCOME
+    said = json.loads(outcome.read_text()) if outcome.exists() else {}
+    if "error" in said:
+        raise {"Diverged": Diverged, "UserError": UserError}[said["kind"]](said["error"]) from None
+
+
+class _Mailbox:
+    """Carries events from rank 0 to this process, which has no other way to hear of progress."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.actor = ray.remote(num_cpus=0)(_Letters).remote()
+        self._on_event = on_event
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    @property
+    def sender(self) -> OnEvent:
+        return _Sender(self.actor)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(5)
+        ray.kill(self.actor)
+
+    def _poll(self) -> None:
+        last = False
+        while not last:
+            last = self._closing.wait(POLL_S)
+            for event in ray.get(self.actor.take.remote()):
+                self._on_event(event)
+
+
+class _Letters:
+    def __init__(self) -> None:
+        self.events: list[Tick | EpochEnd] = []
+
+    def put(self, event: Tick | EpochEnd) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[Tick | EpochEnd]:
+        taken, self.events = self.events, []
+        return taken
+
+
+class _Sender:
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def __call__(self, event: Tick | EpochEnd) -> None:
+        self.actor.put.remote(event)
+
+
+def _scaling(config: Config) -> ScalingConfig:
+    workers = config.scale.workers
+    if workers == 0:
+        return ScalingConfig(num_workers=0, use_gpu=config.scale.gpu)
+    resources = {"CPU": float(_cpus_per_worker(config))}
+    if config.scale.gpu:
+        resources["GPU"] = 1.0
+    return ScalingConfig(
+        num_workers=tuple(workers) if isinstance(workers, list) else workers,
+        use_gpu=config.scale.gpu,
+        resources_per_worker=resources,
+    )
+
+
+def _worker_range(config: Config) -> tuple[int, int]:
+    workers = config.scale.workers
+    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
+
+
+def _cpus_per_worker(config: Config) -> int:
+    if config.scale.cpus_per_worker is not None:
+        return config.scale.cpus_per_worker
+    return max(1, int(ray.cluster_resources().get("CPU", 1)) // _worker_range(config)[1])
+
+
+def _ignore(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+    pass

@@ -1,0 +1,186 @@
+"""Tables and pictures of finished runs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def peer_table(result: dict[str, Any]) -> Table:
+    """The table a finished training ends with; `result` is what `session.summary` makes."""
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for heading in ("peer", "channels", "params", "MACs", "params", "MACs", "latency", "val", "test", "weight"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for peer in result["peers"]:
+        table.add_row(
+            str(peer["peer"]),
+            *(_drop(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
+            _count(peer["params"]),
+            _count(peer["macs"]),
+            f"{peer['latency_ms']:.2f} ms",
+            _percent(peer["validation_accuracy"]),
+            _percent(peer["test_accuracy"]),
+            f"{peer['weight']:.4f}",
+        )
+    table.add_section()
+    for kind, ensemble in result["ensembles"].items():
+        accuracies = (_percent(ensemble["validation_accuracy"]), _percent(ensemble["test_accuracy"]))
+        table.add_row(kind, *[""] * 6, *accuracies, "")
+    return table
+
+
+def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
+    """Sizes of the peers a run would train."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("peer", "channels", "params", "MACs", "channels", "params", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, peer in enumerate(peers):
+        units = ("channels", "params", "macs")
+        table.add_row(str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(_count(peer[u]) for u in units))
+    return table
+
+
+def runs_table(runs: pd.DataFrame) -> Table:
+    """One line a finished run, as `tracking.finished_runs` gives them, the best by validation first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    for heading in ("peers", "smallest", "largest", "val ens.", "test ens.", "test peers"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for _, run in runs.iterrows():
+        peers = run["peers"]
+        macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
+        table.add_row(
+            run["run"],
+            str(len(peers)),
+            _count(min(macs)),
+            _count(max(macs)),
+            _percent(run["val/accuracy/ensemble_weighted"]),
+            _percent(run["test/accuracy/ensemble_weighted"]),
+            f"{min(test) * 100:.2f}-{max(test) * 100:.2f} %",
+        )
+    return table
+
+
+def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Pictures and `peers.csv` of one finished run; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    epochs = [entry["epoch"] for entry in result["history"]]
+    series = {key: [entry["metrics"][key] for entry in result["history"]] for key in result["history"][0]["metrics"]}
+    figures = {
+        "accuracy": _accuracy_over_epochs(epochs, series, len(result["peers"])),
+        "weights": _weights_over_epochs(epochs, series, len(result["peers"])),
+        "accuracy_macs": _accuracy_against_macs(result),
+    }
+    return [_write_csv(result["peers"], folder / "peers.csv"), *_save(figures, folder)]
+
+
+def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
+    """Every peer of every run of an experiment: test accuracy against MACs, as a picture and as CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = _axes("Test accuracy against size, every peer of every run", "MACs an image", "test accuracy (%)")
+    for _, run in runs.iterrows():
+        peers = sorted(run["peers"], key=lambda peer: peer["macs"])
+        axes.plot([p["macs"] for p in peers], [100 * p["test"] for p in peers], marker="o", label=run["run"])
+    axes.set_xscale("log")
+    axes.legend(fontsize="small", frameon=False)
+    rows = [{"run": run["run"], **peer} for _, run in runs.iterrows() for peer in run["peers"]]
+    return [_write_csv(rows, folder / "peers.csv"), *_save({"accuracy_macs": figure}, folder)]
+
+
+def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
+    figure, axes = _axes("Validation accuracy of each peer and both ensembles", "epoch", "accuracy (%)")
+    for index, colour in enumerate(_colours(num_peers)):
+        values = [100 * value for value in series[f"val/accuracy/peer{index}"]]
+        axes.plot(epochs, values, color=colour, label=f"peer {index}")
+    for kind, style in (("average", ":"), ("weighted", "-")):
+        values = [100 * value for value in series[f"val/accuracy/ensemble_{kind}"]]
+        axes.plot(epochs, values, color="black", linestyle=style, label=f"{kind} ensemble")
+    lower_half = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
+    axes.set_ylim(bottom=max(0.0, 100 * lower_half[len(lower_half) // 10] - 5))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _weights_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
+    figure, axes = _axes("Peer weights omega", "epoch", "weight")
+    for index, colour in enumerate(_colours(num_peers)):
+        axes.plot([0, *epochs], [1 / num_peers, *series[f"weights/peer{index}"]], color=colour, label=f"peer {index}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
+    figure, axes = _axes("Test accuracy against size", "MACs an image (millions)", "test accuracy (%)")
+    for peer, colour in zip(result["peers"], _colours(len(result["peers"])), strict=True):
+        point = (peer["macs"] / 1e6, 100 * peer["test_accuracy"])
+        axes.scatter(*point, color=colour, s=60, zorder=3)
+        axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
+    for kind, style in (("average", ":"), ("weighted", "-")):
+        level = 100 * result["ensembles"][kind]["test_accuracy"]
+        axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{kind} ensemble")
+    axes.margins(x=0.15, y=0.2)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _colours(count: int) -> list[Any]:
+    import matplotlib
+
+    return [matplotlib.colormaps["viridis"](0.9 * index / max(count - 1, 1)) for index in range(count)]
+
+
+def _save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for name, figure in figures.items():
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=120)
+        plt.close(figure)
+    return paths
+
+
+def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def _drop(share: float) -> str:
+    return f"-{share * 100:.1f} %"
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.2f} %"
+
+
+def _count(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"

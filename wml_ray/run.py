@@ -1,0 +1,153 @@
+"""The verbs as functions: what a run would be, and one run from its config to its result."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wml_ray import ray_train, report, session, tracking
+from wml_ray.checkpoint import Checkpoints, write_json
+from wml_ray.config import Config, UserError
+from wml_ray.costs import count_params
+from wml_ray.data import Dataset, ResidentDataset, generator_for, image_spec, load
+from wml_ray.loop import Diverged, EpochEnd, Tick
+from wml_ray.memory import training_memory_bytes
+from wml_ray.pruning import apply_plan
+from wml_ray.tracking import TrackedRun
+
+OnEvent = Callable[[Tick | EpochEnd], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be."""
+
+    peers: list[dict[str, Any]]
+    tree_params: int
+    memory_bytes: int  # estimated peak of one worker's training step
+    state: str
+    images: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its result, where MLflow has it, and what could not be delivered there."""
+
+    result: dict[str, Any]
+    folder: Path
+    tracked: TrackedRun
+    trained_now: bool
+    undelivered: int
+
+
+def plan(config: Config) -> Plan:
+    """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+
+    Raises:
+        UserError: as `train`, but for the data: where it is missing, noise stands in for it.
+    """
+    dataset, images = _data_or_noise(config)
+    start = session.beginning(config, dataset)
+    tree = session.fresh_tree(config, dataset.spec)
+    apply_plan(tree, start.plan["channels"])
+    tree.load_state_dict(start.model)
+    workers = config.scale.workers[1] if isinstance(config.scale.workers, list) else max(config.scale.workers, 1)
+    memory = training_memory_bytes(tree, dataset.spec, -(-config.data.batch_size // workers), config.optim)
+    return Plan(start.plan["peers"], count_params(tree), memory, _state(config), images, config)
+
+
+def train(config: Config, on_event: OnEvent) -> Outcome:
+    """Train, or resume the same run if it was interrupted, or return the result it has.
+
+    Raises:
+        UserError: the user's mistake, found before anything is written.
+        Diverged: training turned non-finite; the MLflow run is FAILED and the last good checkpoint stays.
+    """
+    folder = config.run_folder
+    if (folder / session.RESULT).exists():
+        return _finished(config)
+    tracking.check_reachable(tracking.tracking_uri())
+    ray_train.start(config)
+    session.prepare(config)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    tracked = tracking.open_run(config, _identity(folder)["token"])
+    _remember(folder, tracked, delivered=False)
+    try:
+        undelivered = ray_train.fit(config, tracked, on_event)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        tracking.close_run(tracked, status, reason=reason)
+        if isinstance(error, Diverged):
+            raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
+        raise
+    result = json.loads((folder / session.RESULT).read_text())
+    if undelivered == 0:
+        undelivered = _publish(folder, tracked, result)
+    return Outcome(result, folder, tracked, True, undelivered)
+
+
+def _finished(config: Config) -> Outcome:
+    """The result a run has; what MLflow missed when it finished is delivered now."""
+    folder = config.run_folder
+    result = json.loads((folder / session.RESULT).read_text())
+    identity = _identity(folder)
+    tracked = TrackedRun(**identity["tracked"])
+    undelivered = 0
+    if not identity["delivered"]:
+        tracking.check_reachable(tracking.tracking_uri())
+        tracked = tracking.open_run(config, identity["token"])
+        tracker = tracking.Tracker(tracked)
+        session.deliver(result, tracker.log)
+        undelivered = tracker.close(ray_train.DELIVERY_S) or _publish(folder, tracked, result)
+    return Outcome(result, folder, tracked, False, undelivered)
+
+
+def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
+    """Artifacts and final status; 0, or 1 if MLflow did not take them."""
+    files = report.write_files(result, folder / "report")
+    if not tracking.close_run(tracked, "FINISHED", [folder / "config.yaml", *files]):
+        return 1
+    _remember(folder, tracked, delivered=True)
+    return 0
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """A token drawn when the folder was made: the MLflow run that carries it is this folder's run."""
+    path = folder / "run.json"
+    if not path.exists():
+        write_json(path, {"token": uuid.uuid4().hex, "tracked": None, "delivered": False})
+    return dict(json.loads(path.read_text()))
+
+
+def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
+    write_json(folder / "run.json", {**_identity(folder), "tracked": vars(tracked), "delivered": delivered})
+
+
+def _state(config: Config) -> str:
+    if (config.run_folder / session.RESULT).exists():
+        return "finished"
+    epochs = Checkpoints(config.run_folder / "checkpoints", 1).epochs()
+    return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"
+
+
+def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+    try:
+        return load(config), config.data.name
+    except UserError:
+        spec = image_spec(config.data)
+        images = max(config.data.batch_size * 4, config.pruning.saliency_images * 2)
+        generator = generator_for(config.seed, "noise")
+        pixels = torch.randint(256, (images, *spec.shape), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(spec.num_classes, (images,), generator=generator)
+        every = torch.arange(images)
+        splits = {"train": every, "outer": every, "validation": every, "test": every}
+        dataset = ResidentDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
+        return dataset, f"noise, since data.root = '{config.data.root}' has no {config.data.name}: widths may differ a little"

@@ -1,0 +1,209 @@
+"""One worker from start to end: build or resume, train, keep checkpoints, test. No Ray and no MLflow in sight."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from wml_ray.backbones import ImageSpec, build
+from wml_ray.checkpoint import Checkpoint, Checkpoints, best_epoch, write_json
+from wml_ray.config import Config
+from wml_ray.costs import count_macs, count_params, layer_costs
+from wml_ray.data import Dataset, Shard, load, seed_for
+from wml_ray.loop import EpochEnd, Report, Tick, Trainer, initial_state
+from wml_ray.metrics import latency_ms
+from wml_ray.pruning import apply_plan, prune
+from wml_ray.tree import PeerTree
+
+Log = Callable[[int, Mapping[str, float], int], None]  # step, metrics, milliseconds since the epoch of Unix
+T = TypeVar("T")
+
+RESULT = "result.json"
+
+
+def fresh_tree(config: Config, spec: ImageSpec) -> PeerTree:
+    """The unpruned tree of a config; its initial tensors follow from the seed.
+
+    Raises:
+        UserError: an unknown backbone, or sharing that does not fit its stages.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "initialisation"))
+        return PeerTree(lambda: build(config.model.backbone, spec), config.model.sharing)
+
+
+def prepare(config: Config) -> Checkpoint:
+    """Where the run starts: its newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
+
+    Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other.
+
+    Raises:
+        UserError: in the backbone, the sharing, the ratios or the data, before anything is written.
+    """
+    checkpoints = _checkpoints(config)
+    newest = checkpoints.latest()
+    if newest is None:
+        newest = beginning(config, load(config))
+        checkpoints.save(newest)
+    return newest
+
+
+def beginning(config: Config, dataset: Dataset) -> Checkpoint:
+    """Epoch 0: the tree as initialised and pruned."""
+    tree = fresh_tree(config, dataset.spec)
+    full = family_costs(tree, dataset.spec)
+    channels = prune(tree, config.pruning, dataset.spec, dataset.saliency_batches(config.pruning.saliency_images))
+    plan = {
+        "format": 1,
+        "run_id": config.run_id,
+        "config": config.model_dump(mode="json"),
+        "sharing": list(tree.sharing),
+        "image_spec": vars(dataset.spec),
+        "normalisation": {"mean": dataset.mean, "std": dataset.std},
+        "channels": channels,
+        "peers": drops(full, family_costs(tree, dataset.spec)),
+        "epoch": 0,
+        "metrics": {},
+        "history": [],
+    }
+    return Checkpoint(0, tree.state_dict(), initial_state(tree.num_peers), plan)
+
+
+def run_worker(config: Config, shard: Shard, device: torch.device, report: Report, log: Log) -> dict[str, Any] | None:
+    """Train from the newest checkpoint to the end; the result on rank 0, None elsewhere.
+
+    `report` hears every epoch on every worker. `log` receives metrics on rank 0, after a resume the whole history
+    again: what it has had before is the receiver's to know.
+
+    Raises:
+        Diverged: training turned non-finite; the last good checkpoint stays.
+    """
+    checkpoints = _checkpoints(config)
+    start = checkpoints.load(_from_rank_0(shard, lambda: prepare(config).epoch))
+    dataset = load(config, device)
+    tree = fresh_tree(config, dataset.spec)
+    apply_plan(tree, start.plan["channels"])
+    trainer = Trainer(config, tree, dataset, device, shard)
+    trainer.load_state(start.model, start.state)
+    plan = dict(start.plan)
+    log_on_rank_0 = log if shard.rank == 0 else _ignore
+    _log_past(plan, log_on_rank_0)
+
+    def on_event(event: Tick | EpochEnd) -> None:
+        if isinstance(event, EpochEnd):
+            entry = {"epoch": event.epoch, "timestamp_ms": _now_ms(), "metrics": event.metrics}
+            plan.update(epoch=event.epoch, metrics=event.metrics, history=[*plan["history"], entry])
+            if shard.rank == 0:  # the checkpoint first: what is logged is then never trained again under another number
+                checkpoints.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
+            log_on_rank_0(event.epoch, event.metrics, entry["timestamp_ms"])
+        report(event)
+
+    trainer.fit(on_event)
+    _select(config, trainer, checkpoints, plan, shard)
+    test = trainer.evaluate("test")
+    log_on_rank_0(trainer.epoch, test, _now_ms())
+    if shard.rank:
+        return None
+    result = summary(config, trainer, plan, test)
+    write_json(config.run_folder / RESULT, result)
+    return result
+
+
+def deliver(result: dict[str, Any], log: Log) -> None:
+    """Everything a finished run logs, for a receiver that may have missed some of it."""
+    _log_past(result, log)
+    log(result["test_epoch"], result["test"], result["timestamp_ms"])
+
+
+def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+    """The finished run as JSON: each peer's size, latency, accuracy and weight; the ensembles; the history."""
+    validation = plan["history"][trainer.epoch - 1]["metrics"]
+    weights = trainer.weights_M.tolist()
+    peers = [
+        {
+            "peer": index,
+            **plan["peers"][index],
+            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
+            "validation_accuracy": validation[f"val/accuracy/peer{index}"],
+            "test_accuracy": test[f"test/accuracy/peer{index}"],
+            "weight": weights[index],
+        }
+        for index in range(config.num_peers)
+    ]
+    ensembles = {
+        kind: {
+            "validation_accuracy": validation[f"val/accuracy/ensemble_{kind}"],
+            "test_accuracy": test[f"test/accuracy/ensemble_{kind}"],
+        }
+        for kind in ("average", "weighted")
+    }
+    result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
+    result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
+    return result | {"test": test, "timestamp_ms": _now_ms(), "history": plan["history"], "device": trainer.device.type}
+
+
+def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
+    """Channels (of all layers but the head), parameters and MACs an image of each peer."""
+    costs = []
+    for index in range(tree.num_peers):
+        peer = tree.peer(index)
+        weighted = [cost.out for cost in layer_costs(peer, spec).values() if cost.positions]
+        costs.append(
+            {"channels": sum(weighted[:-1]), "params": count_params(peer), "macs": count_macs(peer, spec)}
+        )
+    return costs
+
+
+def drops(full: list[dict[str, int]], now: list[dict[str, int]]) -> list[dict[str, float]]:
+    """What each peer has and the share it lost, in channels, params and MACs."""
+    return [
+        {**costs, **{f"{unit}_drop": 1 - costs[unit] / whole[unit] for unit in whole}}
+        for whole, costs in zip(full, now, strict=True)
+    ]
+
+
+def _select(config: Config, trainer: Trainer, checkpoints: Checkpoints, plan: dict[str, Any], shard: Shard) -> None:
+    """Put the trainer at the epoch the test accuracy is taken from."""
+    best = best_epoch(plan["history"])
+    if config.run.test_epoch == "last" or best is None or best == trainer.epoch:
+        return
+    chosen = checkpoints.load(_from_rank_0(shard, lambda: best))
+    trainer.load_state(chosen.model, chosen.state)
+
+
+def _log_past(record: Mapping[str, Any], log: Log) -> None:
+    """The sizes of the peers, and every epoch so far."""
+    sizes = {
+        f"peers/{unit}/peer{index}": float(peer[unit])
+        for unit in ("macs", "params", "channels")
+        for index, peer in enumerate(record["peers"])
+    }
+    first_ms = record["history"][0]["timestamp_ms"] if record["history"] else _now_ms()
+    log(0, sizes, first_ms)
+    for entry in record["history"]:
+        log(entry["epoch"], entry["metrics"], entry["timestamp_ms"])
+
+
+def _checkpoints(config: Config) -> Checkpoints:
+    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints)
+
+
+def _from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every worker."""
+    if shard.world_size == 1:
+        return decide()
+    decided: list[Any] = [decide() if shard.rank == 0 else None]
+    dist.broadcast_object_list(decided, src=0)
+    return decided[0]  # type: ignore[no-any-return]
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _ignore(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+    pass

@@ -1,0 +1,260 @@
+"""MLflow, imported here alone: one run a training, metrics delivered from a thread that never holds up a step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from wml_ray.config import Config, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DEFAULT_STORE = "mlflow.db"
+ANSWER_S = 8  # how long a server may take to answer before the run starts
+RETRY_S = 2.0  # between two tries to reach a server that went away
+_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+TOKEN_TAG = "wml_ray.token"
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """Where a run is in MLflow; plain data that travels to a worker."""
+
+    uri: str
+    experiment_id: str
+    run_id: str
+
+    @property
+    def command(self) -> str:
+        """The one command, or address, that shows the run."""
+        if self.uri.startswith("http"):
+            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else an sqlite file in the working directory; absolute, so that workers find it too."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT_STORE}"
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    return uri
+
+
+def check_reachable(uri: str) -> None:
+    """Raises:
+    UserError: the tracking server does not answer within ten seconds.
+    """
+    address = urlsplit(uri)
+    if not address.hostname:
+        return
+    port = address.port or _PORTS.get(address.scheme.split("+")[0], 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=ANSWER_S / 2).close()
+        if address.scheme in ("http", "https"):
+            _client(uri).search_experiments(max_results=1)
+    except Exception as error:  # whatever a client library raises: it is reported, not hidden
+        raise UserError(
+            f"MLFLOW_TRACKING_URI: the MLflow server {_shown(uri)} does not answer ({_reason(error)}); start it, mend the address, "
+            f"or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
+        ) from None
+
+
+def open_run(config: Config, token: str, tags: Mapping[str, str] | None = None) -> TrackedRun:
+    """The MLflow run of this training: the one that carries `token`, or a new one. It is RUNNING afterwards."""
+    uri = tracking_uri()
+    client = _client(uri)
+    experiment = client.get_experiment_by_name(config.run.name)
+    experiment_id = experiment.experiment_id if experiment else _create_experiment(client, config.run.name)
+    found = client.search_runs([experiment_id], f"tags.`{TOKEN_TAG}` = '{token}'", max_results=1)
+    if found:
+        run = found[0]
+        client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        all_tags = {TOKEN_TAG: token, "wml_ray.run_id": config.run_id, **(tags or {})}
+        run = client.create_run(experiment_id, run_name=config.run_id, tags=all_tags)
+    tracked = TrackedRun(uri, experiment_id, run.info.run_id)
+    _log_params(client, tracked, config, known=run.data.params)
+    return tracked
+
+
+def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), reason: str = "") -> bool:
+    """Log files and set the final status (FINISHED, FAILED or KILLED); False, with a warning, if MLflow does not answer."""
+    try:
+        client = _client(tracked.uri)
+        for path in artifacts:
+            client.log_artifact(tracked.run_id, str(path), "pictures" if path.suffix == ".png" else None)
+        if reason:
+            client.set_tag(tracked.run_id, "wml_ray.reason", reason[:500])
+        client.set_terminated(tracked.run_id, status)
+    except Exception as error:  # the training is done and on disk; a silent server must not take it away
+        warnings.warn(f"MLflow could not be told that the run is {status} ({_reason(error)})", stacklevel=2)
+        return False
+    return True
+
+
+def finished_runs(experiment: str) -> pd.DataFrame:
+    """The finished runs of an experiment, best weighted ensemble on the validation images first.
+
+    Columns: `run`, every metric under its MLflow name, every param, and `peers`, a list of dicts with the keys `peer`,
+    `macs`, `params`, `val`, `test` and `weight`.
+
+    Raises:
+        UserError: there is no such experiment, or no run of it has finished.
+    """
+    import pandas as pd
+
+    uri = tracking_uri()
+    check_reachable(uri)
+    client = _client(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in client.search_experiments()) or "none"
+        raise UserError(f"experiment '{experiment}' is not on {_shown(uri)}; there are: {names}")
+    runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", max_results=1000)
+    rows = [{"run": run.info.run_name, **run.data.metrics, **run.data.params} for run in runs]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
+    if not rows:
+        raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
+    return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+
+
+def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = {"macs": "peers/macs", "params": "peers/params", "val": "val/accuracy", "test": "test/accuracy"}
+    names["weight"] = "weights"
+    count = sum(key.startswith("test/accuracy/peer") for key in row)
+    return [
+        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}} for index in range(count)
+    ]
+
+
+class Tracker:
+    """Sends metrics to one run, each exactly once, in order; what cannot be sent waits until the server is back.
+
+    Before a step is sent, and again after every failure, the steps the server already has are read, so neither a
+    resumed run nor a request whose answer got lost logs anything twice.
+    """
+
+    def __init__(self, tracked: TrackedRun, system_metrics: bool = False) -> None:
+        self.tracked = tracked
+        self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._steps_on_server: dict[str, set[int]] = {}
+        self._monitor = _system_monitor(tracked) if system_metrics else None
+        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Queue the metrics of one step; returns at once."""
+        with self._wake:
+            self._queue.append((step, timestamp_ms, dict(metrics)))
+            self._wake.notify()
+
+    def close(self, timeout_s: float) -> int:
+        """Wait for delivery; returns the steps that could not be delivered in time."""
+        if self._monitor is not None:
+            self._monitor.finish()
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        with self._wake:
+            return len(self._queue)
+
+    def _deliver(self) -> None:
+        warned = False
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    return
+                step, timestamp_ms, metrics = self._queue[0]
+            try:
+                self._send(step, timestamp_ms, metrics)
+            except Exception as error:  # any failure of server, network or client: keep the metrics and try again
+                self._steps_on_server.clear()
+                if not warned:
+                    warned = True
+                    warnings.warn(f"MLflow does not answer ({_reason(error)}); training goes on, metrics wait", stacklevel=1)
+                time.sleep(RETRY_S)
+                continue
+            warned = False
+            with self._wake:
+                self._queue.popleft()
+
+    def _send(self, step: int, timestamp_ms: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        client = _client(self.tracked.uri)
+        marker = next(iter(metrics))
+        if marker not in self._steps_on_server:
+            history = client.get_metric_history(self.tracked.run_id, marker)
+            self._steps_on_server[marker] = {metric.step for metric in history}
+        if step not in self._steps_on_server[marker]:
+            entities = [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
+            client.log_batch(self.tracked.run_id, metrics=entities)
+            self._steps_on_server[marker].add(step)
+
+
+def _client(uri: str) -> Any:
+    """A client that fails within seconds instead of retrying for minutes: Tracker does its own retrying."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S // 2))
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _shown(uri: str) -> str:
+    """The address without user name and password."""
+    address = urlsplit(uri)
+    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+
+
+def _create_experiment(client: Any, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another process made it in the meantime
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
+
+
+def _log_params(client: Any, tracked: TrackedRun, config: Config, known: Mapping[str, str]) -> None:
+    """Params cannot change once logged, so a resumed run adds only what is missing."""
+    from mlflow.entities import Param
+
+    params = [Param(key, str(value)) for key, value in config.flatten().items() if key not in known]
+    for start in range(0, len(params), 100):
+        client.log_batch(tracked.run_id, params=params[start : start + 100])
+
+
+def _system_monitor(tracked: TrackedRun) -> Any:
+    import mlflow
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    mlflow.set_tracking_uri(tracked.uri)
+    monitor = SystemMetricsMonitor(tracked.run_id, resume_logging=True)
+    monitor.start()
+    return monitor
