@@ -62,7 +62,9 @@ def _user_stages(name: str, spec: ImageSpec) -> Stages:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH") from error
+        raise UserError(
+            f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH"
+        ) from error
     stages = function(spec)
     if isinstance(stages, (list, tuple)):
         stages = {f"stage{index}": stage for index, stage in enumerate(stages)}
@@ -118,12 +120,14 @@ def _resnet(spec: ImageSpec, *, factory: Callable[..., tv.ResNet], cifar_stem: b
 def _mobilenet_v2(spec: ImageSpec) -> Stages:
     """Under 64 pixels the first three reductions are left out, as is usual on CIFAR."""
     small = spec.resolution < SMALL_IMAGE
-    settings = [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
-    if small:
-        settings[1][3] = settings[2][3] = 1
+    stride = 1 if small else 2
+    settings = [  # expansion, channels, blocks, stride of the first (Sandler et al. 2018, table 2)
+        *([1, 16, 1, 1], [6, 24, 2, stride], [6, 32, 3, stride], [6, 64, 4, 2]),
+        *([6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]),
+    ]
     network = tv.MobileNetV2(num_classes=spec.num_classes, inverted_residual_setting=settings)
     features = list(network.features)
-    features[0] = Conv2dNormActivation(spec.channels, 32, 3, stride=1 if small else 2, activation_layer=nn.ReLU6)
+    features[0] = Conv2dNormActivation(spec.channels, 32, 3, stride=stride, activation_layer=nn.ReLU6)
     stages: Stages = {"stem": nn.Sequential(*features[:2])}
     for index, (first, last) in enumerate(((2, 4), (4, 7), (7, 14), (14, 19))):
         stages[f"layer{index + 1}"] = nn.Sequential(*features[first:last])

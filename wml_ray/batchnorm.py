@@ -53,7 +53,8 @@ class WorkerBatchNorm(nn.BatchNorm2d):
         if self.affine:
             shift_C = shift_C + self.bias
         shape = (1, -1, *[1] * (input.dim() - 2))
-        return input * scale_C.view(shape) + shift_C.view(shape)
+        normalised: Tensor = input * scale_C.view(shape) + shift_C.view(shape)
+        return normalised
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON in one folder an epoch, written beside and renamed, checked by digest, no pickle."""
+"""Checkpoints: safetensors and JSON in a folder an epoch, written beside and renamed, checked by digest, no pickle."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write all files beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer."""
+        """Write beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.writing"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -131,9 +131,9 @@ def _show(outcome: Outcome) -> None:
         _print("this run has finished before; here is its result")
     Console().print(peer_table(result))
     rule = "the last epoch" if result["test_rule"] == "last" else "the best epoch by validation"
-    _print(f"test accuracy was taken once, from epoch {result['test_epoch']}: {rule}; latency is of one image on this CPU"
-           if result["device"] == "cpu" else
-           f"test accuracy was taken once, from epoch {result['test_epoch']}: {rule}; latency is of one image on the GPU")
+    device = "CPU" if result["device"] == "cpu" else "GPU"
+    _print(f"accuracy    of epoch {result['test_epoch']}, {rule}; the test images were looked at once, at the end")
+    _print(f"latency     of one image on the {device} it was trained on")
     _print(f"run         {folder} (pictures in report/)")
     _print(f"MLflow      {outcome.tracked.command}")
     if not outcome.trained_now:
@@ -195,7 +195,9 @@ class _Progress:
 def _quieten() -> None:
     """Our warnings on one line, none from the libraries below."""
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
+    ) -> None:
         print(f"wml-ray: warning: {message}", file=sys.stderr)
 
     warnings.simplefilter("ignore")

@@ -362,7 +362,9 @@ def _read_fashion_mnist(config: Config) -> tuple[Tensor, Tensor, int]:
         images.append(_read_idx(folder, f"{prefix}-images-idx3", 16))
         labels.append(_read_idx(folder, f"{prefix}-labels-idx1", 8))
         if len(images[-1]) != 784 * len(labels[-1]):
-            raise UserError(f"data.root = '{root}': {prefix} images and labels of {folder} do not match; fetch them again")
+            raise UserError(
+                f"data.root = '{root}': the {prefix} images and labels in {folder} do not match; fetch them again"
+            )
     pixels = np.concatenate(images).reshape(-1, 1, 28, 28)
     return torch.from_numpy(pixels), torch.from_numpy(np.concatenate(labels).astype(np.int64)), len(labels[0])
 
@@ -422,8 +424,8 @@ def _download(root: Path, fetch: Callable[[], object]) -> None:
             fetch()
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"data.download: the download into '{root}' failed ({' '.join(str(error).split())}); check the network, "
-                "or set data.root to a folder that holds the dataset"
+                f"data.download = true: the download into '{root}' failed ({' '.join(str(error).split())}); check the "
+                "network, or set data.root to a folder that holds the dataset"
             ) from None
 
 

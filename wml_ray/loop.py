@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wml_ray.batchnorm import synchronise
 from wml_ray.config import Config, OptimConfig, UserError
-from wml_ray.data import Dataset, Shard, Split, seed_for
+from wml_ray.data import Batch, Dataset, Shard, Split, seed_for
 from wml_ray.metrics import evaluate
-from wml_ray.objective import cross_entropies, inner_loss
+from wml_ray.objective import KlOptions, cross_entropies, inner_loss
 from wml_ray.tree import PeerTree
 from wml_ray.weights import log_mirror_descent, weight_gradient
 
@@ -138,7 +138,7 @@ class Trainer:
         return found.metrics(prefix)
 
     def model_state(self) -> dict[str, Tensor]:
-        return self.tree.state_dict()
+        return dict(self.tree.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """What besides the model's tensors a resumed run needs, as named tensors.
@@ -159,17 +159,14 @@ class Trainer:
         self.log_weights_M = state["log_weights"].to(self.device)
         self.epoch = int(state["epoch"])
         parameters = dict(self.tree.named_parameters())
-        for name, value in state.items():
-            kind, _, rest = name.partition("/")
-            if kind == "optimizer":
-                key, _, parameter_name = rest.partition("/")
-                parameter = parameters[parameter_name]
-                on_cpu = key == "step"  # where AdamW keeps its step counts
-                moved = value.clone() if on_cpu else value.to(self.device, memory_format=torch.preserve_format)
-                self.optimizer.state[parameter][key] = moved
-        scaler = {name.removeprefix("scaler/"): v.item() for name, v in state.items() if name.startswith("scaler/")}
+        for name, value in _below("optimizer", state).items():
+            key, _, parameter_name = name.partition("/")
+            device = "cpu" if key == "step" else self.device  # AdamW keeps its step counts on the CPU
+            self.optimizer.state[parameters[parameter_name]][key] = value.to(device)
+        scaler = {key: float(value) for key, value in _below("scaler", state).items()}
         if scaler:
-            self.scaler.load_state_dict({key: int(v) if key.startswith(("_", "growth_i")) else v for key, v in scaler.items()})
+            counts = {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
+            self.scaler.load_state_dict({**scaler, **counts})
 
     def _train_epoch(self, report: Report) -> tuple[float, float]:
         """Mean inner loss and images a second, over all workers."""
@@ -194,7 +191,7 @@ class Trainer:
         mean_loss = float(total) / steps
         return mean_loss, steps * self.config.data.batch_size / (time.perf_counter() - start_s)
 
-    def _train_step(self, step: int, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _train_step(self, step: int, batch: Batch) -> Tensor:
         """One descent on Eq. 1. The loss returned is this worker's, scaled so that the workers' mean is the batch's."""
         inputs, targets = batch
         rate = self._learning_rate(step)
@@ -202,7 +199,7 @@ class Trainer:
             group["lr"] = rate
         with self._autocast():
             logits_MBK = self.model(inputs)
-        loss = inner_loss(logits_MBK, targets, self.weights_M, self.config.wml.alpha, **self._kl_options)  # type: ignore[arg-type]
+        loss = inner_loss(logits_MBK, targets, self.weights_M, self.config.wml.alpha, **self._kl_options)
         loss = loss * (len(targets) * self.shard.world_size / self.config.data.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -216,7 +213,7 @@ class Trainer:
             self._check_losses()
         return loss.detach()
 
-    def _update_weights(self, step: int, inner_batch: tuple[Tensor, Tensor], outer_batch: tuple[Tensor, Tensor]) -> None:
+    def _update_weights(self, step: int, inner_batch: Batch, outer_batch: Batch) -> None:
         """Eqs. 5 and 7. Always in float32: a tangent in eight bits of mantissa is mostly noise."""
         wml, rate = self.config.wml, self._learning_rate(step)
         inner_step = rate if wml.inner_step is None else wml.inner_step
@@ -228,7 +225,7 @@ class Trainer:
             wml.alpha,
             inner_step,
             unroll=wml.unroll,
-            **self._kl_options,  # type: ignore[arg-type]
+            **self._kl_options,
         )
         self.log_weights_M = log_mirror_descent(self.log_weights_M, gradient_M, wml.mirror_step_size)
         if not self.log_weights_M.isfinite().all():
@@ -244,7 +241,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         named = list(self.tree.named_parameters())
-        norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()  # type: ignore[attr-defined]
+        norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()
         bad = [name for (name, _), norm in zip(named, norms, strict=True) if not math.isfinite(norm)]
         if bad:
             peers = sorted(frozenset[int]().union(*(self.tree.peers_through(name) for name in bad)))
@@ -298,13 +295,13 @@ class Trainer:
         return torch.channels_last if self.config.optim.channels_last else torch.contiguous_format
 
     @property
-    def _kl_options(self) -> dict[str, object]:
+    def _kl_options(self) -> KlOptions:
         wml = self.config.wml
-        return {
-            "temperature": wml.temperature,
-            "kl_direction": wml.kl_direction,
-            "stop_gradient_teacher": wml.stop_gradient_teacher,
-        }
+        return KlOptions(
+            temperature=wml.temperature,
+            kl_direction=wml.kl_direction,
+            stop_gradient_teacher=wml.stop_gradient_teacher,
+        )
 
 
 def _optimizer(config: OptimConfig, tree: PeerTree) -> torch.optim.Optimizer:
@@ -317,6 +314,10 @@ def _optimizer(config: OptimConfig, tree: PeerTree) -> torch.optim.Optimizer:
         nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
     )
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
 def _peers(indices: list[int]) -> str:

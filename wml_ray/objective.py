@@ -1,17 +1,26 @@
 """Eq. 1, its derivative by omega, and the ensemble loss: pure functions on logits.
 
-Shape letters: M peers, B images, K classes. B may stand for several dimensions, as (B, tokens) does in a language model.
+Shape letters: M peers, B images, K classes. B may stand for several dimensions, as in the (B, tokens) of a language
+model.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 KlDirection = Literal["teacher_to_student", "student_to_teacher"]
+
+
+class KlOptions(TypedDict):
+    """The keywords `peer_losses`, `inner_loss` and `wml_ray.weights.weight_gradient` share."""
+
+    temperature: float
+    kl_direction: KlDirection
+    stop_gradient_teacher: bool
 
 
 def peer_losses(
@@ -83,7 +92,8 @@ def ensemble_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor) -> T
 
 def weighted_ensemble(logits_MBK: Tensor, weights_M: Tensor) -> Tensor:
     """sum_i omega_i z_i, shape (B, K)."""
-    return torch.tensordot(weights_M.to(logits_MBK.dtype), logits_MBK, dims=1)
+    ensemble_BK: Tensor = torch.tensordot(weights_M.to(logits_MBK.dtype), logits_MBK, dims=1)
+    return ensemble_BK
 
 
 def average_ensemble(logits_MBK: Tensor) -> Tensor:
@@ -115,7 +125,8 @@ def _teaching_losses(
     else:
         p_MBK = log_p_MBK.exp()
         divergence_MBK = (p_MBK * log_p_MBK).sum(0) - p_MBK.sum(0) * teacher_MBK
-    return temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+    losses_M: Tensor = temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+    return losses_M
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

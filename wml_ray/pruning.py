@@ -211,7 +211,9 @@ class PeerBudget:
 
     def _cost(self, kept: Mapping[ChannelGroup, int]) -> int:
         """The peer's channels, params or MACs with these channels kept."""
-        widths = {(name, side): n for name, c in self.costs.items() for side, n in (("out", c.out), ("in", c.into))}
+        widths: dict[tuple[str, Side], int] = {}
+        for name, cost in self.costs.items():
+            widths[name, "out"], widths[name, "in"] = cost.out, cost.into
         for group, channels in kept.items():
             for name, side, indices in group.members:
                 if (name, side) in widths:
@@ -242,38 +244,34 @@ def _remove(tree: PeerTree, groups: Sequence[ChannelGroup]) -> Plan:
             mask = stays.setdefault((name, side), torch.ones(width(modules[name], side), dtype=torch.bool))
             mask[indices[removed].flatten()] = False
     plan: Plan = {}
-    for name in modules:
-        if (name, "out") not in stays and (name, "in") not in stays:
-            continue
-        out, into = (
-            stays[name, side].nonzero().flatten() if (name, side) in stays else torch.arange(width(modules[name], side))
-            for side in ("out", "in")
-        )
-        _narrow(modules[name], out, into)
-        plan[name] = [width(modules[name], "out"), width(modules[name], "in")]
+    for name, module in modules.items():
+        if (name, "out") in stays or (name, "in") in stays:
+            out = stays.get((name, "out"), torch.ones(width(module, "out"), dtype=torch.bool))
+            into = stays.get((name, "in"), torch.ones(width(module, "in"), dtype=torch.bool))
+            _narrow(module, out.nonzero().flatten(), into.nonzero().flatten())
+            plan[name] = [width(module, "out"), width(module, "in")]
     return plan
 
 
 def _narrow(module: nn.Module, out: Tensor, into: Tensor) -> None:
     """Keep the output channels `out` and the input channels `into` of one layer."""
+    pairs = True  # whether the weight has an input side of its own
     if isinstance(module, BATCHNORM):
-        module.num_features = len(out)
-        tensors = ("weight", "bias", "running_mean", "running_var")
+        module.num_features, pairs = len(out), False
+    elif isinstance(module, CONV) and module.groups > 1:
+        module.out_channels = module.in_channels = module.groups = len(out)
+        pairs = False
     elif isinstance(module, CONV):
-        depthwise = module.groups > 1
-        module.out_channels, module.in_channels = len(out), len(out) if depthwise else len(into)
-        module.groups = len(out) if depthwise else 1
-        tensors = ("weight", "bias")
+        module.out_channels, module.in_channels = len(out), len(into)
     else:
         assert isinstance(module, nn.Linear)
         module.out_features, module.in_features = len(out), len(into)
-        tensors = ("weight", "bias")
-    for name in tensors:
-        tensor = getattr(module, name)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(module, name, None)
         if tensor is None:
             continue
         kept = tensor.detach()[out.to(tensor.device)]
-        if kept.dim() > 1 and not (isinstance(module, CONV) and module.groups > 1):
+        if pairs and name == "weight":
             kept = kept[:, into.to(tensor.device)]
         kept = kept.contiguous()
         setattr(module, name, nn.Parameter(kept, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else kept)

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 def peer_table(result: dict[str, Any]) -> Table:
     """The table a finished training ends with; `result` is what `session.summary` makes."""
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for heading in ("peer", "channels", "params", "MACs", "params", "MACs", "latency", "val", "test", "weight"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table(
+        *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
+        *("val\n%", "test\n%", "\nweight"),
+    )
     for peer in result["peers"]:
         table.add_row(
             str(peer["peer"]),
             *(_drop(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
             _count(peer["params"]),
             _count(peer["macs"]),
-            f"{peer['latency_ms']:.2f} ms",
+            f"{peer['latency_ms']:.2f}",
             _percent(peer["validation_accuracy"]),
             _percent(peer["test_accuracy"]),
             f"{peer['weight']:.4f}",
@@ -41,9 +42,8 @@ def peer_table(result: dict[str, Any]) -> Table:
 
 def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
     """Sizes of the peers a run would train."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("peer", "channels", "params", "MACs", "channels", "params", "MACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    removed = ("channels\nremoved", "params\nremoved", "MACs\nremoved")
+    table = _table("peer", *removed, "\nchannels", "\nparams", "\nMACs")
     for index, peer in enumerate(peers):
         units = ("channels", "params", "macs")
         table.add_row(str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(_count(peer[u]) for u in units))
@@ -52,10 +52,7 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
 
 def runs_table(runs: pd.DataFrame) -> Table:
     """One line a finished run, as `tracking.finished_runs` gives them, the best by validation first."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    for heading in ("peers", "smallest", "largest", "val ens.", "test ens.", "test peers"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
     for _, run in runs.iterrows():
         peers = run["peers"]
         macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
@@ -66,7 +63,7 @@ def runs_table(runs: pd.DataFrame) -> Table:
             _count(max(macs)),
             _percent(run["val/accuracy/ensemble_weighted"]),
             _percent(run["test/accuracy/ensemble_weighted"]),
-            f"{min(test) * 100:.2f}-{max(test) * 100:.2f} %",
+            f"{min(test) * 100:.2f}-{max(test) * 100:.2f}",
         )
     return table
 
@@ -171,12 +168,19 @@ def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return path
 
 
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
+    return table
+
+
 def _drop(share: float) -> str:
-    return f"-{share * 100:.1f} %"
+    return f"{share * 100:.1f}%"
 
 
 def _percent(share: float) -> str:
-    return f"{share * 100:.2f} %"
+    return f"{share * 100:.2f}"
 
 
 def _count(value: float) -> str:

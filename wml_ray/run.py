@@ -150,4 +150,4 @@ def _data_or_noise(config: Config) -> tuple[Dataset, str]:
         every = torch.arange(images)
         splits = {"train": every, "outer": every, "validation": every, "test": every}
         dataset = ResidentDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
-        return dataset, f"noise, since data.root = '{config.data.root}' has no {config.data.name}: widths may differ a little"
+        return dataset, f"noise, as '{config.data.root}' holds no {config.data.name}; widths may differ a little"

@@ -95,11 +95,12 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
 
     def on_event(event: Tick | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            entry = {"epoch": event.epoch, "timestamp_ms": _now_ms(), "metrics": event.metrics}
+            timestamp_ms = _now_ms()
+            entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": event.metrics}
             plan.update(epoch=event.epoch, metrics=event.metrics, history=[*plan["history"], entry])
             if shard.rank == 0:  # the checkpoint first: what is logged is then never trained again under another number
                 checkpoints.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
-            log_on_rank_0(event.epoch, event.metrics, entry["timestamp_ms"])
+            log_on_rank_0(event.epoch, event.metrics, timestamp_ms)
         report(event)
 
     trainer.fit(on_event)
@@ -152,9 +153,7 @@ def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
     for index in range(tree.num_peers):
         peer = tree.peer(index)
         weighted = [cost.out for cost in layer_costs(peer, spec).values() if cost.positions]
-        costs.append(
-            {"channels": sum(weighted[:-1]), "params": count_params(peer), "macs": count_macs(peer, spec)}
-        )
+        costs.append({"channels": sum(weighted[:-1]), "params": count_params(peer), "macs": count_macs(peer, spec)})
     return costs
 
 

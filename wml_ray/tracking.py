@@ -65,8 +65,8 @@ def check_reachable(uri: str) -> None:
             _client(uri).search_experiments(max_results=1)
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
         raise UserError(
-            f"MLFLOW_TRACKING_URI: the MLflow server {_shown(uri)} does not answer ({_reason(error)}); start it, mend the address, "
-            f"or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
+            f"MLFLOW_TRACKING_URI = '{_shown(uri)}': the MLflow server does not answer ({_reason(error)}); start it, "
+            f"mend the address, or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
         ) from None
 
 
@@ -89,7 +89,7 @@ def open_run(config: Config, token: str, tags: Mapping[str, str] | None = None) 
 
 
 def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), reason: str = "") -> bool:
-    """Log files and set the final status (FINISHED, FAILED or KILLED); False, with a warning, if MLflow does not answer."""
+    """Log files and set the status FINISHED, FAILED or KILLED; False, with a warning, if MLflow does not answer."""
     try:
         client = _client(tracked.uri)
         for path in artifacts:
@@ -134,7 +134,8 @@ def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     names["weight"] = "weights"
     count = sum(key.startswith("test/accuracy/peer") for key in row)
     return [
-        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}} for index in range(count)
+        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}}
+        for index in range(count)
     ]
 
 
@@ -186,7 +187,9 @@ class Tracker:
                 self._steps_on_server.clear()
                 if not warned:
                     warned = True
-                    warnings.warn(f"MLflow does not answer ({_reason(error)}); training goes on, metrics wait", stacklevel=1)
+                    warnings.warn(
+                        f"MLflow does not answer ({_reason(error)}); training goes on, metrics wait", stacklevel=1
+                    )
                 time.sleep(RETRY_S)
                 continue
             warned = False
@@ -212,9 +215,10 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S // 2))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
+
+    for noisy in ("mlflow", "mlflow.store.db.utils", "alembic"):  # after the import, which sets them to INFO
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
     return MlflowClient(uri)
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wml_ray.objective import KlDirection, ensemble_loss, inner_loss, peer_losses
+from wml_ray.objective import KlDirection, KlOptions, ensemble_loss, inner_loss, peer_losses
 from wml_ray.tree import pure_forward
 
 Unroll = Literal["exact", "same_point"]
 Batch = tuple[Tensor, Tensor]
-
-
-class _KlOptions(TypedDict):
-    temperature: float
-    kl_direction: KlDirection
-    stop_gradient_teacher: bool
 
 
 def weight_gradient(
@@ -51,9 +45,7 @@ def weight_gradient(
     if unroll not in ("exact", "same_point"):
         raise ValueError(f"unroll = '{unroll}' must be 'exact' or 'same_point'")
     (inner_inputs, inner_targets), (outer_inputs, outer_targets) = inner_batch, outer_batch
-    kl = _KlOptions(
-        temperature=temperature, kl_direction=kl_direction, stop_gradient_teacher=stop_gradient_teacher
-    )
+    kl = KlOptions(temperature=temperature, kl_direction=kl_direction, stop_gradient_teacher=stop_gradient_teacher)
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
