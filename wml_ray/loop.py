@@ -54,12 +54,12 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """Learning rate of training step `step` (from 0), a function of the step alone, so there is no state to resume."""
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
-    if config.schedule == "onecycle":  # Smith & Topin 2019: up over the warm-up (30 % by default), down to almost 0
-        warmup = warmup or 0.3 * total
-        start, end = config.learning_rate / 25, config.learning_rate / 1e4
-        if step < warmup:
-            return _cosine(start, config.learning_rate, step / warmup)
-        return _cosine(config.learning_rate, end, (step - warmup) / max(total - 1 - warmup, 1))
+    if config.schedule == "onecycle":  # Smith & Topin 2019 as torch has it: up over the warm-up, 30 % by default, then down
+        top = max((warmup or 0.3 * total) - 1, 1e-9)
+        start, end = config.learning_rate / 25, config.learning_rate / 25e4
+        if step < top:
+            return _cosine(start, config.learning_rate, step / top)
+        return _cosine(config.learning_rate, end, (step - top) / max(total - 1 - top, 1e-9))
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     if config.schedule == "cosine":

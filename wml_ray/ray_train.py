@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,7 +44,7 @@ def start(config: Config) -> None:
             raise UserError("scale.gpu = true but this machine has no CUDA GPU; set scale.gpu=false")
         return
     if not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     resources = ray.cluster_resources()
     fewest = _worker_range(config)[0]
     gpus = int(resources.get("GPU", 0))
@@ -76,7 +77,7 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
-            "config": config.model_dump(mode="json"),
+            "config": _with_absolute_paths(config),
             "tracked": asdict(tracked),
             "send": mailbox.sender if mailbox else on_event,
         },
@@ -203,6 +204,14 @@ def _scaling(config: Config) -> ScalingConfig:
         use_gpu=config.scale.gpu,
         resources_per_worker=resources,
     )
+
+
+def _with_absolute_paths(config: Config) -> dict[str, Any]:
+    """Settings for a worker, whose working directory is one that Ray made."""
+    raw = config.model_dump(mode="json")
+    raw["run"]["storage_path"] = str(Path(config.run.storage_path).resolve())
+    raw["data"]["root"] = str(Path(config.data.root).resolve())
+    return raw
 
 
 def _worker_range(config: Config) -> tuple[int, int]:

@@ -169,7 +169,7 @@ def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     return table
@@ -184,7 +184,8 @@ def _percent(share: float) -> str:
 
 
 def _count(value: float) -> str:
+    """Three significant digits: 272k, 2.53M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
-            return f"{value / size:.2f} {unit}"
+            return f"{value / size:.{max(0, 3 - len(str(int(value / size))))}f}{unit}"
     return f"{value:.0f}"

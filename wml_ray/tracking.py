@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -40,7 +42,8 @@ class TrackedRun:
         """The one command, or address, that shows the run."""
         if self.uri.startswith("http"):
             return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
+        program = shutil.which("mlflow") or Path(sys.executable).with_name("mlflow")
+        return f"{program} ui --backend-store-uri {_shown(self.uri)}"
 
 
 def tracking_uri() -> str:

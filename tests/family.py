@@ -1,0 +1,59 @@
+"""Small families for the tests."""
+
+import torch
+from torch import nn
+
+from wml_ray.backbones import ImageSpec
+from wml_ray.config import Config, PruningConfig, parse
+from wml_ray.pruning import prune
+from wml_ray.tree import PeerTree
+
+SPEC = ImageSpec(1, 8, 10)
+
+
+def stages(spec: ImageSpec) -> list[nn.Module]:
+    """A backbone of four small stages with BatchNorm and a residual connection."""
+
+    def block(width_in: int, width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(width_in, width, 3, padding=1), nn.BatchNorm2d(width), nn.Tanh())
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(block(8, 12), block(12, 8))
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs + self.inner(inputs)
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, spec.num_classes))
+    return [block(spec.channels, 8), Residual(), block(8, 12), head]
+
+
+def batch(images: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(images, *SPEC.shape, generator=generator, dtype=dtype)
+    return inputs, torch.randint(SPEC.num_classes, (images,), generator=generator)
+
+
+def pruned_tree(ratios: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4), seed: int = 0) -> PeerTree:
+    """Four peers with BatchNorm, a shared trunk and different widths, in float64."""
+    torch.manual_seed(seed)
+    tree = PeerTree(lambda: dict(enumerate_names(stages(SPEC))), [1, 2, 4, 4])
+    prune(tree, PruningConfig(ratios=list(ratios), min_channels=2), SPEC, [batch(16, dtype=torch.float32)])
+    return tree.double().train()
+
+
+def enumerate_names(modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
+    return [(f"stage{index}", module) for index, module in enumerate(modules)]
+
+
+def tiny_config(*overrides: str) -> Config:
+    """Digits on the tiny backbone: an epoch takes a fraction of a second."""
+    raw = {
+        "data": {"batch_size": 64, "crop_padding": 1},
+        "model": {"backbone": "family:stages", "sharing": [1, 2, 4, 4]},
+        "pruning": {"ratios": [0.0, 0.1, 0.2, 0.3], "min_channels": 2},
+        "wml": {"inner_steps": 4},
+        "optim": {"epochs": 3},
+    }
+    return parse(raw, overrides)

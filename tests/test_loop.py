@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+import workers
+from family import tiny_config
+
+from wml_ray import data, session
+from wml_ray.config import OptimConfig, UserError
+from wml_ray.data import Shard
+from wml_ray.loop import Diverged, EpochEnd, Tick, Trainer, learning_rate
+from wml_ray.pruning import apply_plan
+
+
+def trainer_of(config, shard=None):
+    dataset = data.load(config)
+    start = session.beginning(config, dataset)
+    tree = session.fresh_tree(config, dataset.spec)
+    apply_plan(tree, start.plan["channels"])
+    tree.load_state_dict(start.model)
+    return Trainer(config, tree, dataset, torch.device("cpu"), shard)
+
+
+def fitted(*overrides):
+    trainer, events = trainer_of(tiny_config(*overrides)), []
+    trainer.fit(events.append)
+    return trainer, events
+
+
+def test_training_learns_and_reports_every_epoch_under_its_mlflow_names():
+    trainer, events = fitted("optim.epochs=4")
+    ends = [event for event in events if isinstance(event, EpochEnd)]
+    assert [end.epoch for end in ends] == [1, 2, 3, 4]
+    names = {f"val/accuracy/peer{i}" for i in range(4)} | {f"weights/peer{i}" for i in range(4)}
+    names |= {"val/accuracy/ensemble_average", "val/accuracy/ensemble_weighted", "train/loss", "train/images_per_second"}
+    assert names <= set(ends[-1].metrics)
+    assert ends[-1].metrics["val/accuracy/ensemble_weighted"] > 0.6 > ends[0].metrics["val/accuracy/peer3"]
+    assert ends[-1].metrics["train/loss"] < ends[0].metrics["train/loss"]
+    assert trainer.evaluate("test")["test/accuracy/peer0"] > 0.6
+
+
+def test_learned_weights_move_and_fixed_weights_do_not():
+    learned, _ = fitted("optim.epochs=1", "wml.mirror_step_size=1")
+    fixed, _ = fitted("optim.epochs=1", "wml.weights=fixed")
+    assert learned.weights_M.std() > 1e-3
+    assert math.isclose(float(learned.weights_M.sum()), 1.0, rel_tol=1e-12)
+    assert fixed.weights_M.eq(0.25).all()
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        ["model.sharing=[4,4,4,4]", "pruning.ratios=[0,0,0,0]", "wml.alpha=0", "wml.weights=fixed"],  # independent
+        ["wml.weights=fixed", "pruning.ratios=[0,0,0,0]"],  # deep mutual learning
+        ["model.sharing=[1,1,1,1]", "pruning.ratios=[0.2]"],  # one ordinary network
+        ["wml.outer_data=holdout", "wml.unroll=exact"],
+        ["optim.name=adamw", "optim.learning_rate=0.003", "optim.schedule=onecycle", "optim.gradient_clip=1"],
+        ["optim.precision=bfloat16", "optim.warmup_epochs=0.5", "data.cutout=2", "data.flip=true"],
+        ["optim.schedule=multistep", "optim.milestones=[1]", "optim.channels_last=false"],
+    ],
+    ids=lambda switch: switch[0],
+)
+def test_every_switch_trains(switch):
+    _, events = fitted("optim.epochs=2", *switch)
+    ends = [event for event in events if isinstance(event, EpochEnd)]
+    assert ends[1].metrics["train/loss"] < ends[0].metrics["train/loss"]
+
+
+def test_independent_training_is_as_if_each_peer_trained_alone():
+    """Sharing, teaching and learned weights off: peer 0 moves by its own gradient at 1/M of the learning rate."""
+    off = ["model.sharing=[2,2,2,2]", "wml.alpha=0", "wml.weights=fixed", "optim.weight_decay=0", "optim.epochs=1"]
+    pair, _ = fitted("pruning.ratios=[0,0]", *off)
+    config = tiny_config("pruning.ratios=[0,0]", *off)
+    alone = trainer_of(config)
+    network = alone.tree.peer(0)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True)
+    for step, (inputs, targets) in enumerate(alone.dataset.train_batches(0, Shard())):
+        optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, alone.dataset.steps_per_epoch)
+        loss = torch.nn.functional.cross_entropy(network(inputs), targets) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for one, other in zip(pair.tree.peer(0).parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_trainer_ends_bit_equal(tmp_path):
+    whole, _ = fitted("optim.name=adamw", "optim.learning_rate=0.003")
+    half = trainer_of(tiny_config("optim.name=adamw", "optim.learning_rate=0.003"))
+    saved = {}
+
+    def stop_after_two(event):
+        if isinstance(event, EpochEnd) and event.epoch == 2:
+            saved.update(model={k: v.clone() for k, v in half.model_state().items()})
+            saved.update(state={k: v.clone() for k, v in half.state().items()})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half.fit(stop_after_two)
+    resumed = trainer_of(tiny_config("optim.name=adamw", "optim.learning_rate=0.003"))
+    resumed.load_state(saved["model"], saved["state"])
+    resumed.fit(lambda event: None)
+    assert all(tensor.equal(whole.model_state()[name]) for name, tensor in resumed.model_state().items())
+    assert all(tensor.equal(whole.state()[name]) for name, tensor in resumed.state().items())
+
+
+def test_a_diverging_loss_names_peer_step_and_learning_rate():
+    with pytest.raises(Diverged, match=r"loss of peers? .* epoch 1, step \d+, learning rate 1e\+30"):
+        fitted("optim.learning_rate=1e30", "optim.schedule=constant")
+
+
+def test_a_single_sick_peer_is_named():
+    trainer = trainer_of(tiny_config())
+    with torch.no_grad():
+        trainer.tree.get_submodule(trainer.tree.path(2)[-1])[2].bias[0] = torch.nan
+    with pytest.raises(Diverged, match="the loss of peer 2 is not finite at epoch 1, step 1, "):
+        trainer.fit(lambda event: None)
+
+
+def test_learning_rate_schedules():
+    steps = 10
+    cosine = OptimConfig(epochs=10, learning_rate=1.0, warmup_epochs=1.0)
+    rates = [learning_rate(cosine, step, steps) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert max(rates) == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0 < rates[0] < 0.1
+    assert 0 < rates[-1] < 1e-3
+    multistep = OptimConfig(epochs=10, learning_rate=1.0, schedule="multistep", milestones=[4, 8])
+    rates = [learning_rate(multistep, step, steps) for step in range(100)]
+    assert rates[39] == 1.0
+    assert math.isclose(rates[40], 0.1)
+    assert math.isclose(rates[80], 0.01)
+
+
+def test_onecycle_is_torchs_one_cycle():
+    config = OptimConfig(epochs=10, learning_rate=0.5, schedule="onecycle")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.5)
+    twin = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=100)
+    for step in range(100):
+        assert math.isclose(learning_rate(config, step, 10), twin.get_last_lr()[0], rel_tol=1e-9)
+        optimizer.step()
+        if step < 99:
+            twin.step()
+
+
+def test_progress_ticks_are_on_the_way_to_the_end():
+    _, events = fitted("optim.epochs=1")
+    ticks = [event for event in events if isinstance(event, Tick)]
+    assert all(0 < tick.step <= tick.total_steps == 20 for tick in ticks)
+
+
+def _two_workers(rank, overrides):
+    trainer = trainer_of(tiny_config(*overrides), Shard(rank, 2))
+    metrics = []
+    trainer.fit(lambda event: metrics.append(event.metrics) if isinstance(event, EpochEnd) else None)
+    return trainer.model_state(), trainer.weights_M, metrics[-1]
+
+
+def test_two_workers_equal_one_at_the_same_global_batch(tmp_path):
+    overrides = ["optim.epochs=1", "data.batch_size=63", "optim.sync_batchnorm=true", "optim.learning_rate=0.01"]
+    (model, weights, metrics), (other_model, other_weights, other_metrics) = workers.run(_two_workers, tmp_path, overrides)
+    assert all(tensor.equal(other_model[name]) for name, tensor in model.items())
+    assert weights.equal(other_weights)
+    assert {k: v for k, v in metrics.items() if "second" not in k} == {
+        k: v for k, v in other_metrics.items() if "second" not in k
+    }
+    alone, events = fitted(*overrides)
+    for name, tensor in alone.model_state().items():
+        torch.testing.assert_close(model[name], tensor, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(weights, alone.weights_M, rtol=1e-4, atol=1e-5)
+    assert math.isclose(metrics["train/loss"], events[-1].metrics["train/loss"], rel_tol=1e-4)
+
+
+def test_two_workers_with_their_own_batchnorm_stay_equal_to_each_other(tmp_path):
+    (model, weights, _), (other_model, other_weights, _) = workers.run(_two_workers, tmp_path, ["optim.epochs=1"])
+    assert all(tensor.equal(other_model[name]) for name, tensor in model.items())
+    assert weights.equal(other_weights)
+    assert weights.std() > 0
+
+
+def test_more_workers_than_a_batch_can_feed_is_an_error():
+    with pytest.raises(UserError, match=r"scale\.workers = 40 is too many"):
+        trainer_of(tiny_config(), Shard(0, 40))

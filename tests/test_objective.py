@@ -1,0 +1,106 @@
+import itertools
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wml_ray.objective import ensemble_loss, inner_loss, peer_losses
+
+OPTIONS = [
+    {"temperature": tau, "kl_direction": direction, "stop_gradient_teacher": stop}
+    for tau, direction, stop in itertools.product(
+        (1.0, 3.0), ("teacher_to_student", "student_to_teacher"), (False, True)
+    )
+]
+
+
+def family(num_peers=4, images=6, classes=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(num_peers, images, classes, dtype=torch.float64, generator=generator)
+    weights = torch.rand(num_peers, dtype=torch.float64, generator=generator).softmax(0)
+    return logits.requires_grad_(), torch.randint(classes, (images,), generator=generator), weights.requires_grad_()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_inner_loss_and_its_gradients_equal_the_pairwise_twin(alpha, options):
+    logits, targets, weights = family()
+    ours = inner_loss(logits, targets, weights, alpha, **options)
+    twin = reference.inner_loss(logits, targets, weights, alpha, **options)
+    torch.testing.assert_close(ours, twin, rtol=1e-12, atol=1e-13)
+    for one, other in zip(
+        torch.autograd.grad(ours, (logits, weights)), torch.autograd.grad(twin, (logits, weights)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_peer_losses_are_the_derivative_of_the_inner_loss_by_omega(options):
+    logits, targets, weights = family()
+    derivative = torch.autograd.grad(reference.inner_loss(logits, targets, weights, 0.4, **options), weights)[0]
+    torch.testing.assert_close(peer_losses(logits, targets, 0.4, **options), derivative, rtol=1e-11, atol=1e-12)
+
+
+def test_ensemble_loss_equals_its_twin():
+    logits, targets, weights = family()
+    torch.testing.assert_close(ensemble_loss(logits, targets, weights), reference.ensemble_loss(logits, targets, weights))
+
+
+def test_equal_peers_have_no_divergence_between_them():
+    logits, targets, _ = family()
+    same = logits[:1].expand(4, -1, -1)
+    torch.testing.assert_close(peer_losses(same, targets, 1.0), torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_a_stopped_teacher_gets_no_gradient():
+    logits, targets, _ = family(num_peers=2)
+    only_peer_0_teaches = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    inner_loss(logits, targets, only_peer_0_teaches, 1.0, stop_gradient_teacher=True).backward()
+    assert logits.grad[0].abs().max() < 1e-15
+    assert logits.grad[1].abs().max() > 1e-3
+
+
+def test_tokens_of_a_language_model_count_like_images():
+    logits, targets, weights = family(images=6)
+    as_tokens = logits.view(4, 2, 3, 5), targets.view(2, 3)
+    assert inner_loss(*as_tokens, weights, 0.3).equal(inner_loss(logits, targets, weights, 0.3))
+    assert ensemble_loss(*as_tokens, weights).equal(ensemble_loss(logits, targets, weights))
+
+
+def test_half_precision_logits_are_scored_in_float32():
+    logits, targets, weights = family()
+    half = logits.detach().bfloat16()
+    assert inner_loss(half, targets, weights, 0.3).equal(inner_loss(half.float(), targets, weights, 0.3))
+
+
+def test_confident_peers_stay_finite():
+    logits = torch.tensor([[[1e4, -1e4]], [[-1e4, 1e4]]])
+    assert peer_losses(logits, torch.tensor([0]), 0.5).isfinite().all()
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(2, 7), st.integers(0, 10**6))
+def test_permuting_peers_permutes_their_losses(num_peers, images, classes, seed):
+    logits, targets, weights = family(num_peers, images, classes, seed)
+    order = torch.randperm(num_peers, generator=torch.Generator().manual_seed(seed))
+    losses = peer_losses(logits, targets, 0.5)
+    torch.testing.assert_close(peer_losses(logits[order], targets, 0.5), losses[order], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        inner_loss(logits[order], targets, weights[order], 0.5), inner_loss(logits, targets, weights, 0.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alpha": 1.5}, "alpha"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"kl_direction": "sideways"}, "kl_direction"),
+        ({"targets_B": torch.zeros(7, dtype=torch.long)}, "targets_B"),
+    ],
+)
+def test_wrong_arguments_are_named(change, named):
+    logits, targets, _ = family()
+    with pytest.raises(ValueError, match=named):
+        peer_losses(**{"logits_MBK": logits, "targets_B": targets, "alpha": 0.5, **change})
