@@ -32,7 +32,12 @@ def test_training_learns_and_reports_every_epoch_under_its_mlflow_names():
     ends = [event for event in events if isinstance(event, EpochEnd)]
     assert [end.epoch for end in ends] == [1, 2, 3, 4]
     names = {f"val/accuracy/peer{i}" for i in range(4)} | {f"weights/peer{i}" for i in range(4)}
-    names |= {"val/accuracy/ensemble_average", "val/accuracy/ensemble_weighted", "train/loss", "train/images_per_second"}
+    names |= {
+        "val/accuracy/ensemble_average",
+        "val/accuracy/ensemble_weighted",
+        "train/loss",
+        "train/images_per_second",
+    }
     assert names <= set(ends[-1].metrics)
     assert ends[-1].metrics["val/accuracy/ensemble_weighted"] > 0.6 > ends[0].metrics["val/accuracy/peer3"]
     assert ends[-1].metrics["train/loss"] < ends[0].metrics["train/loss"]
@@ -159,7 +164,9 @@ def _two_workers(rank, overrides):
 
 def test_two_workers_equal_one_at_the_same_global_batch(tmp_path):
     overrides = ["optim.epochs=1", "data.batch_size=63", "optim.sync_batchnorm=true", "optim.learning_rate=0.01"]
-    (model, weights, metrics), (other_model, other_weights, other_metrics) = workers.run(_two_workers, tmp_path, overrides)
+    (model, weights, metrics), (other_model, other_weights, other_metrics) = workers.run(
+        _two_workers, tmp_path, overrides
+    )
     assert all(tensor.equal(other_model[name]) for name, tensor in model.items())
     assert weights.equal(other_weights)
     assert {k: v for k, v in metrics.items() if "second" not in k} == {

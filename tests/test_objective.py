@@ -45,7 +45,9 @@ def test_peer_losses_are_the_derivative_of_the_inner_loss_by_omega(options):
 
 def test_ensemble_loss_equals_its_twin():
     logits, targets, weights = family()
-    torch.testing.assert_close(ensemble_loss(logits, targets, weights), reference.ensemble_loss(logits, targets, weights))
+    torch.testing.assert_close(
+        ensemble_loss(logits, targets, weights), reference.ensemble_loss(logits, targets, weights)
+    )
 
 
 def test_equal_peers_have_no_divergence_between_them():

@@ -88,9 +88,7 @@ def test_a_list_of_logits_serves_as_well_as_a_stack():
 def test_float32_is_close_to_float64():
     tree, inner, outer = pruned_tree(), batch(32, 1), batch(32, 2)
     exact = weight_gradient(tree, inner, outer, OMEGA, 0.4, 0.3)
-    single = weight_gradient(
-        tree.float(), (inner[0].float(), inner[1]), (outer[0].float(), outer[1]), OMEGA, 0.4, 0.3
-    )
+    single = weight_gradient(tree.float(), (inner[0].float(), inner[1]), (outer[0].float(), outer[1]), OMEGA, 0.4, 0.3)
     torch.testing.assert_close(single, exact, rtol=1e-4, atol=1e-5)
 
 

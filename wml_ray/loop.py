@@ -54,7 +54,7 @@ def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float
     """Learning rate of training step `step` (from 0), a function of the step alone, so there is no state to resume."""
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
-    if config.schedule == "onecycle":  # Smith & Topin 2019 as torch has it: up over the warm-up, 30 % by default, then down
+    if config.schedule == "onecycle":  # Smith & Topin 2019: up over the warm-up (30 % by default), then down
         top = max((warmup or 0.3 * total) - 1, 1e-9)
         start, end = config.learning_rate / 25, config.learning_rate / 25e4
         if step < top:

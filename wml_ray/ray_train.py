@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -80,6 +81,7 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
             "config": _with_absolute_paths(config),
             "tracked": asdict(tracked),
             "send": mailbox.sender if mailbox else on_event,
+            "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
         },
         scaling_config=_scaling(config),
         run_config=RunConfig(
@@ -104,6 +106,7 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
 def _worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     config = parse(settings["config"])
+    sys.path.extend(path for path in settings["import_path"] if path not in sys.path)
     outcome = config.run_folder / OUTCOME
     if outcome.exists():  # Ray started the workers again after an error that another start cannot mend
         return

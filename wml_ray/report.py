@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# The average is dashed and drawn last, so that both are seen where they coincide.
+ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
+    "weighted": {"color": "black"},
+    "average": {"color": "tab:red", "linestyle": "--"},
+}
+
 
 def peer_table(result: dict[str, Any]) -> Table:
     """The table a finished training ends with; `result` is what `session.summary` makes."""
@@ -99,9 +105,9 @@ def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num
     for index, colour in enumerate(_colours(num_peers)):
         values = [100 * value for value in series[f"val/accuracy/peer{index}"]]
         axes.plot(epochs, values, color=colour, label=f"peer {index}")
-    for kind, style in (("average", ":"), ("weighted", "-")):
+    for kind, line in ENSEMBLE_LINES.items():
         values = [100 * value for value in series[f"val/accuracy/ensemble_{kind}"]]
-        axes.plot(epochs, values, color="black", linestyle=style, label=f"{kind} ensemble")
+        axes.plot(epochs, values, **line, label=f"{kind} ensemble")
     lower_half = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
     axes.set_ylim(bottom=max(0.0, 100 * lower_half[len(lower_half) // 10] - 5))
     axes.legend(frameon=False)
@@ -122,9 +128,8 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
         point = (peer["macs"] / 1e6, 100 * peer["test_accuracy"])
         axes.scatter(*point, color=colour, s=60, zorder=3)
         axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
-    for kind, style in (("average", ":"), ("weighted", "-")):
-        level = 100 * result["ensembles"][kind]["test_accuracy"]
-        axes.axhline(level, color="black", linestyle=style, linewidth=1, label=f"{kind} ensemble")
+    for kind, line in ENSEMBLE_LINES.items():
+        axes.axhline(100 * result["ensembles"][kind]["test_accuracy"], **line, label=f"{kind} ensemble")
     axes.margins(x=0.15, y=0.2)
     axes.legend(frameon=False)
     return figure

@@ -128,7 +128,8 @@ def _identity(folder: Path) -> dict[str, Any]:
 
 
 def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
-    write_json(folder / "run.json", {**_identity(folder), "tracked": vars(tracked), "delivered": delivered})
+    public = {**vars(tracked), "uri": tracking.shown(tracked.uri)}
+    write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
 
 
 def _state(config: Config) -> str:

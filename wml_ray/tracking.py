@@ -41,9 +41,9 @@ class TrackedRun:
     def command(self) -> str:
         """The one command, or address, that shows the run."""
         if self.uri.startswith("http"):
-            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+            return f"{shown(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         program = shutil.which("mlflow") or Path(sys.executable).with_name("mlflow")
-        return f"{program} ui --backend-store-uri {_shown(self.uri)}"
+        return f"{program} ui --backend-store-uri {shown(self.uri)}"
 
 
 def tracking_uri() -> str:
@@ -68,7 +68,7 @@ def check_reachable(uri: str) -> None:
             _client(uri).search_experiments(max_results=1)
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
         raise UserError(
-            f"MLFLOW_TRACKING_URI = '{_shown(uri)}': the MLflow server does not answer ({_reason(error)}); start it, "
+            f"MLFLOW_TRACKING_URI = '{shown(uri)}': the MLflow server does not answer ({_reason(error)}); start it, "
             f"mend the address, or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
         ) from None
 
@@ -123,7 +123,7 @@ def finished_runs(experiment: str) -> pd.DataFrame:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments()) or "none"
-        raise UserError(f"experiment '{experiment}' is not on {_shown(uri)}; there are: {names}")
+        raise UserError(f"experiment '{experiment}' is not on {shown(uri)}; there are: {names}")
     runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", max_results=1000)
     rows = [{"run": run.info.run_name, **run.data.metrics, **run.data.params} for run in runs]
     rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
@@ -226,14 +226,19 @@ def _client(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The first cause in one short line: "Connection refused" rather than what four layers made of it."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).splitlines()[0][:200]
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """The address without user name and password."""
-    address = urlsplit(uri)
-    return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+    scheme, separator, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
 
 
 def _create_experiment(client: Any, name: str) -> str:

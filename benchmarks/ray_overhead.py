@@ -1,0 +1,80 @@
+"""Images a second through Ray Train: against the plain loop, and two workers against one."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from wml_ray import data, session
+from wml_ray.config import Config, parse
+from wml_ray.data import Shard
+from wml_ray.loop import EpochEnd, Trainer
+from wml_ray.pruning import apply_plan
+from wml_ray.run import train
+
+IMAGES = 2600
+SPEED = "train/images_per_second"
+
+
+def images_per_second(rounds: int = 3) -> dict[str, Any]:
+    """Medians over epochs of interleaved runs; noise images in Fashion-MNIST's format, a pruned four-peer ResNet-20."""
+    speeds: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_noise(folder / "data")
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        for turn in range(rounds):
+            for kind, overrides in {
+                "ray, 1 worker of 2 threads": ["scale.workers=1", "scale.cpus_per_worker=2"],
+                "ray, 1 worker of 1 thread": ["scale.workers=1", "scale.cpus_per_worker=1"],
+                "ray, 2 workers of 1 thread": ["scale.workers=2", "scale.cpus_per_worker=1"],
+                "ray, 2 workers, sync_batchnorm": [
+                    *("scale.workers=2", "scale.cpus_per_worker=1", "optim.sync_batchnorm=true")
+                ],
+            }.items():
+                speeds.setdefault("plain loop, 2 threads", []).extend(_plain(_config(folder, turn)))
+                config = _config(folder, turn, *overrides)
+                history = train(config, lambda event: None).result["history"]
+                speeds.setdefault(kind, []).extend(entry["metrics"][SPEED] for entry in history[1:])
+        ray.shutdown()
+    return {kind: statistics.median(values) for kind, values in speeds.items()}
+
+
+def _config(folder: Path, seed: int, *overrides: str) -> Config:
+    where = [f"run.storage_path={folder}/{'-'.join(overrides)}", f"data.root={folder}/data", f"seed={seed}"]
+    raw = {"data": {"name": "fashion_mnist", "batch_size": 128}, "optim": {"epochs": 4}, "wml": {"inner_steps": 10}}
+    return parse(raw, [*where, *overrides])
+
+
+def _plain(config: Config) -> list[float]:
+    """The same training without Ray, MLflow or checkpoints."""
+    torch.set_num_threads(2)
+    dataset = data.load(config)
+    start = session.beginning(config, dataset)
+    tree = session.fresh_tree(config, dataset.spec)
+    apply_plan(tree, start.plan["channels"])
+    trainer = Trainer(config, tree, dataset, torch.device("cpu"), Shard())
+    speeds: list[float] = []
+    trainer.fit(lambda event: speeds.append(event.metrics[SPEED]) if isinstance(event, EpochEnd) else None)
+    return speeds[1:]
+
+
+def _write_noise(folder: Path) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for prefix, count in (("train", IMAGES), ("t10k", 100)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        header = b"".join(value.to_bytes(4, "big") for value in (0x803, count, 28, 28))
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + images.tobytes(), 1))
+        header = b"".join(value.to_bytes(4, "big") for value in (0x801, count))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(header + labels.tobytes(), 1))

@@ -1,0 +1,95 @@
+"""Run the benchmarks, print their ratios beside the limits, and write results.json.
+
+python benchmarks/run.py [weights|kl|step|ray|help ...]; without names, all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import interleaved_medians_s
+
+RESULTS = Path(__file__).parent / "results.json"
+Row = tuple[str, float, str]  # what, ratio or seconds, limit
+
+
+def weights(record: dict[str, Any]) -> Iterator[Row]:
+    from mathematics import weight_gradient_against_backward_passes
+
+    times_s = record["weight_gradient_s"] = weight_gradient_against_backward_passes()
+    before = None
+    for peers, t in times_s.items():
+        limit = "< 1" if int(peers) >= 4 else ""
+        yield f"M = {peers}: same_point / (M + 1 backward passes)", t["same_point"] / t["backward_passes"], limit
+        yield f"M = {peers}: exact / (M + 1 backward passes)", t["exact"] / t["backward_passes"], limit
+        yield f"M = {peers}: same_point, in training steps", t["same_point"] / t["training_step"], "<= 2.5"
+        yield f"M = {peers}: exact, in training steps", t["exact"] / t["training_step"], "<= 3.6"
+        if before is not None:
+            yield f"M = {peers}: same_point, against half the peers", t["same_point"] / before["same_point"], "<= 2.3"
+            yield f"M = {peers}: exact, against half the peers", t["exact"] / before["exact"], "<= 2.3"
+        before = t
+
+
+def kl(record: dict[str, Any]) -> Iterator[Row]:
+    from mathematics import kl_term
+
+    times_s = record["kl_term_s"] = kl_term()
+    for peers, seconds in times_s.items():
+        half = times_s.get(str(int(peers) // 2))
+        if half is not None:
+            yield f"M = {peers}: KL term, against half the peers", seconds / half, "about 2 (linear)"
+
+
+def step(record: dict[str, Any]) -> Iterator[Row]:
+    from training_step import tree_against_separate_networks
+
+    found = record["training_step"] = tree_against_separate_networks()
+    yield "step of the pruned tree / 4 ResNet-32", found["seconds"]["tree"] / found["seconds"]["separate"], "< 0.6"
+    memory = found["peak_bytes"]
+    yield "peak memory of the pruned tree / 4 ResNet-32", memory["tree"] / memory["separate"], "< 0.6"
+
+
+def ray(record: dict[str, Any]) -> Iterator[Row]:
+    from ray_overhead import images_per_second
+
+    speeds = record["images_per_second"] = images_per_second()
+    plain, one = speeds["plain loop, 2 threads"], speeds["ray, 1 worker of 1 thread"]
+    yield "Ray Train with 1 worker / plain loop, images/s", speeds["ray, 1 worker of 2 threads"] / plain, ">= 0.97"
+    yield "2 workers of 1 thread / 1 of 1 thread, images/s", speeds["ray, 2 workers of 1 thread"] / one, ">= 1.7"
+    yield "the same with optim.sync_batchnorm", speeds["ray, 2 workers, sync_batchnorm"] / one, ""
+
+
+def help(record: dict[str, Any]) -> Iterator[Row]:
+    program = Path(sys.executable).with_name("wml-ray")
+    call = {"help": lambda: subprocess.run([program, "--help"], stdout=subprocess.DEVNULL, check=True)}
+    record["help_s"] = interleaved_medians_s(call)["help"]
+    yield "wml-ray --help, seconds", record["help_s"], "< 0.5"
+
+
+def main() -> None:
+    chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, help]
+    record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    record["machine"] = _machine()
+    print(record["machine"], flush=True)
+    for benchmark in chosen:
+        for what, value, limit in benchmark(record):
+            print(f"{what:<56} {value:8.3f}   {limit}", flush=True)
+        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _machine() -> str:
+    cpus = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in cpus if line.startswith("model name")), platform.processor())
+    count = sum(line.startswith("processor") for line in cpus)
+    return f"{name}, {count} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+if __name__ == "__main__":
+    main()

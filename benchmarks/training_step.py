@@ -1,0 +1,72 @@
+"""One training step of a pruned tree against four separate unpruned networks trained together: time and peak memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import interleaved_medians_s
+
+from wml_ray.backbones import ImageSpec, build
+from wml_ray.config import PruningConfig
+from wml_ray.objective import inner_loss
+from wml_ray.pruning import prune
+from wml_ray.tree import PeerTree
+
+SPEC = ImageSpec(3, 32, 100)
+BATCH = 128
+SHARING, RATIOS = [1, 1, 2, 4, 4], [0.0, 0.2, 0.4, 0.6]
+
+
+def tree_against_separate_networks() -> dict[str, Any]:
+    steps = {kind: _step(kind) for kind in ("tree", "separate")}
+    times_s = interleaved_medians_s(steps, rounds=7)
+    del steps
+    memory_bytes = {kind: _peak_bytes(kind) for kind in ("tree", "separate")}
+    return {"seconds": times_s, "peak_bytes": memory_bytes}
+
+
+def _step(kind: str) -> Callable[[], None]:
+    """Forward, Eq. 1, backward and SGD; the separate networks are four peers that share nothing and are not pruned."""
+    torch.manual_seed(0)
+    images = torch.randn(BATCH, *SPEC.shape).contiguous(memory_format=torch.channels_last)
+    targets = torch.randint(SPEC.num_classes, (BATCH,))
+    weights_M = torch.full((4,), 0.25)
+    if kind == "tree":
+        model = PeerTree(lambda: build("resnet32", SPEC), SHARING)
+        prune(model, PruningConfig(ratios=RATIOS), SPEC, [(images[:64], targets[:64])])
+        alpha = 0.5
+    else:
+        model = PeerTree(lambda: build("resnet32", SPEC), [4] * 5)
+        alpha = 0.0
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, nesterov=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        inner_loss(model(images), targets, weights_M, alpha).backward()
+        optimizer.step()
+
+    return step
+
+
+def _peak_bytes(kind: str) -> int:
+    """What building the model and three steps add to the peak memory of a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(kind, sender))
+    process.start()
+    grown = int(receiver.recv())
+    process.join()
+    return grown
+
+
+def _measure(kind: str, sender: Any) -> None:
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = _step(kind)
+    for _ in range(3):
+        step()
+    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) * 1024)

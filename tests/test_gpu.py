@@ -1,0 +1,41 @@
+"""On a CUDA GPU: skipped where there is none."""
+
+import pytest
+import torch
+from family import batch, pruned_tree, tiny_config
+from test_run import ignore, only_run
+
+from wml_ray.run import train
+from wml_ray.weights import weight_gradient
+
+pytestmark = pytest.mark.gpu
+
+OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("unroll", ["exact", "same_point"])
+def test_the_weight_gradient_is_the_cpus(unroll):
+    inner, outer = batch(8, 1), batch(6, 2)
+    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, 0.4, 0.3, unroll=unroll)
+    moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
+    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), 0.4, 0.3, unroll=unroll)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_run_on_the_gpu_learns(workplace, precision):
+    outcome = train(tiny_config("scale.gpu=true", f"optim.precision={precision}", "optim.epochs=4"), ignore)
+    assert outcome.result["device"] == "cuda"
+    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+    assert only_run().info.status == "FINISHED"
+
+
+def test_a_compiled_step_learns(workplace):
+    outcome = train(tiny_config("scale.gpu=true", "optim.compile=true", "optim.epochs=4"), ignore)
+    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+
+
+@pytest.mark.slow
+def test_one_ray_worker_takes_the_gpu(workplace):
+    outcome = train(tiny_config("scale.gpu=true", "scale.workers=1", "optim.epochs=2"), ignore)
+    assert outcome.result["device"] == "cuda"

@@ -1,0 +1,56 @@
+"""Through Ray's own workers, on one cluster for all tests."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+from family import tiny_config
+from test_run import assert_bit_equal, ignore, only_run, steps
+
+from wml_ray.config import UserError
+from wml_ray.loop import Diverged, EpochEnd
+from wml_ray.run import train
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+TWO = ["scale.workers=2", "scale.cpus_per_worker=1", "optim.epochs=6", "data.batch_size=32"]
+
+
+def training_workers():
+    """Process ids of Ray's training workers on this machine."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
+
+
+def test_two_workers_one_of_them_killed_end_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)
+    killed = []
+
+    def kill_one_worker(event):
+        if isinstance(event, EpochEnd) and event.epoch == 2 and not killed:
+            killed.append(training_workers()[-1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    config = tiny_config(*TWO)
+    outcome = train(config, kill_one_worker)
+    assert killed
+    assert outcome.undelivered == 0
+    assert_bit_equal(config.run_folder / "checkpoints" / "epoch-0006", whole.folder / "checkpoints" / "epoch-0006")
+    assert only_run().info.status == "FINISHED"
+    for metric in ("train/loss", "val/accuracy/peer3", "weights/peer0"):
+        assert steps(only_run(), metric) == [1, 2, 3, 4, 5, 6]
+
+
+def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
+    with pytest.raises(Diverged, match=r"loss of peers? .* learning rate 1e\+30"):
+        train(tiny_config("scale.workers=1", "optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
+    assert only_run().info.status == "FAILED"
+
+
+@pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(workplace, ask):
+    with pytest.raises(UserError, match="this cluster has 2"):
+        train(tiny_config("scale.workers=2", ask), ignore)
+    assert not os.listdir()

@@ -1,0 +1,49 @@
+"""What the README shows is what there is, and its commands are run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from wml_ray.backbones import BACKBONES
+from wml_ray.cli import main
+from wml_ray.config import describe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_both_commands_stand_by_line_20():
+    top = "\n".join(README.splitlines()[:20])
+    assert "make quickstart" in top
+    assert "make test" in top
+
+
+def test_the_table_of_keys_is_the_schema():
+    assert describe() in README, "paste the output of: python -c 'from wml_ray.config import *; print(describe())'"
+
+
+def test_the_tree_names_every_file_of_the_package():
+    listed = re.findall(r"^        (\w+\.py)  ", README, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "wml_ray").glob("[!_]*.py"))
+
+
+def test_every_backbone_is_named():
+    named = set(re.findall(r"`([\w]+)`", README[README.index("**Networks.**") : README.index("**Sharing.**")]))
+    assert {name.removesuffix("_cifar") for name in BACKBONES} <= named
+
+
+@pytest.mark.slow
+def test_the_commands_and_the_python_of_the_readme_run(workplace, capsys):
+    (workplace / "jobs").symlink_to(ROOT / "jobs")
+    commands = [shlex.split(line) for line in re.findall(r"^    wml-ray +(.*)$", README, flags=re.MULTILINE)]
+    assert [command[0] for command in commands] == ["plan", "train", "report"]
+    for command in commands:
+        faster = ["optim.epochs=1"] if command[0] == "train" else []
+        assert main([*command, *faster]) == 0, capsys.readouterr().err
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (checkpoint,) = Path("results").glob("*/*/checkpoints/epoch-0001")
+    names: dict = {}
+    exec(code.replace("CHECKPOINT", str(checkpoint)), names)
+    assert names["network"][0][0].weight.equal(names["tree"].stages["stem"][0][0].weight)

@@ -1,0 +1,230 @@
+"""Whole runs: real processes, real signals, a real MLflow store."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from family import tiny_config
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from wml_ray.checkpoint import Checkpoints
+from wml_ray.cli import main
+from wml_ray.loop import Diverged, EpochEnd
+from wml_ray.run import train
+
+TESTS = Path(__file__).parent
+
+
+def client():
+    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+
+
+def only_run(name="wml"):
+    (run,) = client().search_runs([client().get_experiment_by_name(name).experiment_id])
+    return run
+
+
+def steps(run, metric):
+    return [entry.step for entry in client().get_metric_history(run.info.run_id, metric)]
+
+
+def ignore(event):
+    pass
+
+
+def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
+    config = tiny_config("optim.epochs=3")
+    outcome = train(config, ignore)
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == config.run_id
+    assert run.data.params == {key: str(value) for key, value in config.flatten().items()}
+    for metric in ("val/accuracy/peer3", "val/accuracy/ensemble_average", "weights/peer0", "train/loss"):
+        assert steps(run, metric) == [1, 2, 3]
+    for metric in ("test/accuracy/peer0", "test/accuracy/ensemble_weighted"):
+        assert steps(run, metric) == [3]
+    assert steps(run, "peers/macs/peer0") == [0]
+    assert run.data.metrics["peers/params/peer3"] == outcome.result["peers"][3]["params"]
+    files = {file.path for file in client().list_artifacts(run.info.run_id)}
+    assert files == {"config.yaml", "peers.csv", "pictures"}
+    pictures = {file.path for file in client().list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {"pictures/accuracy.png", "pictures/weights.png", "pictures/accuracy_macs.png"}
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(workplace, capsys):
+    config = tiny_config("optim.epochs=1")
+    first = train(config, ignore)
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "config.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "finished before" in shown
+    assert "train anew" in shown
+    assert f"{first.result['peers'][0]['test_accuracy'] * 100:.2f}" in shown
+    assert steps(only_run(), "train/loss") == [1]
+
+
+def test_the_logged_config_reruns_the_run_to_the_same_bits(workplace):
+    train(tiny_config("optim.epochs=1", "seed=5"), ignore)
+    logged = client().download_artifacts(only_run().info.run_id, "config.yaml", str(workplace))
+    raw = yaml.safe_load(Path(logged).read_text())
+    raw["run"]["storage_path"] = "elsewhere"
+    raw["run"]["name"] = "again"
+    (workplace / "again.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["train", "again.yaml"]) == 0
+    one, other = (next(Path(folder).glob("*/*/checkpoints/epoch-0001")) for folder in ("results", "elsewhere"))
+    assert_bit_equal(one, other)
+
+
+def assert_bit_equal(one, other):
+    for name in ("model.safetensors", "trainer.safetensors"):
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_once(workplace):
+    epochs = 12
+    overrides = [f"optim.epochs={epochs}", "data.batch_size=32"]
+    whole = train(tiny_config(*overrides, "run.storage_path=whole", "run.name=whole"), ignore)
+    config = tiny_config(*overrides)
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    seed = random.randrange(10**6)
+    print("kill seed", seed)
+    rng = random.Random(seed)
+    checkpoints = Checkpoints(config.run_folder / "checkpoints", 2)
+    kills = 0
+    for target in (1, 5, 9):
+        process = start_training()
+        wait_for_epoch(checkpoints, target, process)
+        time.sleep(rng.uniform(0, 0.5))  # a random moment is the point: anywhere between two checkpoints, or in one
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert kills == 3, "training was too fast to be killed: raise the number of epochs"
+    final = start_training()
+    assert final.wait(120) == 0
+    last = f"epoch-{epochs:04d}"
+    assert_bit_equal(config.run_folder / "checkpoints" / last, whole.folder / "checkpoints" / last)
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    for metric in ("train/loss", "val/accuracy/peer0", "weights/peer3"):
+        assert steps(run, metric) == list(range(1, epochs + 1))
+    assert steps(run, "test/accuracy/peer0") == [epochs]
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_continue_and_the_same_command_does(workplace):
+    config = tiny_config("optim.epochs=40", "data.batch_size=32")
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    process = start_training()
+    wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert only_run().info.status == "KILLED"
+    assert start_training().wait(120) == 0
+    assert only_run().info.status == "FINISHED"
+    assert steps(only_run(), "train/loss") == list(range(1, 41))
+
+
+def start_training():
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "wml_ray", "train", "config.yaml"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
+    deadline_s = time.monotonic() + timeout_s
+    while not checkpoints.epochs() or checkpoints.epochs()[-1] < epoch:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(workplace, capsys):
+    config = tiny_config("optim.learning_rate=1e30", "optim.schedule=constant", "optim.epochs=2")
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    assert main(["train", "config.yaml"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "peer" in line
+    assert "step" in line
+    assert "learning rate 1e+30" in line
+    assert "checkpoints" in line
+    run = only_run()
+    assert run.info.status == "FAILED"
+    assert "not finite" in run.data.tags["wml_ray.reason"]
+    assert Checkpoints(config.run_folder / "checkpoints", 2).latest().epoch == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_logged_twice(workplace):
+    config = tiny_config("optim.epochs=4")
+
+    def stop_after_three(event):
+        if isinstance(event, EpochEnd) and event.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, stop_after_three)
+    damaged = config.run_folder / "checkpoints" / "epoch-0003" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="epoch-0003 is damaged"):
+        train(config, ignore)
+    assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
+
+
+def test_the_best_epoch_is_tested_where_asked_for(workplace):
+    outcome = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
+    scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in outcome.result["history"]]
+    assert scores[outcome.result["test_epoch"] - 1] == max(scores)
+    validation = outcome.result["ensembles"]["weighted"]["validation_accuracy"]
+    assert validation == max(scores)
+
+
+def test_plan_writes_nothing_and_names_the_run(workplace, capsys):
+    config = tiny_config()
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    assert main(["plan", "config.yaml"]) == 0
+    assert config.run_id in capsys.readouterr().out
+    assert os.listdir() == ["config.yaml"]
+
+
+def test_plan_shows_the_sizes_that_training_then_has(workplace):
+    from wml_ray.run import plan
+
+    config = tiny_config("optim.epochs=1")
+    sizes = [(peer["params"], peer["macs"]) for peer in plan(config).peers]
+    trained = train(config, ignore).result["peers"]
+    assert sizes == [(peer["params"], peer["macs"]) for peer in trained]
+
+
+def test_report_compares_the_runs_of_an_experiment(workplace, capsys):
+    for seed in (1, 2):
+        train(tiny_config("optim.epochs=1", f"seed={seed}"), ignore)
+    assert main(["report", "wml"]) == 0
+    shown = capsys.readouterr().out
+    assert all(tiny_config("optim.epochs=1", f"seed={seed}").run_id in shown for seed in (1, 2))
+    assert (workplace / "reports" / "wml" / "accuracy_macs.png").stat().st_size > 5000
+    assert main(["report", "nothing-here"]) == 2
+
+
+def test_divergence_is_a_runtime_error_for_programs(workplace):
+    with pytest.raises(Diverged):
+        train(tiny_config("optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
+    record = json.loads((next(Path("results").glob("*/*")) / "run.json").read_text())
+    assert record["delivered"] is False

@@ -1,0 +1,133 @@
+"""Against a real MLflow server that is really killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from family import tiny_config
+from mlflow import MlflowClient
+
+from wml_ray import ray_train, tracking
+from wml_ray.loop import EpochEnd
+from wml_ray.run import train
+from wml_ray.tracking import TrackedRun, Tracker
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, free_port(), None
+        self.uri = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        folder = self.folder
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        command += ["--artifacts-destination", str(folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
+            )
+
+    def wait(self, timeout_s=90):
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except (urllib.error.URLError, OSError):
+                assert self.process.poll() is None, (self.folder / "server.log").read_text()
+                time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self):
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path_factory, monkeypatch):
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    server.wait()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    yield server
+    server.kill()
+
+
+def logged_steps(server, metric):
+    client = MlflowClient(server.uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("wml").experiment_id])
+    return run, [entry.step for entry in client.get_metric_history(run.info.run_id, metric)]
+
+
+def at_epoch(epoch, action):
+    def on_event(event):
+        if isinstance(event, EpochEnd) and event.epoch == epoch:
+            action()
+
+    return on_event
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_mid_run_and_back_later_misses_nothing(workplace, server):
+    def restart():
+        server.kill()
+        server.start()
+
+    outcome = train(tiny_config("optim.epochs=6"), at_epoch(2, restart))
+    assert outcome.undelivered == 0
+    for metric in ("train/loss", "val/accuracy/peer2"):
+        run, steps = logged_steps(server, metric)
+        assert steps == [1, 2, 3, 4, 5, 6]
+    assert logged_steps(server, "test/accuracy/peer0")[1] == [6]
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_what_a_dead_server_missed_is_kept_and_delivered_by_the_same_command(workplace, server, monkeypatch):
+    monkeypatch.setattr(ray_train, "DELIVERY_S", 1.0)
+    config = tiny_config("optim.epochs=4")
+    outcome = train(config, at_epoch(2, server.kill))
+    assert outcome.undelivered > 0
+    assert (config.run_folder / "result.json").exists()
+    server.start()
+    server.wait()
+    monkeypatch.setattr(ray_train, "DELIVERY_S", 60.0)
+    again = train(config, lambda event: None)
+    assert (again.undelivered, again.trained_now) == (0, False)
+    run, steps = logged_steps(server, "train/loss")
+    assert steps == [1, 2, 3, 4]
+    assert run.info.status == "FINISHED"
+    assert logged_steps(server, "test/accuracy/peer0")[1] == [4]
+
+
+def test_logging_to_a_server_that_never_answers_returns_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracker = Tracker(TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0", "none"))
+        start_s = time.perf_counter()
+        for step in range(1000):
+            tracker.log(step, {"train/loss": 1.0}, 0)
+        assert time.perf_counter() - start_s < 1.0  # one request would wait for several seconds
+        assert tracker.close(timeout_s=0.1) == 1000
+
+
+def test_a_password_in_the_address_is_never_shown(monkeypatch):
+    uri = f"http://someone:secret@127.0.0.1:{free_port()}"
+    with pytest.raises(ValueError, match=r"127\.0\.0\.1") as raised:
+        tracking.check_reachable(uri)
+    assert "secret" not in str(raised.value)
+    assert "secret" not in TrackedRun(uri, "1", "2").command
