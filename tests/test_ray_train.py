@@ -49,6 +49,12 @@ def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
     assert only_run().info.status == "FAILED"
 
 
+def test_an_elastic_range_takes_what_the_cluster_has(workplace):
+    outcome = train(tiny_config("scale.workers=[1,2]", "scale.cpus_per_worker=1", "optim.epochs=2"), ignore)
+    assert outcome.undelivered == 0
+    assert steps(only_run(), "train/loss") == [1, 2]
+
+
 @pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
 def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(workplace, ask):
     with pytest.raises(UserError, match="this cluster has 2"):

@@ -61,7 +61,7 @@ def _user_stages(name: str, spec: ImageSpec) -> Stages:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH"
         ) from error

@@ -183,9 +183,12 @@ class _Progress:
             self.accuracy = f", ensemble {event.metrics['val/accuracy/ensemble_weighted'] * 100:.1f} %"
             return
         text = f"epoch {event.epoch}/{self.epochs}, loss {event.loss:.3f}{self.accuracy}"
-        self.bar.update(self.task, description=text, completed=event.step, total=event.total_steps)
         now_s = time.monotonic()
-        first_s, first_step = self.first = self.first or (now_s, event.step)
+        if self.first is None:  # the ETA counts from here: a resumed run has not done its first steps just now
+            self.first = (now_s, event.step)
+            self.bar.reset(self.task, description=text, completed=event.step, total=event.total_steps)
+        self.bar.update(self.task, description=text, completed=event.step)
+        first_s, first_step = self.first
         if self.plain and now_s - self.last_line_s >= PLAIN_LINE_S and event.step > first_step:
             self.last_line_s = now_s
             left_s = (now_s - first_s) / (event.step - first_step) * (event.total_steps - event.step)

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MAX_SEED = 2**31 - 1
 
 
 class UserError(ValueError):
     """A mistake in what the user gave: one line with the key, the value, what is allowed and the mend."""
+
+
+class DataMissing(UserError):
+    """The dataset is not where the config says it is."""
 
 
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
@@ -153,23 +157,26 @@ class OptimConfig(Section):
         return self
 
 
+def _workers(value: Any) -> Any:
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    ordered = all(type(number) is int for number in numbers) and numbers[0] <= numbers[1]
+    if not ordered or numbers[0] < (1 if numbers is value else 0):
+        raise ValueError(
+            f"scale.workers = {value!r} must be 0 (this process), a number of workers, or [min, max] with "
+            "1 <= min <= max, for example [1, 4]"
+        )
+    return value
+
+
 class ScaleConfig(Section):
-    workers: Annotated[int, Field(ge=0)] | Annotated[list[Count], Field(min_length=2, max_length=2)] = Field(
+    workers: Annotated[int | list[int], BeforeValidator(_workers)] = Field(
         0, description="training workers: 0 trains in this process, N on N Ray workers, [min, max] is elastic"
     )
     gpu: bool = Field(False, description="one GPU a worker")
-    cpus_per_worker: Count | None = Field(
-        None, description="CPU cores a worker; null shares this cluster's cores evenly"
-    )
+    cpus_per_worker: Count | None = Field(None, description="CPU threads a worker; null shares the cores evenly")
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="how often Ray restarts lost workers from the last checkpoint before giving up"
     )
-
-    @model_validator(mode="after")
-    def _elastic_range_is_ordered(self) -> ScaleConfig:
-        if isinstance(self.workers, list) and self.workers[0] > self.workers[1]:
-            raise ValueError(f"scale.workers = {self.workers} must be [min, max] with min <= max, for example [1, 4]")
-        return self
 
 
 class RunConfig(Section):
@@ -256,13 +263,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, not YAML, an unknown key, or a value outside its range.
     """
     try:
-        text = Path(path).read_text()
+        raw = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file, see jobs/") from error
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"config file {path} is not valid YAML: {' '.join(str(error).split())}; see jobs/ for examples"
+        ) from error
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"config file {path} holds a {type(raw).__name__}; it must hold keys such as `seed: 0`")
@@ -276,6 +283,7 @@ def parse(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         UserError: an unknown key, or a value outside its range.
     """
     merged = json.loads(json.dumps(raw, default=str))
+    merged = {key: value for key, value in merged.items() if value is not None or key not in Config.model_fields}
     for override in overrides:
         _apply_override(merged, override)
     try:
@@ -315,7 +323,7 @@ def _child(node: Any, name: str, key: str) -> Any:
         if name not in node and name == "sharing":
             node[name] = list(ModelConfig().sharing)
         if name in node:
-            return {} if node[name] is None else node[name]
+            return node[name]
     raise UserError(f"unknown key '{key}'{_did_you_mean(key)}")
 
 
@@ -359,8 +367,7 @@ def _did_you_mean(key: str) -> str:
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
-    key = key.removesuffix(".int")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 and not key.startswith("scale.w") else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_did_you_mean(key)}{more}"
     message = first["msg"].removeprefix("Value error, ")

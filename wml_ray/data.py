@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from wml_ray.backbones import ImageSpec
-from wml_ray.config import Config, DataConfig, UserError
+from wml_ray.config import Config, DataConfig, DataMissing, UserError
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "outer", "validation", "test"]
@@ -429,8 +429,8 @@ def _download(root: Path, fetch: Callable[[], object]) -> None:
             ) from None
 
 
-def _missing(data: DataConfig, what: str) -> UserError:
-    return UserError(
+def _missing(data: DataConfig, what: str) -> DataMissing:
+    return DataMissing(
         f"data.root = '{data.root}' holds no {data.name}: expected {what}; set data.download=true to fetch it, or "
         "data.root to the folder that has it"
     )

@@ -161,8 +161,10 @@ class Trainer:
         parameters = dict(self.tree.named_parameters())
         for name, value in _below("optimizer", state).items():
             key, _, parameter_name = name.partition("/")
-            device = "cpu" if key == "step" else self.device  # AdamW keeps its step counts on the CPU
-            self.optimizer.state[parameters[parameter_name]][key] = value.to(device)
+            parameter = parameters[parameter_name]
+            if value.shape == parameter.shape:  # in the parameter's own layout, without which a step is slower
+                value = torch.empty_like(parameter).copy_(value)
+            self.optimizer.state[parameter][key] = value.detach()
         scaler = {key: float(value) for key, value in _below("scaler", state).items()}
         if scaler:
             counts = {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}

@@ -112,7 +112,7 @@ def _worker(settings: dict[str, Any]) -> None:
         return
     context = ray.train.get_context()
     shard = Shard(context.get_world_rank(), context.get_world_size())
-    if config.scale.workers:
+    if config.scale.workers or config.scale.cpus_per_worker:
         torch.set_num_threads(_cpus_per_worker(config))
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     tracked = TrackedRun(**settings["tracked"])

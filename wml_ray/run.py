@@ -13,7 +13,7 @@ import torch
 
 from wml_ray import ray_train, report, session, tracking
 from wml_ray.checkpoint import Checkpoints, write_json
-from wml_ray.config import Config, UserError
+from wml_ray.config import Config, DataMissing
 from wml_ray.costs import count_params
 from wml_ray.data import Dataset, ResidentDataset, generator_for, image_spec, load
 from wml_ray.loop import Diverged, EpochEnd, Tick
@@ -142,7 +142,7 @@ def _state(config: Config) -> str:
 def _data_or_noise(config: Config) -> tuple[Dataset, str]:
     try:
         return load(config), config.data.name
-    except UserError:
+    except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size * 4, config.pruning.saliency_images * 2)
         generator = generator_for(config.seed, "noise")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from wml_ray.backbones import ImageSpec, build
 from wml_ray.checkpoint import Checkpoint, Checkpoints, best_epoch, write_json
-from wml_ray.config import Config
+from wml_ray.config import Config, UserError
 from wml_ray.costs import count_macs, count_params, layer_costs
 from wml_ray.data import Dataset, Shard, load, seed_for
 from wml_ray.loop import EpochEnd, Report, Tick, Trainer, initial_state
@@ -48,7 +48,13 @@ def prepare(config: Config) -> Checkpoint:
     newest = checkpoints.latest()
     if newest is None:
         newest = beginning(config, load(config))
-        checkpoints.save(newest)
+        try:
+            checkpoints.save(newest)
+        except OSError as error:
+            raise UserError(
+                f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
+                f"({error.strerror}); name a folder that can"
+            ) from error
     return newest
 
 

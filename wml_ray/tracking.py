@@ -26,6 +26,7 @@ DEFAULT_STORE = "mlflow.db"
 ANSWER_S = 8  # how long a server may take to answer before the run starts
 RETRY_S = 2.0  # between two tries to reach a server that went away
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_LOCAL_SCHEMES = ("sqlite", "file", "databricks")
 TOKEN_TAG = "wml_ray.token"
 
 
@@ -56,12 +57,22 @@ def tracking_uri() -> str:
 
 def check_reachable(uri: str) -> None:
     """Raises:
-    UserError: the tracking server does not answer within ten seconds.
+    UserError: the address is none, or the tracking server does not answer within ten seconds.
     """
-    address = urlsplit(uri)
-    if not address.hostname:
+    try:
+        address = urlsplit(uri)
+        kind, port = address.scheme.split("+")[0], address.port
+        understood = kind in _LOCAL_SCHEMES or (kind in _PORTS and bool(address.hostname))
+    except ValueError:  # a port that is no number
+        understood = False
+    if not understood:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI = '{shown(uri)}' is no address of an MLflow store; write http://HOST:PORT for a "
+            f"server, sqlite:///FILE for a file, or unset it to log to ./{DEFAULT_STORE}"
+        )
+    if kind in _LOCAL_SCHEMES:
         return
-    port = address.port or _PORTS.get(address.scheme.split("+")[0], 80)
+    port = port or _PORTS[kind]
     try:
         socket.create_connection((address.hostname, port), timeout=ANSWER_S / 2).close()
         if address.scheme in ("http", "https"):
@@ -119,6 +130,9 @@ def finished_runs(experiment: str) -> pd.DataFrame:
 
     uri = tracking_uri()
     check_reachable(uri)
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not Path(path).exists():  # opening it would make it
+        raise UserError(f"experiment '{experiment}': there is no {path} here; set MLFLOW_TRACKING_URI, or train first")
     client = _client(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
