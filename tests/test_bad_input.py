@@ -207,7 +207,9 @@ def test_an_mlflow_server_that_does_not_answer_is_named_within_ten_seconds(refus
     assert "secret" not in line
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "localhost:{port}", "http://127.0.0.1:port", "http://"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{port}", "localhost:{port}", "http://127.0.0.1:port", "http://", "file:./mlruns"]
+)
 def test_an_mlflow_address_that_is_none_is_refused(refusal, config, monkeypatch, closed_port, address):
     address = address.format(port=closed_port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

@@ -84,7 +84,7 @@ def _plan(options: argparse.Namespace) -> int:
     where = "in this process" if workers == 0 else f"on {workers} Ray workers"
     device = "one GPU each" if config.scale.gpu else "CPU"
     _print(f"images      {found.images}, {config.data.batch_size} a step, {config.optim.epochs} epochs")
-    _print(f"model       {config.model.backbone}, sharing {config.model.sharing}")
+    _print(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}")
     _print(f"params      {found.tree_params:,} in the tree ({separate:,} in separate peers)")
     _print(f"memory      about {found.memory_bytes / 2**20:,.0f} MiB a worker")
     _print(f"resources   {where}, {device}")

@@ -65,8 +65,8 @@ class ModelConfig(Section):
     backbone: str = Field(
         "resnet20", description="a name from the backbone table, or `package.module:function` returning stages"
     )
-    sharing: list[Count] = Field(
-        [1, 1, 2, 4, 4], min_length=1, description="copies per stage; the last entry is the number of peers M"
+    sharing: tuple[Count, ...] = Field(
+        (1, 1, 2, 4, 4), min_length=1, description="copies per stage; the last entry is the number of peers M"
     )
 
     @model_validator(mode="after")
@@ -74,15 +74,15 @@ class ModelConfig(Section):
         for stage, (above, here) in enumerate(zip(self.sharing, self.sharing[1:], strict=False), start=1):
             if here % above:
                 raise ValueError(
-                    f"sharing {self.sharing} is not a tree: entry {stage} ({here}) must be a multiple of the one "
+                    f"sharing {list(self.sharing)} is not a tree: entry {stage} ({here}) must be a multiple of the one "
                     f"before ({above}); for example [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] to share nothing"
                 )
         return self
 
 
 class PruningConfig(Section):
-    ratios: list[Ratio] = Field(
-        [0.0, 0.2, 0.4, 0.6], min_length=1, description="share removed from each peer, one entry a peer; 0 is off"
+    ratios: tuple[Ratio, ...] = Field(
+        (0.0, 0.2, 0.4, 0.6), min_length=1, description="share removed from each peer, one entry a peer; 0 is off"
     )
     unit: Literal["channels", "params", "macs"] = Field("channels", description="what the ratios count")
     min_channels: Count = Field(4, description="channels every layer keeps at least")
@@ -129,7 +129,7 @@ class OptimConfig(Section):
         "cosine", description="course of the learning rate after the warm-up"
     )
     warmup_epochs: NonNegative = Field(0.0, description="epochs of linear warm-up from 0 to the peak")
-    milestones: list[Count] = Field([], description="epochs after which a multistep schedule decays")
+    milestones: tuple[Count, ...] = Field((), description="epochs after which a multistep schedule decays")
     decay_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="factor of a multistep decay at each milestone"
     )
@@ -152,8 +152,8 @@ class OptimConfig(Section):
             )
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("optim.schedule = multistep needs optim.milestones, for example [15, 25]")
-        if self.milestones != sorted(set(self.milestones)):
-            raise ValueError(f"optim.milestones = {self.milestones} must increase, for example [15, 25]")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"optim.milestones = {list(self.milestones)} must increase, for example [15, 25]")
         return self
 
 
@@ -209,7 +209,7 @@ class Config(Section):
     def _one_ratio_a_peer(self) -> Config:
         if len(self.pruning.ratios) != self.num_peers:
             raise ValueError(
-                f"pruning.ratios has {len(self.pruning.ratios)} entries but model.sharing = {self.model.sharing} "
+                f"pruning.ratios has {len(self.pruning.ratios)} entries but model.sharing = {list(self.model.sharing)} "
                 f"makes {self.num_peers} peers; give one ratio a peer (0 leaves a peer whole)"
             )
         if self.optim.precision == "float16" and not self.scale.gpu:
@@ -228,6 +228,7 @@ class Config(Section):
         move or scale and still find its own checkpoint.
         """
         dump = self.model_dump(mode="json")
+        dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for place_or_speed in ("root", "download", "loader_workers"):
             del dump["data"][place_or_speed]
@@ -356,12 +357,13 @@ def _choices(field: Any) -> str:
 
 
 def _did_you_mean(key: str) -> str:
-    close = get_close_matches(key, known_keys(), n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
     section = key.split(".")[0]
-    siblings = [known for known in known_keys() if known.startswith(f"{section}.")] or list(Config.model_fields)
-    return f"; allowed: {', '.join(siblings)}"
+    siblings = [known for known in known_keys() if known.startswith(f"{section}.")]
+    last_words = {known.rpartition(".")[2]: known for known in siblings or known_keys()}
+    close = get_close_matches(key.rpartition(".")[2], last_words, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{last_words[close[0]]}'?"
+    return f"; allowed: {', '.join(siblings or Config.model_fields)}"
 
 
 def _one_line(error: ValidationError) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import itertools
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -159,9 +160,7 @@ class ResidentDataset(Dataset):
         device: torch.device,
     ) -> None:
         super().__init__(config, spec, splits, device)
-        training = images[splits["train"]].double()
-        self.mean = tuple(training.mean((0, 2, 3)).tolist())
-        self.std = tuple(training.std((0, 2, 3)).clamp_min(1e-8).tolist())
+        self.mean, self.std = _channel_statistics(images[splits["train"]])
         self.images, self.labels = images.to(device), labels.to(device)
 
     def _plain(self, indices: Tensor) -> Batch:
@@ -186,6 +185,16 @@ class ResidentDataset(Dataset):
         if self.config.optim.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images
+
+
+def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Exact mean and standard deviation of each channel of uint8 images, from a histogram."""
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    means = shares @ levels
+    deviations = ((levels - means[:, None]) ** 2 * shares).sum(1).sqrt().clamp_min(1e-8)
+    return tuple(means.tolist()), tuple(deviations.tolist())
 
 
 class _Draws:
@@ -274,9 +283,12 @@ class StreamedDataset(Dataset):
             num_workers=self.config.data.loader_workers if workers is None else workers,
             pin_memory=self.device.type == "cuda",
         )
-        for images, labels in loader:
-            on_device = images.to(self.device, non_blocking=True).float()
-            yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                on_device = images.to(self.device, non_blocking=True).float()
+                yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
+        except UserError as error:  # a loader process puts its traceback in front of the message
+            raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
 class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -379,7 +391,7 @@ def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.
         raise UserError(f"data.root: {folder / stem}-ubyte[.gz] is missing; fetch the dataset again")
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.root: {path} is broken ({error}); fetch it again") from None
     count = int.from_bytes(raw[4:8], "big")
     values = np.frombuffer(raw, np.uint8, offset=min(header_bytes, len(raw)))

@@ -226,10 +226,10 @@ class PeerBudget:
     def _out_of_reach(self, reachable: float) -> UserError:
         ratio, unit = self.config.ratios[self.peer], self.config.unit
         return UserError(
-            f"pruning.ratios.{self.peer} = {ratio} is out of reach: with model.sharing = {list(self.tree.sharing)} and "
-            f"pruning.min_channels = {self.config.min_channels}, peer {self.peer} can lose at most "
-            f"{int(reachable * 1000) / 1000} of its {unit}, because shared copies keep what the peer with the smallest "
-            "ratio keeps; lower this ratio, raise the smaller ones, or share fewer stages"
+            f"pruning.ratios.{self.peer} = {ratio} is out of reach: peer {self.peer} can lose at most "
+            f"{int(reachable * 1000) / 1000} of its {unit} with model.sharing = {list(self.tree.sharing)} (a "
+            f"shared copy keeps what the smallest ratio leaves), pruning.min_channels = {self.config.min_channels} and "
+            f"pruning.round_to = {self.config.round_to}; lower this ratio, or loosen one of these"
         )
 
 

@@ -144,7 +144,7 @@ def _data_or_noise(config: Config) -> tuple[Dataset, str]:
         return load(config), config.data.name
     except DataMissing:
         spec = image_spec(config.data)
-        images = max(config.data.batch_size * 4, config.pruning.saliency_images * 2)
+        images = max(config.data.batch_size, config.pruning.saliency_images)
         generator = generator_for(config.seed, "noise")
         pixels = torch.randint(256, (images, *spec.shape), dtype=torch.uint8, generator=generator)
         labels = torch.randint(spec.num_classes, (images,), generator=generator)

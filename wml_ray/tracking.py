@@ -26,7 +26,7 @@ DEFAULT_STORE = "mlflow.db"
 ANSWER_S = 8  # how long a server may take to answer before the run starts
 RETRY_S = 2.0  # between two tries to reach a server that went away
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
-_LOCAL_SCHEMES = ("sqlite", "file", "databricks")
+_LOCAL_SCHEMES = ("sqlite", "databricks")
 TOKEN_TAG = "wml_ray.token"
 
 

@@ -1,0 +1,49 @@
+import torch
+from family import SPEC, batch, pruned_tree
+from torch import nn
+
+from wml_ray.tree import PeerTree
+
+
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(inputs)
+
+
+def test_a_forward_pass_runs_each_copy_once():
+    tree = PeerTree(lambda: {"trunk": Counting(), "middle": Counting(), "head": Counting()}, [1, 2, 4])
+    logits = tree(torch.randn(5, 3))
+    assert logits.shape == (4, 5, 3)
+    assert [module.calls for module in tree.modules() if isinstance(module, Counting)] == [1] * 7
+
+
+def test_every_copy_is_initialised_afresh():
+    tree = PeerTree(lambda: {"trunk": Counting(), "head": Counting()}, [1, 4])
+    assert len({head.weight[0, 0].item() for head in tree.stages["head"]}) == 4
+
+
+def test_a_peer_stands_alone_with_equal_outputs():
+    tree = pruned_tree().eval()
+    inputs, _ = batch(4)
+    logits = tree(inputs)
+    for index in range(tree.num_peers):
+        peer = tree.peer(index)
+        assert peer(inputs).equal(logits[index])
+        with torch.no_grad():
+            for parameter in peer.parameters():
+                parameter.zero_()
+    assert tree(inputs).equal(logits)
+
+
+def test_peers_through_a_module_are_those_whose_path_has_it():
+    tree = pruned_tree()
+    for name, _ in tree.named_modules():
+        if name.count(".") == 2:
+            assert tree.peers_through(name) == {peer for peer in range(4) if name in tree.path(peer)}
+    assert tree.peers_through("stages.stage1.1.inner.0.0.weight") == {2, 3}
+    assert SPEC.num_classes == tree.peer(0)[-1][-1].out_features
