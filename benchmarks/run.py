@@ -6,6 +6,7 @@ python benchmarks/run.py [weights|kl|step|ray|help ...]; without names, all of t
 from __future__ import annotations
 
 import json
+import operator
 import platform
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def kl(record: dict[str, Any]) -> Iterator[Row]:
     for peers, seconds in times_s.items():
         half = times_s.get(str(int(peers) // 2))
         if half is not None:
-            yield f"M = {peers}: KL term, against half the peers", seconds / half, "about 2 (linear)"
+            yield f"M = {peers}: KL term, against half the peers", seconds / half, ""
+    growth = times_s["32"] / times_s["2"]
+    yield "KL term: M = 32 against M = 2 (16 times the peers)", growth, "<= 18"
 
 
 def step(record: dict[str, Any]) -> Iterator[Row]:
@@ -78,10 +81,20 @@ def main() -> None:
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     record["machine"] = _machine()
     print(record["machine"], flush=True)
+    ratios = record.setdefault("ratios", {})
     for benchmark in chosen:
         for what, value, limit in benchmark(record):
-            print(f"{what:<56} {value:8.3f}   {limit}", flush=True)
+            ratios[what] = {"value": round(value, 4), "limit": limit, "met": _met(value, limit)}
+            mark = "" if ratios[what]["met"] else "   MISSED"
+            print(f"{what:<56} {value:8.3f}   {limit}{mark}", flush=True)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _met(value: float, limit: str) -> bool:
+    """Whether a ratio keeps a limit such as "<= 2.5"; no limit is always kept."""
+    comparison, _, bound = limit.partition(" ")
+    compare = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}.get(comparison)
+    return compare is None or compare(value, float(bound))
 
 
 def _machine() -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,8 +65,14 @@ def _peak_bytes(kind: str) -> int:
 
 
 def _measure(kind: str, sender: Any) -> None:
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_resident_bytes()
     step = _step(kind)
     for _ in range(3):
         step()
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) * 1024)
+    sender.send(_peak_resident_bytes() - before)
+
+
+def _peak_resident_bytes() -> int:
+    """Linux's own count, since this process was started; `ru_maxrss` would include the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

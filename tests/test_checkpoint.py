@@ -63,6 +63,20 @@ def test_a_damaged_epoch_is_replaced_when_it_is_reached_again(store):
     assert store.latest().epoch == 6
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_a_resumed_run_saves_is_kept_besides_damaged_later_epochs(tmp_path, keep):
+    store = Checkpoints(tmp_path, keep)
+    for epoch in range(7):
+        store.save(checkpoint(epoch))
+    for epoch in store.epochs()[-keep:]:
+        (store.folder / f"epoch-{epoch:04d}" / "plan.json").write_text("{}")
+    with pytest.warns(UserWarning, match="damaged"):
+        start = store.latest()
+    resumed = start.epoch if start else -1
+    store.save(checkpoint(resumed + 1))
+    assert store.load(resumed + 1).epoch == store.epochs()[-1]
+
+
 def test_a_write_cut_off_by_a_kill_is_invisible_and_cleaned_up(store):
     unfinished = store.folder / ".epoch-0007-abc.writing"
     unfinished.mkdir()

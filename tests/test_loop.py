@@ -155,6 +155,28 @@ def test_progress_ticks_are_on_the_way_to_the_end():
     assert all(0 < tick.step <= tick.total_steps == 20 for tick in ticks)
 
 
+def _first_gradients(rank, world_size):
+    """One step's gradients on 5 images, 3 and 2 of them a worker, with BatchNorm over all of them."""
+    config = tiny_config("data.batch_size=5", "optim.sync_batchnorm=true", "optim.name=adamw")
+    trainer = trainer_of(config, Shard(rank, world_size))
+    trainer._train_step(0, next(trainer.dataset.train_batches(0, trainer.shard)))
+    return {name: p.grad for name, p in trainer.tree.named_parameters()}
+
+
+def test_uneven_shares_give_the_gradient_of_the_whole_batch(tmp_path):
+    split = workers.run(_first_gradients, tmp_path, 2)
+    whole = _first_gradients(0, 1)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[0][name], gradient, rtol=1e-3, atol=1e-5)
+        assert split[1][name].equal(split[0][name])
+
+
+def test_synchronised_batchnorm_runs_under_autocast(tmp_path):
+    overrides = ["optim.epochs=1", "optim.sync_batchnorm=true", "optim.precision=bfloat16"]
+    (_, _, metrics), _ = workers.run(_two_workers, tmp_path, overrides)
+    assert math.isfinite(metrics["train/loss"])
+
+
 def _two_workers(rank, overrides):
     trainer = trainer_of(tiny_config(*overrides), Shard(rank, 2))
     metrics = []

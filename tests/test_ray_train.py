@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 from family import tiny_config
-from test_run import assert_bit_equal, ignore, only_run, steps
+from test_run import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 
+from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import UserError
 from wml_ray.loop import Diverged, EpochEnd
 from wml_ray.run import train
@@ -49,6 +50,34 @@ def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
     assert only_run().info.status == "FAILED"
 
 
+def test_ctrl_c_while_ray_workers_train_says_how_to_continue(workplace):
+    config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "optim.epochs=400")
+    (workplace / "config.yaml").write_text(config.to_yaml())
+    process = start_training()
+    wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert only_run().info.status == "KILLED"
+
+
+def test_a_run_goes_on_with_another_number_of_workers(workplace):
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(event):
+        if isinstance(event, EpochEnd) and event.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(tiny_config("optim.epochs=4"), stop_after_two)
+    outcome = train(tiny_config("optim.epochs=4", "scale.workers=2", "scale.cpus_per_worker=1"), ignore)
+    assert outcome.trained_now
+    assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
+
+
 def test_an_elastic_range_takes_what_the_cluster_has(workplace):
     outcome = train(tiny_config("scale.workers=[1,2]", "scale.cpus_per_worker=1", "optim.epochs=2"), ignore)
     assert outcome.undelivered == 0
@@ -57,6 +86,6 @@ def test_an_elastic_range_takes_what_the_cluster_has(workplace):
 
 @pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
 def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(workplace, ask):
-    with pytest.raises(UserError, match="this cluster has 2"):
+    with pytest.raises(UserError, match="do not fit: this cluster has 2 cores"):
         train(tiny_config("scale.workers=2", ask), ignore)
     assert not os.listdir()

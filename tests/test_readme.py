@@ -1,5 +1,6 @@
 """What the README shows is what there is, and its commands are run."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -32,6 +33,17 @@ def test_the_tree_names_every_file_of_the_package():
 def test_every_backbone_is_named():
     named = set(re.findall(r"`([\w]+)`", README[README.index("**Networks.**") : README.index("**Sharing.**")]))
     assert {name.removesuffix("_cifar") for name in BACKBONES} <= named
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_every_peer_to_97_percent(workplace, capsys):
+    (workplace / "jobs").symlink_to(ROOT / "jobs")
+    assert main(["train", "jobs/quickstart.yaml"]) == 0
+    assert "weighted" in capsys.readouterr().out
+    (result,) = Path("results").glob("*/*/result.json")
+    peers = json.loads(result.read_text())["peers"]
+    assert len({peer["params"] for peer in peers}) == 4
+    assert all(peer["test_accuracy"] >= 0.97 for peer in peers)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from wml_ray.checkpoint import Checkpoints
 from wml_ray.cli import main
+from wml_ray.config import UserError
 from wml_ray.loop import Diverged, EpochEnd
 from wml_ray.run import train
 
@@ -194,6 +195,43 @@ def test_the_best_epoch_is_tested_where_asked_for(workplace):
     assert scores[outcome.result["test_epoch"] - 1] == max(scores)
     validation = outcome.result["ensembles"]["weighted"]["validation_accuracy"]
     assert validation == max(scores)
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(workplace):
+    config = tiny_config("optim.epochs=5", "run.test_epoch=best", "run.keep_checkpoints=5", "optim.learning_rate=0.5")
+    store = Checkpoints(config.run_folder / "checkpoints", 5)
+
+    def damage_all_but_the_second(event):
+        if isinstance(event, EpochEnd) and event.epoch == 5:
+            for epoch in (1, 3, 4, 5):
+                (store.folder / f"epoch-{epoch:04d}" / "model.safetensors").write_bytes(b"")
+
+    with pytest.warns(UserWarning, match="is damaged"):
+        outcome = train(config, damage_all_but_the_second)
+    assert outcome.result["test_epoch"] == 2
+
+
+def test_two_commands_cannot_train_one_run_at_once(workplace):
+    config = tiny_config("optim.epochs=1")
+
+    def train_again(event):
+        with pytest.raises(UserError, match="being trained by another process"):
+            train(config, ignore)
+
+    train(config, train_again)
+
+
+def test_system_metrics_are_logged_where_asked_for(workplace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
+    train(tiny_config("optim.epochs=3", "run.system_metrics=true"), ignore)
+    assert any(name.startswith("system/cpu") for name in only_run().data.metrics)
+
+
+def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(workplace):
+    with pytest.raises(UserError, match=r"scale\.workers = 2 is too many for batches of 3 images"):
+        train(tiny_config("data.batch_size=3", "scale.workers=2", "scale.cpus_per_worker=1"), ignore)
+    assert not os.listdir()
 
 
 def test_plan_writes_nothing_and_names_the_run(workplace, capsys):

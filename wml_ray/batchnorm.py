@@ -38,7 +38,8 @@ class WorkerBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        own_var_C, own_mean_C = torch.var_mean(input, [0, *range(2, input.dim())], correction=0)
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as BatchNorm does inside
+        own_var_C, own_mean_C = torch.var_mean(values, [0, *range(2, input.dim())], correction=0)
         count = own_mean_C.new_tensor([input.numel() / self.num_features])
         rows = _AllGather.apply(torch.cat([own_mean_C, own_var_C, count]))
         mean_WC, var_WC, count_W1 = rows.split([self.num_features, self.num_features, 1], dim=1)
@@ -53,8 +54,8 @@ class WorkerBatchNorm(nn.BatchNorm2d):
         if self.affine:
             shift_C = shift_C + self.bias
         shape = (1, -1, *[1] * (input.dim() - 2))
-        normalised: Tensor = input * scale_C.view(shape) + shift_C.view(shape)
-        return normalised
+        normalised: Tensor = values * scale_C.view(shape) + shift_C.view(shape)
+        return normalised.to(input.dtype)
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:

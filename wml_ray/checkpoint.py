@@ -56,8 +56,9 @@ class Checkpoints:
         (beside / DIGESTS).write_text("".join(f"{_digest(beside / name)}  {name}\n" for name in names))
         for path in [*beside.iterdir(), beside]:
             _flush(path)
-        if target.exists():  # a damaged checkpoint of this epoch, which the run has just passed again
-            shutil.rmtree(target)
+        for epoch in self.epochs():
+            if epoch >= checkpoint.epoch:  # damaged, or the run would not have gone back behind it
+                shutil.rmtree(self._path(epoch))
         beside.rename(target)
         _flush(self.folder)
         self._drop_old(best_epoch(checkpoint.plan["history"]))

@@ -411,7 +411,12 @@ def _read_cifar(config: Config) -> tuple[Tensor, Tensor, int]:
     try:
         parts = [kind(str(root), train=train) for train in (True, False)]
     except RuntimeError:
-        raise _missing(config.data, f"an intact folder {kind.base_folder}") from None
+        if (root / kind.base_folder).is_dir():
+            raise UserError(
+                f"data.root = '{root}': {root / kind.base_folder} is broken (a file is missing or not as published); "
+                "delete it and fetch it again with data.download=true"
+            ) from None
+        raise _missing(config.data, f"a folder {kind.base_folder}") from None
     images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
     labels = [label for part in parts for label in part.targets]
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)

@@ -74,6 +74,18 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
+def check_shares(config: Config, dataset: Dataset, num_workers: int) -> None:
+    """Raises:
+    UserError: a batch has fewer than two images a worker, which BatchNorm needs.
+    """
+    smallest = min(config.data.batch_size, len(dataset.splits["outer"]))
+    if smallest < 2 * num_workers:
+        raise UserError(
+            f"scale.workers = {num_workers} is too many for batches of {smallest} images: BatchNorm needs two images a "
+            "worker; use fewer workers or a larger data.batch_size"
+        )
+
+
 def initial_state(num_peers: int) -> dict[str, Tensor]:
     """The state of a trainer before its first step: equal weights, no momentum."""
     equal = torch.full((num_peers,), -math.log(num_peers), dtype=torch.float64)
@@ -93,7 +105,7 @@ class Trainer:
         """
         self.config, self.dataset, self.device = config, dataset, device
         self.shard = shard or Shard()
-        self._check_shares()
+        check_shares(config, dataset, self.shard.world_size)
         self.tree = tree.to(device=device, memory_format=self._memory_format).train()  # type: ignore[call-overload]
         if config.optim.sync_batchnorm and self.shard.world_size > 1:
             synchronise(self.tree)
@@ -231,6 +243,7 @@ class Trainer:
         )
         self.log_weights_M = log_mirror_descent(self.log_weights_M, gradient_M, wml.mirror_step_size)
         if not self.log_weights_M.isfinite().all():
+            self._check_losses()  # on a GPU the loss that caused it may not have been looked at yet
             peers = [i for i, g in enumerate(gradient_M.tolist()) if not math.isfinite(g)]
             raise self._diverged(f"the gradient of the weight of {_peers(peers)}", step, rate)
 
@@ -265,14 +278,6 @@ class Trainer:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= self.shard.world_size
-
-    def _check_shares(self) -> None:
-        smallest = min(self.config.data.batch_size, len(self.dataset.splits["outer"]))
-        if smallest < 2 * self.shard.world_size:
-            raise UserError(
-                f"scale.workers = {self.shard.world_size} is too many for batches of {smallest} images: BatchNorm "
-                "needs two images a worker; use fewer workers or a larger data.batch_size"
-            )
 
     def _wrapped(self) -> nn.Module:
         model: nn.Module = self.tree

@@ -6,14 +6,20 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.backbones import ImageSpec
-from wml_ray.config import OptimConfig
+from wml_ray.config import Config
 from wml_ray.costs import example
 
 
-def training_memory_bytes(network: nn.Module, spec: ImageSpec, batch_size: int, optim: OptimConfig) -> int:
-    """Parameters, gradients, optimiser state, and what autograd keeps for a batch: counted on 2 images and scaled."""
+def training_memory_bytes(network: nn.Module, spec: ImageSpec, batch_size: int, config: Config) -> int:
+    """Parameters, gradients, optimiser state, what learning omega adds, and what autograd keeps for a batch.
+
+    The last is counted on 2 images and scaled to `batch_size`, a worker's share.
+    """
+    optim = config.optim
     parameters = sum(p.numel() * p.element_size() for p in network.parameters())
     copies = 2 + (2 if optim.name == "adamw" else int(optim.momentum > 0))
+    if config.wml.weights == "learned":
+        copies += 1 if config.wml.unroll == "same_point" else 3  # v; and dL1/dtheta and the stepped theta
     kept_per_image = _saved_bytes(network, spec, images=2) / 2
     if optim.precision != "float32":
         kept_per_image /= 2

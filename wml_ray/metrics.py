@@ -44,7 +44,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights
     was_training = model.training
     model.eval()
     for inputs, targets in batches:
-        logits_MBK = model(inputs)
+        logits_MBK = model(inputs).float()  # whatever precision the network ran in
         ensembles = [average_ensemble(logits_MBK), weighted_ensemble(logits_MBK, weights_M)]
         predictions = torch.cat([logits_MBK.argmax(-1), torch.stack(ensembles).argmax(-1)])
         counts[: num_peers + 2] += (predictions == targets).sum(1)

@@ -181,18 +181,18 @@ class PeerBudget:
         ]
         self.groups = [group for group in groups if peer in group.peers]
         self.free = [group for group in self.groups if group.kept is None]
-        layer_importance = torch.stack([group.importance.mean() for group in self.groups]).double()
+        layer_importance = torch.tensor([float(group.importance.mean()) for group in self.groups], dtype=torch.float64)
         relative = layer_importance / layer_importance.mean().clamp_min(1e-300)
         self.losing = {g: float(1 / (1 + i)) for g, i in zip(self.groups, relative, strict=True)}
 
     def fit(self) -> None:
         full = self._cost({group: group.size for group in self.groups})
         allowed = full * (1 - self.config.ratios[self.peer]) * (1 + 1e-12)
-        low, high = 0.0, 1 / min(self.losing.values())
+        low, high = 0.0, 1 / min(self.losing.values(), default=1.0)
         if self._cost(self._kept(low)) <= allowed:
             high = low
         elif self._cost(self._kept(high)) > allowed:
-            raise self._out_of_reach(1 - self._cost(self._kept(high)) / full)
+            raise self._out_of_reach(1 - self._cost(self._kept(high)) / max(full, 1))
         while high - low > 1e-6:
             middle = (low + high) / 2
             low, high = (low, middle) if self._cost(self._kept(middle)) <= allowed else (middle, high)

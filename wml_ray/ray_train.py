@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
 import sys
 import threading
 import uuid
@@ -45,22 +47,32 @@ def start(config: Config) -> None:
             raise UserError("scale.gpu = true but this machine has no CUDA GPU; set scale.gpu=false")
         return
     if not ray.is_initialized():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        _join_cluster()
     resources = ray.cluster_resources()
-    fewest = _worker_range(config)[0]
+    fewest = worker_range(config)[0]
     gpus = int(resources.get("GPU", 0))
     if config.scale.gpu and gpus < fewest:
         raise UserError(
             f"scale.gpu = true with scale.workers = {config.scale.workers} needs {fewest} GPUs; this cluster has "
             f"{gpus}; use fewer workers, or scale.gpu=false"
         )
-    cpus = int(resources.get("CPU", 0))
-    needed = fewest * _cpus_per_worker(config)
-    if cpus < needed:
+    each, nodes = _cpus_per_worker(config), _cpus_of_nodes()
+    if sum(cpus // each for cpus in nodes) < fewest:
         raise UserError(
-            f"scale.workers = {config.scale.workers} needs {needed} CPU cores; this cluster has {cpus}; use fewer "
-            "workers or a smaller scale.cpus_per_worker"
+            f"scale.workers = {config.scale.workers} with {each} CPU cores each do not fit: this cluster has "
+            f"{sum(nodes)} cores on {len(nodes)} nodes; use fewer workers or a smaller scale.cpus_per_worker"
         )
+
+
+def _join_cluster() -> None:
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS", "of this machine")
+        raise UserError(
+            f"RAY_ADDRESS: the Ray cluster {address} does not take us in ({' '.join(str(error).split())[:200]}); check "
+            "the address, and with token authentication set RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
+        ) from None
 
 
 def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
@@ -81,6 +93,7 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
             "config": _with_absolute_paths(config),
             "tracked": asdict(tracked),
             "send": mailbox.sender if mailbox else on_event,
+            "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
             "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
         },
         scaling_config=_scaling(config),
@@ -91,7 +104,7 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
         ),
     )
     try:
-        trainer.fit()
+        _fit(trainer)
     except (Diverged, UserError, ray.train.TrainingFailedError):
         _raise_what_the_worker_said(config)
         raise
@@ -103,6 +116,19 @@ def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
     return int(json.loads((config.run_folder / OUTCOME).read_text())["undelivered"])
 
 
+def _fit(trainer: Any) -> None:
+    """`trainer.fit()`, after which Ctrl-C is KeyboardInterrupt again: Ray puts a handler of its own in its place."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        trainer.fit()
+    except SystemExit:  # what Ray's handler ends with
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
 def _worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
     config = parse(settings["config"])
@@ -112,8 +138,8 @@ def _worker(settings: dict[str, Any]) -> None:
         return
     context = ray.train.get_context()
     shard = Shard(context.get_world_rank(), context.get_world_size())
-    if config.scale.workers or config.scale.cpus_per_worker:
-        torch.set_num_threads(_cpus_per_worker(config))
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     tracked = TrackedRun(**settings["tracked"])
     tracker = Tracker(tracked, config.run.system_metrics) if shard.rank == 0 else None
@@ -131,7 +157,8 @@ def _worker(settings: dict[str, Any]) -> None:
         run_worker(config, shard, device, report, tracker.log if tracker else _ignore)
         patience_s = DELIVERY_S
     except (Diverged, UserError) as error:
-        write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
+        if not outcome.exists():  # the worker that saw it first says what it was
+            write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
         raise
     finally:
         if tracker:
@@ -217,7 +244,7 @@ def _with_absolute_paths(config: Config) -> dict[str, Any]:
     return raw
 
 
-def _worker_range(config: Config) -> tuple[int, int]:
+def worker_range(config: Config) -> tuple[int, int]:
     workers = config.scale.workers
     return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
 
@@ -225,7 +252,12 @@ def _worker_range(config: Config) -> tuple[int, int]:
 def _cpus_per_worker(config: Config) -> int:
     if config.scale.cpus_per_worker is not None:
         return config.scale.cpus_per_worker
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) // _worker_range(config)[1])
+    nodes = _cpus_of_nodes()
+    return max(1, min(sum(nodes) // worker_range(config)[1], max(nodes)))
+
+
+def _cpus_of_nodes() -> list[int]:
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def _ignore(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:

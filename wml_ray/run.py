@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from wml_ray import ray_train, report, session, tracking
 from wml_ray.checkpoint import Checkpoints, write_json
-from wml_ray.config import Config, DataMissing
+from wml_ray.config import Config, DataMissing, UserError
 from wml_ray.costs import count_params
 from wml_ray.data import Dataset, ResidentDataset, generator_for, image_spec, load
-from wml_ray.loop import Diverged, EpochEnd, Tick
+from wml_ray.loop import Diverged, EpochEnd, Tick, check_shares
 from wml_ray.memory import training_memory_bytes
 from wml_ray.pruning import apply_plan
 from wml_ray.tracking import TrackedRun
@@ -58,8 +63,10 @@ def plan(config: Config) -> Plan:
     tree = session.fresh_tree(config, dataset.spec)
     apply_plan(tree, start.plan["channels"])
     tree.load_state_dict(start.model)
-    workers = config.scale.workers[1] if isinstance(config.scale.workers, list) else max(config.scale.workers, 1)
-    memory = training_memory_bytes(tree, dataset.spec, -(-config.data.batch_size // workers), config.optim)
+    fewest, most = ray_train.worker_range(config)
+    check_shares(config, dataset, max(most, 1))
+    images_a_worker = -(-config.data.batch_size // max(fewest, 1))
+    memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)
     return Plan(start.plan["peers"], count_params(tree), memory, _state(config), images, config)
 
 
@@ -73,9 +80,15 @@ def train(config: Config, on_event: OnEvent) -> Outcome:
     folder = config.run_folder
     if (folder / session.RESULT).exists():
         return _finished(config)
+    with _only_one(folder):
+        return _train(config, on_event)
+
+
+def _train(config: Config, on_event: OnEvent) -> Outcome:
+    folder = config.run_folder
     tracking.check_reachable(tracking.tracking_uri())
     ray_train.start(config)
-    session.prepare(config)
+    session.prepare(config, max(ray_train.worker_range(config)[1], 1))
     (folder / "config.yaml").write_text(config.to_yaml())
     tracked = tracking.open_run(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
@@ -102,7 +115,10 @@ def _finished(config: Config) -> Outcome:
     tracked = TrackedRun(**identity["tracked"])
     undelivered = 0
     if not identity["delivered"]:
-        tracking.check_reachable(tracking.tracking_uri())
+        try:
+            tracking.check_reachable(tracking.tracking_uri())
+        except UserError:  # the result is there all the same
+            return Outcome(result, folder, tracked, False, 1)
         tracked = tracking.open_run(config, identity["token"])
         tracker = tracking.Tracker(tracked)
         session.deliver(result, tracker.log)
@@ -117,6 +133,17 @@ def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
         return 1
     _remember(folder, tracked, delivered=True)
     return 0
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold this machine's lock on a run's folder; it falls with the process, however that ends."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    try:
+        with FileLock(Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{folder} is being trained by another process; wait for it, or stop it first") from None
 
 
 def _identity(folder: Path) -> dict[str, Any]:
@@ -140,8 +167,9 @@ def _state(config: Config) -> str:
 
 
 def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+    name = config.data.name
     try:
-        return load(config), config.data.name
+        return load(config.model_copy(update={"data": config.data.model_copy(update={"download": False})})), name
     except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size, config.pruning.saliency_images)
@@ -151,4 +179,4 @@ def _data_or_noise(config: Config) -> tuple[Dataset, str]:
         every = torch.arange(images)
         splits = {"train": every, "outer": every, "validation": every, "test": every}
         dataset = ResidentDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
-        return dataset, f"noise, as '{config.data.root}' holds no {config.data.name}; widths may differ a little"
+        return dataset, f"noise, as '{config.data.root}' holds no {name}; widths may differ a little"

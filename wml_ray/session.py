@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -10,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from wml_ray.backbones import ImageSpec, build
-from wml_ray.checkpoint import Checkpoint, Checkpoints, best_epoch, write_json
+from wml_ray.checkpoint import Checkpoint, Checkpoints, Damaged, best_epoch, write_json
 from wml_ray.config import Config, UserError
 from wml_ray.costs import count_macs, count_params, layer_costs
 from wml_ray.data import Dataset, Shard, load, seed_for
-from wml_ray.loop import EpochEnd, Report, Tick, Trainer, initial_state
+from wml_ray.loop import EpochEnd, Report, Tick, Trainer, check_shares, initial_state
 from wml_ray.metrics import latency_ms
 from wml_ray.pruning import apply_plan, prune
 from wml_ray.tree import PeerTree
@@ -36,10 +37,11 @@ def fresh_tree(config: Config, spec: ImageSpec) -> PeerTree:
         return PeerTree(lambda: build(config.model.backbone, spec), config.model.sharing)
 
 
-def prepare(config: Config) -> Checkpoint:
+def prepare(config: Config, num_workers: int = 1) -> Checkpoint:
     """Where the run starts: its newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
 
-    Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other.
+    Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other. `num_workers` is
+    how many there may come to be.
 
     Raises:
         UserError: in the backbone, the sharing, the ratios or the data, before anything is written.
@@ -47,7 +49,9 @@ def prepare(config: Config) -> Checkpoint:
     checkpoints = _checkpoints(config)
     newest = checkpoints.latest()
     if newest is None:
-        newest = beginning(config, load(config))
+        dataset = load(config)
+        check_shares(config, dataset, num_workers)
+        newest = beginning(config, dataset)
         try:
             checkpoints.save(newest)
         except OSError as error:
@@ -62,7 +66,10 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
     """Epoch 0: the tree as initialised and pruned."""
     tree = fresh_tree(config, dataset.spec)
     full = family_costs(tree, dataset.spec)
-    channels = prune(tree, config.pruning, dataset.spec, dataset.saliency_batches(config.pruning.saliency_images))
+    batches = dataset.saliency_batches(config.pruning.saliency_images)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
+        channels = prune(tree, config.pruning, dataset.spec, batches)
     plan = {
         "format": 1,
         "run_id": config.run_id,
@@ -72,6 +79,7 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": drops(full, family_costs(tree, dataset.spec)),
+        "created_ms": _now_ms(),
         "epoch": 0,
         "metrics": {},
         "history": [],
@@ -112,10 +120,10 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
     trainer.fit(on_event)
     _select(config, trainer, checkpoints, plan, shard)
     test = trainer.evaluate("test")
-    log_on_rank_0(trainer.epoch, test, _now_ms())
     if shard.rank:
         return None
     result = summary(config, trainer, plan, test)
+    log(trainer.epoch, test, result["timestamp_ms"])
     write_json(config.run_folder / RESULT, result)
     return result
 
@@ -150,7 +158,8 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     }
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
     result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
-    return result | {"test": test, "timestamp_ms": _now_ms(), "history": plan["history"], "device": trainer.device.type}
+    result |= {"test": test, "created_ms": plan["created_ms"], "timestamp_ms": _now_ms()}
+    return result | {"history": plan["history"], "device": trainer.device.type}
 
 
 def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
@@ -166,18 +175,30 @@ def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
 def drops(full: list[dict[str, int]], now: list[dict[str, int]]) -> list[dict[str, float]]:
     """What each peer has and the share it lost, in channels, params and MACs."""
     return [
-        {**costs, **{f"{unit}_drop": 1 - costs[unit] / whole[unit] for unit in whole}}
+        {**costs, **{f"{unit}_drop": (whole[unit] - costs[unit]) / max(whole[unit], 1) for unit in whole}}
         for whole, costs in zip(full, now, strict=True)
     ]
 
 
 def _select(config: Config, trainer: Trainer, checkpoints: Checkpoints, plan: dict[str, Any], shard: Shard) -> None:
     """Put the trainer at the epoch the test accuracy is taken from."""
-    best = best_epoch(plan["history"])
-    if config.run.test_epoch == "last" or best is None or best == trainer.epoch:
-        return
-    chosen = checkpoints.load(_from_rank_0(shard, lambda: best))
-    trainer.load_state(chosen.model, chosen.state)
+    if config.run.test_epoch == "best":
+        best = _from_rank_0(shard, lambda: _best_intact(checkpoints, plan["history"]))
+        if best != trainer.epoch:
+            chosen = checkpoints.load(best)
+            trainer.load_state(chosen.model, chosen.state)
+
+
+def _best_intact(checkpoints: Checkpoints, history: list[dict[str, Any]]) -> int:
+    """The best epoch by validation whose checkpoint can be read."""
+    kept = set(checkpoints.epochs())
+    while (best := best_epoch([entry for entry in history if entry["epoch"] in kept])) is not None:
+        try:
+            return checkpoints.load(best).epoch
+        except Damaged as error:
+            warnings.warn(f"{error}; testing the best epoch besides it", stacklevel=2)
+            kept.remove(best)
+    raise Damaged(f"no checkpoint in {checkpoints.folder} can be read")
 
 
 def _log_past(record: Mapping[str, Any], log: Log) -> None:
@@ -187,8 +208,7 @@ def _log_past(record: Mapping[str, Any], log: Log) -> None:
         for unit in ("macs", "params", "channels")
         for index, peer in enumerate(record["peers"])
     }
-    first_ms = record["history"][0]["timestamp_ms"] if record["history"] else _now_ms()
-    log(0, sizes, first_ms)
+    log(0, sizes, record["created_ms"])
     for entry in record["history"]:
         log(entry["epoch"], entry["metrics"], entry["timestamp_ms"])
 

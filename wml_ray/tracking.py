@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ ANSWER_S = 8  # how long a server may take to answer before the run starts
 RETRY_S = 2.0  # between two tries to reach a server that went away
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _LOCAL_SCHEMES = ("sqlite", "databricks")
+REASON_TAG = "wml_ray.reason"
 TOKEN_TAG = "wml_ray.token"
 
 
@@ -71,17 +72,44 @@ def check_reachable(uri: str) -> None:
             f"server, sqlite:///FILE for a file, or unset it to log to ./{DEFAULT_STORE}"
         )
     if kind in _LOCAL_SCHEMES:
+        _check_file(uri)
         return
-    port = port or _PORTS[kind]
     try:
-        socket.create_connection((address.hostname, port), timeout=ANSWER_S / 2).close()
-        if address.scheme in ("http", "https"):
-            _client(uri).search_experiments(max_results=1)
+        socket.create_connection((address.hostname, port or _PORTS[kind]), timeout=ANSWER_S / 2).close()
+        _within(ANSWER_S / 2, lambda: _client(uri).search_experiments(max_results=1))
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
         raise UserError(
             f"MLFLOW_TRACKING_URI = '{shown(uri)}': the MLflow server does not answer ({_reason(error)}); start it, "
             f"mend the address, or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
         ) from None
+
+
+def _check_file(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI = '{uri}': {path} cannot be written; name a file that can, or unset it to log to "
+            f"./{DEFAULT_STORE}"
+        )
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Run `call` in a thread and give up on it in time: a database client retries for minutes."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds:.0f} s")
 
 
 def open_run(config: Config, token: str, tags: Mapping[str, str] | None = None) -> TrackedRun:
@@ -94,6 +122,8 @@ def open_run(config: Config, token: str, tags: Mapping[str, str] | None = None) 
     if found:
         run = found[0]
         client.update_run(run.info.run_id, status="RUNNING")
+        if REASON_TAG in run.data.tags:
+            client.delete_tag(run.info.run_id, REASON_TAG)
     else:
         all_tags = {TOKEN_TAG: token, "wml_ray.run_id": config.run_id, **(tags or {})}
         run = client.create_run(experiment_id, run_name=config.run_id, tags=all_tags)
@@ -109,7 +139,7 @@ def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), 
         for path in artifacts:
             client.log_artifact(tracked.run_id, str(path), "pictures" if path.suffix == ".png" else None)
         if reason:
-            client.set_tag(tracked.run_id, "wml_ray.reason", reason[:500])
+            client.set_tag(tracked.run_id, REASON_TAG, reason[:500])
         client.set_terminated(tracked.run_id, status)
     except Exception as error:  # the training is done and on disk; a silent server must not take it away
         warnings.warn(f"MLflow could not be told that the run is {status} ({_reason(error)})", stacklevel=2)
@@ -139,11 +169,27 @@ def finished_runs(experiment: str) -> pd.DataFrame:
         names = ", ".join(e.name for e in client.search_experiments()) or "none"
         raise UserError(f"experiment '{experiment}' is not on {shown(uri)}; there are: {names}")
     runs = client.search_runs([found.experiment_id], "attributes.status = 'FINISHED'", max_results=1000)
-    rows = [{"run": run.info.run_name, **run.data.metrics, **run.data.params} for run in runs]
+    rows = [{"run": run.info.run_name, **_metrics_of(client, run), **run.data.params} for run in runs]
     rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
     if not rows:
         raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
     return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+
+
+def _metrics_of(client: Any, run: Any) -> dict[str, float]:
+    """Metrics at the epoch the test accuracy is of, which need not be the last."""
+    metrics = dict(run.data.metrics)
+    if run.data.params.get("run.test_epoch") != "best":
+        return metrics
+    tested = {entry.step for key in metrics if key.startswith("test/") for entry in _history(client, run, key)}
+    for key in metrics:
+        if key.startswith(("val/", "weights/")):
+            metrics[key] = next(entry.value for entry in _history(client, run, key) if entry.step in tested)
+    return metrics
+
+
+def _history(client: Any, run: Any, key: str) -> Any:
+    return client.get_metric_history(run.info.run_id, key)
 
 
 def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -167,7 +213,7 @@ class Tracker:
         self.tracked = tracked
         self._queue: deque[tuple[int, int, dict[str, float]]] = deque()
         self._wake = threading.Condition()
-        self._closing = False
+        self._closing = self._abandoned = False
         self._steps_on_server: dict[str, set[int]] = {}
         self._monitor = _system_monitor(tracked) if system_metrics else None
         self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
@@ -188,6 +234,7 @@ class Tracker:
             self._wake.notify()
         self._thread.join(timeout_s)
         with self._wake:
+            self._abandoned = True  # whoever delivers the rest must be the only one
             return len(self._queue)
 
     def _deliver(self) -> None:
@@ -195,7 +242,7 @@ class Tracker:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
+                if not self._queue or self._abandoned:
                     return
                 step, timestamp_ms, metrics = self._queue[0]
             try:

@@ -53,13 +53,13 @@ def weight_gradient(
         if unroll == "exact":
             leaves = _leaves(theta)
             loss = inner_loss(pure_forward(model, leaves, inner_inputs), inner_targets, weights_M, alpha, **kl)
-            descent = _mean_over_workers(_gradient(loss, list(leaves.values())), len(inner_targets))
+            descent = _mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
             outer_theta = {name: theta[name] - inner_step * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
         loss = ensemble_loss(pure_forward(model, leaves, outer_inputs), outer_targets, omega_M)
-        direct_M, *v = _gradient(loss, [omega_M, *leaves.values()])
-        v = _mean_over_workers(v, len(outer_targets))
+        direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
+        v = _mean_over_workers(v, outer_targets)
     # Outside the fork the random state is the one the inner pass started from: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
@@ -67,9 +67,8 @@ def weight_gradient(
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)
-    direct_M, tangent_M = _mean_in_rank_order(
-        (direct_M, len(outer_targets)), (tangent_M.to(direct_M), len(inner_targets))
-    )
+    tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
+    direct_M, tangent_M = _means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
     return direct_M - inner_step * tangent_M
 
 
@@ -92,31 +91,36 @@ def _leaves(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
-def _gradient(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+def _gradient_sum(loss: Tensor, targets: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradient of the loss summed over this worker's images.
+
+    Sums, because statistics over all workers carry gradient from one worker's loss to another's parameters, where
+    workers of different sizes would otherwise be weighed by the wrong size.
+    """
+    return list(torch.autograd.grad(loss * len(targets), leaves, allow_unused=True, materialize_grads=True))
 
 
 def _workers() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _mean_over_workers(tensors: Sequence[Tensor], num_images: int) -> list[Tensor]:
-    """Mean over all workers' images of per-worker means, in one all-reduce."""
+def _mean_over_workers(sums: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
+    """Sums over each worker's images to means over all workers' images, in one all-reduce."""
     if _workers() == 1:
-        return list(tensors)
-    count = tensors[0].new_tensor([num_images])
-    flat = torch.cat([count, *(t.reshape(-1) * num_images for t in tensors)])
+        return [part / len(targets) for part in sums]
+    count = sums[0].new_tensor([len(targets)])
+    flat = torch.cat([count, *(part.reshape(-1) for part in sums)])
     dist.all_reduce(flat)
-    parts = (flat[1:] / flat[0]).split([t.numel() for t in tensors])
-    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    means = (flat[1:] / flat[0]).split([part.numel() for part in sums])
+    return [mean.view(part.shape) for mean, part in zip(means, sums, strict=True)]
 
 
-def _mean_in_rank_order(*vectors_and_counts: tuple[Tensor, int]) -> list[Tensor]:
-    """As `_mean_over_workers`, summed in rank order so that every worker gets the same bits."""
-    if _workers() == 1:
-        return [vector for vector, _ in vectors_and_counts]
-    own = torch.cat([torch.cat([vector * count, vector.new_tensor([count])]) for vector, count in vectors_and_counts])
-    gathered = [torch.empty_like(own) for _ in range(_workers())]
-    dist.all_gather(gathered, own)
-    parts = torch.stack(gathered).sum(0).split([vector.numel() + 1 for vector, _ in vectors_and_counts])
+def _means_in_rank_order(*sums_and_targets: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """As `_mean_over_workers` for short vectors, added in rank order so that every worker gets the same bits."""
+    own = torch.cat([torch.cat([sums, sums.new_tensor([len(targets)])]) for sums, targets in sums_and_targets])
+    if _workers() > 1:
+        gathered = [torch.empty_like(own) for _ in range(_workers())]
+        dist.all_gather(gathered, own)
+        own = torch.stack(gathered).sum(0)
+    parts = own.split([len(sums) + 1 for sums, _ in sums_and_targets])
     return [part[:-1] / part[-1] for part in parts]
