@@ -41,7 +41,8 @@ def images_per_second(rounds: int = 3) -> dict[str, Any]:
                     *("scale.workers=2", "scale.cpus_per_worker=1", "optim.sync_batchnorm=true")
                 ],
             }.items():
-                speeds.setdefault("plain loop, 2 threads", []).extend(_plain(_config(folder, turn)))
+                if "2 threads" in kind:  # beside the run it is compared with
+                    speeds.setdefault("plain loop, 2 threads", []).extend(_plain(_config(folder, turn)))
                 config = _config(folder, turn, *overrides)
                 history = train(config, lambda event: None).result["history"]
                 speeds.setdefault(kind, []).extend(entry["metrics"][SPEED] for entry in history[1:])

@@ -9,7 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wml_ray"
 LAYERS = [
-    *("config", "backbones", "tree", "costs", "pruning", "objective", "weights", "data", "metrics", "memory"),
+    *(
+        "config",
+        "backbones",
+        "tree",
+        "costs",
+        "pruning",
+        "objective",
+        "weights",
+        "readers",
+        "data",
+        "metrics",
+        "memory",
+    ),
     *("batchnorm", "loop", "checkpoint", "session", "tracking", "report", "ray_train", "run", "cli"),
 ]
 HOMES = {"ray": {"ray_train"}, "mlflow": {"tracking"}, "torch_pruning": {"pruning"}, "argparse": {"cli"}}

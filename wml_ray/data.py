@@ -1,4 +1,4 @@
-"""Datasets, their splits, and batches that are a function of seed, epoch and step alone.
+"""Splits of a dataset, and batches that are a function of seed, epoch and step alone.
 
 Small sets live as tensors on the training device and are augmented in whole batches; image folders stream through
 loader processes. A worker takes its share of every global batch, so the number of workers changes no batch.
@@ -6,34 +6,27 @@ loader processes. A worker takes its share of every global batch, so the number 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
-import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 from wml_ray.backbones import ImageSpec
-from wml_ray.config import Config, DataConfig, DataMissing, UserError
+from wml_ray.config import Config, UserError
+from wml_ray.readers import SPECS, image_folder, read_images
 
 Batch = tuple[Tensor, Tensor]
 Split = Literal["train", "outer", "validation", "test"]
 
-SPECS = {
-    "digits": ImageSpec(1, 8, 10),
-    "fashion_mnist": ImageSpec(1, 28, 10),
-    "cifar10": ImageSpec(3, 32, 10),
-    "cifar100": ImageSpec(3, 32, 100),
-}
 DIGITS_TEST_FRACTION = 0.2
 SALIENCY_BATCH = 64  # images at most in a pass of the whole unpruned tree
 EVAL_BATCH = 512  # images a worker evaluates at once
@@ -61,17 +54,6 @@ def generator_for(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(*parts))
 
 
-def image_spec(config: DataConfig) -> ImageSpec:
-    """Channels, resolution and classes, known without reading images.
-
-    Raises:
-        UserError: an image folder that is missing or has no classes.
-    """
-    if config.name != "imagefolder":
-        return SPECS[config.name]
-    return ImageSpec(3, config.resolution, len(_image_folder(Path(config.root) / "train", config.root).classes))
-
-
 def load(config: Config, device: torch.device | str = "cpu") -> Dataset:
     """The dataset of `config`, resident on `device` where it is small.
 
@@ -80,7 +62,7 @@ def load(config: Config, device: torch.device | str = "cpu") -> Dataset:
     """
     if config.data.name == "imagefolder":
         return StreamedDataset.from_folder(config, torch.device(device))
-    images, labels, num_train = _READERS[config.data.name](config)
+    images, labels, num_train = read_images(config.data)
     splits = _splits(config, num_train, torch.arange(num_train, len(labels)))
     return ResidentDataset(config, SPECS[config.data.name], splits, images, labels, torch.device(device))
 
@@ -139,9 +121,15 @@ class Dataset(ABC):
     @abstractmethod
     def _plain(self, indices: Tensor) -> Batch: ...
 
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, kept on the device: a copy a batch would hold up a GPU's queue."""
+        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
+        return mean, std
+
     def _normalised(self, images: Tensor) -> Tensor:
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        normalised = (images - mean) / std
+        mean_C11, std_C11 = self._statistics
+        normalised = (images - mean_C11) / std_C11
         if self.config.optim.channels_last:
             normalised = normalised.contiguous(memory_format=torch.channels_last)
         return normalised
@@ -248,10 +236,10 @@ class StreamedDataset(Dataset):
         Validation images are root/val where root/test exists too, else a share of root/train.
         """
         root = Path(config.data.root)
-        train = _image_folder(root / "train", config.data.root)
+        train = image_folder(root / "train", config.data.root)
         has_test = (root / "test").is_dir()
-        test = _image_folder(root / ("test" if has_test else "val"), config.data.root)
-        held = _image_folder(root / "val", config.data.root) if has_test and (root / "val").is_dir() else None
+        test = image_folder(root / ("test" if has_test else "val"), config.data.root)
+        held = image_folder(root / "val", config.data.root) if has_test and (root / "val").is_dir() else None
         for other in (test, held):
             if other is not None and other.classes != train.classes:
                 raise UserError(f"data.root = '{root}': {other.root} has other class folders than {train.root}")
@@ -348,114 +336,3 @@ def _splits(config: Config, num_train: int, test: Tensor, validation: Tensor | N
 def _take(order: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     count = round(len(order) * fraction)
     return order[:count], order[count:]
-
-
-def _read_digits(config: Config) -> tuple[Tensor, Tensor, int]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    return images, torch.from_numpy(digits.target.astype(np.int64)), len(images)
-
-
-def _read_fashion_mnist(config: Config) -> tuple[Tensor, Tensor, int]:
-    """The four IDX files, gzipped or not, in the folder itself or where torchvision puts them."""
-    root = Path(config.data.root)
-    folders = [root, root / "FashionMNIST" / "raw"]
-    if config.data.download and not any(_idx_file(folder, "train-images-idx3") for folder in folders):
-        from torchvision.datasets import FashionMNIST
-
-        _download(root, lambda: FashionMNIST(str(root), download=True))
-    folder = next((folder for folder in folders if _idx_file(folder, "train-images-idx3")), None)
-    if folder is None:
-        raise _missing(config.data, "train-images-idx3-ubyte[.gz] and its three companions")
-    images, labels = [], []
-    for prefix in ("train", "t10k"):
-        images.append(_read_idx(folder, f"{prefix}-images-idx3", 16))
-        labels.append(_read_idx(folder, f"{prefix}-labels-idx1", 8))
-        if len(images[-1]) != 784 * len(labels[-1]):
-            raise UserError(
-                f"data.root = '{root}': the {prefix} images and labels in {folder} do not match; fetch them again"
-            )
-    pixels = np.concatenate(images).reshape(-1, 1, 28, 28)
-    return torch.from_numpy(pixels), torch.from_numpy(np.concatenate(labels).astype(np.int64)), len(labels[0])
-
-
-def _idx_file(folder: Path, stem: str) -> Path | None:
-    return next((path for suffix in ("", ".gz") if (path := folder / f"{stem}-ubyte{suffix}").is_file()), None)
-
-
-def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    path = _idx_file(folder, stem)
-    if path is None:
-        raise UserError(f"data.root: {folder / stem}-ubyte[.gz] is missing; fetch the dataset again")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"data.root: {path} is broken ({error}); fetch it again") from None
-    count = int.from_bytes(raw[4:8], "big")
-    values = np.frombuffer(raw, np.uint8, offset=min(header_bytes, len(raw)))
-    if count == 0 or len(values) % count:
-        raise UserError(f"data.root: {path} is cut short or not an IDX file; fetch it again")
-    return values
-
-
-def _read_cifar(config: Config) -> tuple[Tensor, Tensor, int]:
-    """torchvision's reader, which compares every file with its published digest before opening it."""
-    from torchvision.datasets import CIFAR10, CIFAR100
-
-    kind = CIFAR10 if config.data.name == "cifar10" else CIFAR100
-    root = Path(config.data.root)
-    if config.data.download:
-        _download(root, lambda: kind(str(root), download=True))
-    try:
-        parts = [kind(str(root), train=train) for train in (True, False)]
-    except RuntimeError:
-        if (root / kind.base_folder).is_dir():
-            raise UserError(
-                f"data.root = '{root}': {root / kind.base_folder} is broken (a file is missing or not as published); "
-                "delete it and fetch it again with data.download=true"
-            ) from None
-        raise _missing(config.data, f"a folder {kind.base_folder}") from None
-    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
-    labels = [label for part in parts for label in part.targets]
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
-
-
-def _image_folder(folder: Path, root: str) -> Any:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(folder))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
-        ) from None
-
-
-def _download(root: Path, fetch: Callable[[], object]) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / ".download.lock"):
-        try:
-            fetch()
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"data.download = true: the download into '{root}' failed ({' '.join(str(error).split())}); check the "
-                "network, or set data.root to a folder that holds the dataset"
-            ) from None
-
-
-def _missing(data: DataConfig, what: str) -> DataMissing:
-    return DataMissing(
-        f"data.root = '{data.root}' holds no {data.name}: expected {what}; set data.download=true to fetch it, or "
-        "data.root to the folder that has it"
-    )
-
-
-_READERS: dict[str, Callable[[Config], tuple[Tensor, Tensor, int]]] = {
-    "digits": _read_digits,
-    "fashion_mnist": _read_fashion_mnist,
-    "cifar10": _read_cifar,
-    "cifar100": _read_cifar,
-}

@@ -21,7 +21,7 @@ from wml_ray.objective import KlOptions, cross_entropies, inner_loss
 from wml_ray.tree import PeerTree
 from wml_ray.weights import log_mirror_descent, weight_gradient
 
-TICK_S = 0.2  # seconds between two progress reports
+TICK_S = 0.5  # seconds between two progress reports
 STEPS_BETWEEN_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
 
 

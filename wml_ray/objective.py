@@ -42,7 +42,7 @@ def peer_losses(
     """
     _check(logits_MBK, targets_B, alpha, temperature, kl_direction)
     logits_MBK = _at_least_float32(logits_MBK)
-    losses_M = torch.zeros_like(logits_MBK[:, 0].flatten(1)[:, 0])
+    losses_M = logits_MBK.new_zeros(len(logits_MBK))
     if alpha < 1.0:
         losses_M = (1.0 - alpha) * cross_entropies(logits_MBK, targets_B)
     if alpha > 0.0:

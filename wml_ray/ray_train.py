@@ -31,7 +31,7 @@ from wml_ray.tracking import TrackedRun, Tracker
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
-POLL_S = 0.2
+POLL_S = 1.0  # every look takes time from the workers, of which there may be as many as cores
 
 OnEvent = Callable[[Tick | EpochEnd], None]
 

@@ -20,10 +20,11 @@ from wml_ray import ray_train, report, session, tracking
 from wml_ray.checkpoint import Checkpoints, write_json
 from wml_ray.config import Config, DataMissing, UserError
 from wml_ray.costs import count_params
-from wml_ray.data import Dataset, ResidentDataset, generator_for, image_spec, load
+from wml_ray.data import Dataset, ResidentDataset, generator_for, load
 from wml_ray.loop import Diverged, EpochEnd, Tick, check_shares
 from wml_ray.memory import training_memory_bytes
 from wml_ray.pruning import apply_plan
+from wml_ray.readers import image_spec
 from wml_ray.tracking import TrackedRun
 
 OnEvent = Callable[[Tick | EpochEnd], None]

@@ -1,0 +1,157 @@
+"""Datasets as they lie on disk: what each holds, and how its files are read."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from wml_ray.backbones import ImageSpec
+from wml_ray.config import DataConfig, DataMissing, UserError
+
+SPECS = {
+    "digits": ImageSpec(1, 8, 10),
+    "fashion_mnist": ImageSpec(1, 28, 10),
+    "cifar10": ImageSpec(3, 32, 10),
+    "cifar100": ImageSpec(3, 32, 100),
+}
+
+
+def image_spec(config: DataConfig) -> ImageSpec:
+    """Channels, resolution and classes, known without reading images.
+
+    Raises:
+        UserError: an image folder that is missing or has no classes.
+    """
+    if config.name != "imagefolder":
+        return SPECS[config.name]
+    return ImageSpec(3, config.resolution, len(image_folder(Path(config.root) / "train", config.root).classes))
+
+
+def read_images(config: DataConfig) -> tuple[Tensor, Tensor, int]:
+    """All uint8 images (N, C, H, W) and labels (N,) of a small set, and how many of them, the first, may be trained on.
+
+    What comes after those is the set's own test set.
+
+    Raises:
+        UserError: the folder is missing or broken, or the download failed.
+    """
+    return _READERS[config.name](config)
+
+
+def _read_digits(config: DataConfig) -> tuple[Tensor, Tensor, int]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+    return images, torch.from_numpy(digits.target.astype(np.int64)), len(images)
+
+
+def _read_fashion_mnist(config: DataConfig) -> tuple[Tensor, Tensor, int]:
+    """The four IDX files, gzipped or not, in the folder itself or where torchvision puts them."""
+    root = Path(config.root)
+    folders = [root, root / "FashionMNIST" / "raw"]
+    if config.download and not any(_idx_file(folder, "train-images-idx3") for folder in folders):
+        from torchvision.datasets import FashionMNIST
+
+        _download(root, lambda: FashionMNIST(str(root), download=True))
+    folder = next((folder for folder in folders if _idx_file(folder, "train-images-idx3")), None)
+    if folder is None:
+        raise _missing(config, "train-images-idx3-ubyte[.gz] and its three companions")
+    images, labels = [], []
+    for prefix in ("train", "t10k"):
+        images.append(_read_idx(folder, f"{prefix}-images-idx3", 16))
+        labels.append(_read_idx(folder, f"{prefix}-labels-idx1", 8))
+        if len(images[-1]) != 784 * len(labels[-1]):
+            raise UserError(
+                f"data.root = '{root}': the {prefix} images and labels in {folder} do not match; fetch them again"
+            )
+    pixels = np.concatenate(images).reshape(-1, 1, 28, 28)
+    return torch.from_numpy(pixels), torch.from_numpy(np.concatenate(labels).astype(np.int64)), len(labels[0])
+
+
+def _idx_file(folder: Path, stem: str) -> Path | None:
+    return next((path for suffix in ("", ".gz") if (path := folder / f"{stem}-ubyte{suffix}").is_file()), None)
+
+
+def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    path = _idx_file(folder, stem)
+    if path is None:
+        raise UserError(f"data.root: {folder / stem}-ubyte[.gz] is missing; fetch the dataset again")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"data.root: {path} is broken ({error}); fetch it again") from None
+    count = int.from_bytes(raw[4:8], "big")
+    values = np.frombuffer(raw, np.uint8, offset=min(header_bytes, len(raw)))
+    if count == 0 or len(values) % count:
+        raise UserError(f"data.root: {path} is cut short or not an IDX file; fetch it again")
+    return values
+
+
+def _read_cifar(config: DataConfig) -> tuple[Tensor, Tensor, int]:
+    """torchvision's reader, which compares every file with its published digest before opening it."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if config.name == "cifar10" else CIFAR100
+    root = Path(config.root)
+    if config.download:
+        _download(root, lambda: kind(str(root), download=True))
+    try:
+        parts = [kind(str(root), train=train) for train in (True, False)]
+    except RuntimeError:
+        if (root / kind.base_folder).is_dir():
+            raise UserError(
+                f"data.root = '{root}': {root / kind.base_folder} is broken (a file is missing or not as published); "
+                "delete it and fetch it again with data.download=true"
+            ) from None
+        raise _missing(config, f"a folder {kind.base_folder}") from None
+    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
+    labels = [label for part in parts for label in part.targets]
+    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
+
+
+def image_folder(folder: Path, root: str) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
+        ) from None
+
+
+def _download(root: Path, fetch: Callable[[], object]) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / ".download.lock"):
+        try:
+            fetch()
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"data.download = true: the download into '{root}' failed ({' '.join(str(error).split())}); check the "
+                "network, or set data.root to a folder that holds the dataset"
+            ) from None
+
+
+def _missing(data: DataConfig, what: str) -> DataMissing:
+    return DataMissing(
+        f"data.root = '{data.root}' holds no {data.name}: expected {what}; set data.download=true to fetch it, or "
+        "data.root to the folder that has it"
+    )
+
+
+_READERS: dict[str, Callable[[DataConfig], tuple[Tensor, Tensor, int]]] = {
+    "digits": _read_digits,
+    "fashion_mnist": _read_fashion_mnist,
+    "cifar10": _read_cifar,
+    "cifar100": _read_cifar,
+}
