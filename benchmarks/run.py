@@ -63,10 +63,10 @@ def ray(record: dict[str, Any]) -> Iterator[Row]:
     from ray_overhead import images_per_second
 
     speeds = record["images_per_second"] = images_per_second()
-    plain, one = speeds["plain loop, 2 threads"], speeds["ray, 1 worker of 1 thread"]
-    yield "Ray Train with 1 worker / plain loop, images/s", speeds["ray, 1 worker of 2 threads"] / plain, ">= 0.97"
-    yield "2 workers of 1 thread / 1 of 1 thread, images/s", speeds["ray, 2 workers of 1 thread"] / one, ">= 1.7"
-    yield "the same with optim.sync_batchnorm", speeds["ray, 2 workers, sync_batchnorm"] / one, ""
+    one = speeds["1 worker"]
+    yield "Ray Train with 1 worker / plain loop, images/s", one / speeds["plain loop"], ">= 0.97"
+    yield "2 workers of 1 thread / 1 of 1 thread, images/s", speeds["2 workers"] / one, ">= 1.7"
+    yield "the same with optim.sync_batchnorm", speeds["2 workers, sync_batchnorm"] / one, ""
 
 
 def help(record: dict[str, Any]) -> Iterator[Row]:
