@@ -35,7 +35,7 @@ def images_per_second(rounds: int = 2) -> dict[str, Any]:
         folder = Path(name)
         _write_noise(folder / "data")
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         for turn in range(rounds):
             speeds.setdefault("plain loop", []).extend(_plain(_config(folder, turn)))
             for kind, overrides in {

@@ -1,6 +1,6 @@
 """Run the benchmarks, print their ratios beside the limits, and write results.json.
 
-python benchmarks/run.py [weights|kl|step|ray|help ...]; without names, all of them.
+python benchmarks/run.py [weights|kl|step|ray|search|help ...]; without names, all of them.
 """
 
 from __future__ import annotations
@@ -69,6 +69,23 @@ def ray(record: dict[str, Any]) -> Iterator[Row]:
     yield "the same with optim.sync_batchnorm", speeds["2 workers, sync_batchnorm"] / one, ""
 
 
+def search(record: dict[str, Any]) -> Iterator[Row]:
+    import search as study
+
+    starts_s = record["warm_start_s"] = study.warm_start()
+    yield "trial asked for to first training step, warm, seconds", starts_s["reused actor"], "<= 1"
+    cost_s = record["tune_cost_s"] = study.tune_cost()
+    yield "20 trials one at a time: Ray Tune / bare loop", cost_s["Ray Tune"] / cost_s["bare loop"], "<= 1.15"
+    for sampler in ("random", "nsga2", "tpe"):
+        trials_s = record[f"many_trials_s_{sampler}"] = study.many_trials(sampler)
+        growth = trials_s["last 100"] / trials_s["first 100"]
+        yield f"driver, a trial, {sampler}: last 100 of 1000 / first 100", growth, "<= 1.3"
+    found = record["epochs_to_the_best_of_random"] = study.epochs_to_the_best_of_random()
+    for one in found:
+        what = f"seed {one['seed']}: epochs of TPE + ASHA / of random, to its best"
+        yield what, one["tpe_asha"] / one["random"] if one["reached"] >= one["best"] else float("inf"), "<= 0.5"
+
+
 def help(record: dict[str, Any]) -> Iterator[Row]:
     program = Path(sys.executable).with_name("wml-ray")
     call = {"help": lambda: subprocess.run([program, "--help"], stdout=subprocess.DEVNULL, check=True)}
@@ -77,7 +94,7 @@ def help(record: dict[str, Any]) -> Iterator[Row]:
 
 
 def main() -> None:
-    chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, help]
+    chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, search, help]
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     record["machine"] = _machine()
     print(record["machine"], flush=True)

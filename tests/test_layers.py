@@ -22,9 +22,17 @@ LAYERS = [
         "metrics",
         "memory",
     ),
-    *("batchnorm", "loop", "checkpoint", "session", "tracking", "report", "ray_train", "run", "cli"),
+    *("batchnorm", "loop", "checkpoint", "session", "delivery", "lock", "tracking", "study", "records", "ledger"),
+    *("report", "study_tables", "study_pictures", "study_report", "space", "sweep"),
+    *("ray_train", "ray_tune", "run", "tune", "progress", "cli", "submission"),
 ]
-HOMES = {"ray": {"ray_train"}, "mlflow": {"tracking"}, "torch_pruning": {"pruning"}, "argparse": {"cli"}}
+HOMES = {
+    "ray": {"ray_train", "ray_tune", "submission"},
+    "mlflow": {"tracking"},
+    "optuna": {"study"},
+    "torch_pruning": {"pruning"},
+    "argparse": {"cli"},
+}
 
 
 def imports_of(module):

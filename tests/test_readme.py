@@ -9,7 +9,8 @@ import pytest
 
 from wml_ray.backbones import BACKBONES
 from wml_ray.cli import main
-from wml_ray.config import describe
+from wml_ray.config import describe, load
+from wml_ray.space import load_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,8 +27,8 @@ def test_the_table_of_keys_is_the_schema():
 
 
 def test_the_tree_names_every_file_of_the_package():
-    listed = re.findall(r"^        (\w+\.py)  ", README, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(path.name for path in (ROOT / "wml_ray").glob("[!_]*.py"))
+    tree = README[README.index("    wml_ray/     ") : README.index("    jobs/     ")]
+    assert sorted(re.findall(r"\b\w+\.py\b", tree)) == sorted(path.name for path in (ROOT / "wml_ray").glob("[!_]*.py"))
 
 
 def test_every_backbone_is_named():
@@ -48,13 +49,16 @@ def test_the_quickstart_trains_every_peer_to_97_percent(workplace, capsys):
 
 @pytest.mark.slow
 def test_the_commands_and_the_python_of_the_readme_run(workplace, capsys):
-    (workplace / "jobs").symlink_to(ROOT / "jobs")
+    for folder in ("jobs", "tune_spaces"):
+        (workplace / folder).symlink_to(ROOT / folder)
     commands = [shlex.split(line) for line in re.findall(r"^    wml-ray +(.*)$", README, flags=re.MULTILINE)]
-    assert [command[0] for command in commands] == ["plan", "train", "report"]
+    assert [command[0] for command in commands] == ["plan", "train", "report", "tune", "report"]
+    faster = {"train": ["optim.epochs=1"], "tune": ["optim.epochs=1", "--trials", "2", "--grace-epochs", "1"]}
     for command in commands:
-        faster = ["optim.epochs=1"] if command[0] == "train" else []
-        assert main([*command, *faster]) == 0, capsys.readouterr().err
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+        assert main([*command, *faster.get(command[0], [])]) == 0, capsys.readouterr().err
+    space, code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    (workplace / "space.py").write_text(space)
+    assert load_space("space.py", load("jobs/search.yaml")).objectives
     (checkpoint,) = Path("results").glob("*/*/checkpoints/epoch-0001")
     names: dict = {}
     exec(code.replace("CHECKPOINT", str(checkpoint)), names)

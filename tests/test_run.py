@@ -216,7 +216,7 @@ def test_two_commands_cannot_train_one_run_at_once(workplace):
     config = tiny_config("optim.epochs=1")
 
     def train_again(event):
-        with pytest.raises(UserError, match="being trained by another process"):
+        with pytest.raises(UserError, match="in use by another process"):
             train(config, ignore)
 
     train(config, train_again)

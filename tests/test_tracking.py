@@ -1,61 +1,16 @@
 """Against a real MLflow server that is really killed."""
 
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 from family import tiny_config
 from mlflow import MlflowClient
+from servers import Server, free_port
 
 from wml_ray import ray_train, tracking
 from wml_ray.loop import EpochEnd
 from wml_ray.run import train
 from wml_ray.tracking import TrackedRun, Tracker
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    def __init__(self, folder):
-        self.folder, self.port, self.process = folder, free_port(), None
-        self.uri = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        folder = self.folder
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        command += ["--artifacts-destination", str(folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
-            )
-
-    def wait(self, timeout_s=90):
-        deadline_s = time.monotonic() + timeout_s
-        while time.monotonic() < deadline_s:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-                return
-            except (urllib.error.URLError, OSError):
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def kill(self):
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture

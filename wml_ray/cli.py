@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
-import time
 import warnings
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from wml_ray.config import Config
-    from wml_ray.loop import EpochEnd, Tick
     from wml_ray.run import Outcome
 
 OK, FAILED, USER_ERROR = 0, 1, 2
-PLAIN_LINE_S = 10.0  # between two progress lines where there is no terminal
+SEARCH_OPTIONS = (
+    *("sampler", "scheduler", "stop_metric", "grace_epochs", "reduction_factor", "concurrent", "keep_stopped"),
+    "seed",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; 0 done, 2 the user's input is wrong, 1 anything else."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     _quieten()
     from wml_ray.config import UserError
 
@@ -41,6 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """`key=value` may stand anywhere behind the config, also behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -57,15 +70,45 @@ def _parser() -> argparse.ArgumentParser:
         ("train", _train, "train, or resume the same run if it was interrupted"),
     ):
         one = verbs.add_parser(name, help=text, description=text)
-        one.add_argument("config", metavar="CONFIG", help="YAML file, see jobs/")
-        one.add_argument("overrides", metavar="key=value", nargs="*", help="config keys, such as wml.alpha=0.3")
+        _add_config(one)
         one.set_defaults(verb=verb)
-    text = "tables and pictures of the finished runs of an MLflow experiment"
+    _add_tune(verbs)
+    text = "tables and pictures of a study, or of the finished runs of an MLflow experiment"
     report = verbs.add_parser("report", help=text, description=text)
-    report.add_argument("experiment", metavar="EXPERIMENT", help="its name: run.name in the config")
-    report.add_argument("--out", metavar="FOLDER", default="reports", help="where pictures and CSV go (reports/)")
+    report.add_argument("experiment", metavar="EXPERIMENT", help="name of the study, or run.name in the config")
+    report.add_argument("--out", metavar="FOLDER", default="reports", help="where the files go (reports/)")
+    report.add_argument("--csv", action="store_true", help="print the table as CSV, every metric and key, and no more")
     report.set_defaults(verb=_report)
     return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, see jobs/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys, such as wml.alpha=0.3")
+
+
+def _add_tune(verbs: Any) -> None:
+    text = "search config keys: many trials, Ray Tune and Optuna; the same command continues or extends a study"
+    tune = verbs.add_parser("tune", help=text, description=text)
+    _add_config(tune)
+    tune.add_argument("--space", metavar="FILE", required=True, help="Python file of domains and objectives")
+    tune.add_argument("--trials", metavar="N", type=int, required=True, help="trials the study is to have in all")
+    tune.add_argument("--study", metavar="NAME", help="its name (run.name and the space's, such as wml-smoke)")
+    tune.add_argument("--sampler", choices=("tpe", "nsga2", "random"), help="Optuna's sampler (tpe)")
+    tune.add_argument("--scheduler", choices=("asha", "median", "none"), help="who stops trials early (asha)")
+    tune.add_argument("--stop-metric", metavar="M", help="metric that decides (val/accuracy/ensemble_weighted)")
+    tune.add_argument("--grace-epochs", metavar="N", type=int, help="epochs before a trial can be stopped (1)")
+    tune.add_argument("--reduction-factor", metavar="N", type=int, help="ASHA keeps one trial in N at a rung (3)")
+    tune.add_argument(
+        "--storage", metavar="URL", help="Optuna storage for others to look on ($OPTUNA_STORAGE, or none)"
+    )
+    tune.add_argument("--concurrent", metavar="N", type=int, help="trials at a time (as many as the cluster holds)")
+    tune.add_argument("--keep-stopped", action="store_true", default=None, help="keep checkpoints of stopped trials")
+    tune.add_argument("--seed", metavar="N", type=int, help="seed of the sampler (0)")
+    tune.add_argument("--start", metavar="FILE", help="YAML list of points to try first, such as [{wml.alpha: 0.3}]")
+    tune.add_argument("--warm-start", metavar="STUDY", action="append", default=[], help="learn from an earlier study")
+    tune.add_argument("--verbose", action="store_true", help="Ray's own output")
+    tune.set_defaults(verb=_tune)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -98,12 +141,57 @@ def _train(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     _print(f"run {config.run_id}: {config.num_peers} peers of {config.model.backbone} on {config.data.name}")
+    from wml_ray.progress import TrainingProgress
     from wml_ray.run import train
 
-    with _Progress(config) as progress:
+    with TrainingProgress(config) as progress:
         outcome = train(config, progress)
     _show(outcome)
     return OK if outcome.undelivered == 0 else FAILED
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from wml_ray.config import load
+    from wml_ray.space import load_space, search_config
+
+    base = load(options.config, options.overrides)
+    space = load_space(options.space, base)
+    study = options.study or f"{base.run.name}-{Path(options.space).stem}"
+    storage = options.storage or os.environ.get("OPTUNA_STORAGE")
+    settings = {"study": study, "trials": options.trials, "storage": storage}
+    settings |= {key: getattr(options, key) for key in SEARCH_OPTIONS}
+    search = search_config(**{key: value for key, value in settings.items() if value is not None})
+    _print(f"study {study}: {options.trials} trials of {base.optim.epochs} epochs, {len(space.searched)} keys searched")
+    from wml_ray.progress import StudyProgress
+    from wml_ray.study_tables import front_table, trials_summary
+    from wml_ray.sweep import start_points
+    from wml_ray.tune import tune
+
+    start = start_points(Path(options.start), space) if options.start else []
+    with nullcontext() if options.verbose else StudyProgress() as progress:
+        outcome = tune(space, search, progress, start, options.warm_start, options.verbose)
+    if outcome.study is None:
+        print(
+            f"wml-ray: MLflow does not answer; every metric is in {outcome.folder}: run the same command again when it "
+            "is back, and they are delivered",
+            file=sys.stderr,
+        )
+        return FAILED
+    _print(trials_summary(outcome.study))
+    console = Console()
+    console.print(front_table(outcome.study, console.width))
+    for path in outcome.files:
+        _print(f"wrote {path}")
+    _print(f"MLflow      {outcome.tracked.command}")
+    if (outcome.folder / "config.yaml") not in outcome.files:
+        print("wml-ray: no trial reached its full budget; why is in the report", file=sys.stderr)
+        return FAILED
+    _print(f"best        wml-ray train {outcome.folder / 'config.yaml'}")
+    return OK
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -111,12 +199,31 @@ def _report(options: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from wml_ray import records
     from wml_ray.report import runs_table, write_comparison
-    from wml_ray.tracking import finished_runs
 
-    runs = finished_runs(options.experiment)
-    Console().print(runs_table(runs))
-    for path in write_comparison(runs, Path(options.out) / options.experiment):
+    folder = Path(options.out) / options.experiment
+    console = Console()
+    if records.is_study(options.experiment):
+        from wml_ray.study_report import write_study
+        from wml_ray.study_tables import front_table, trials_summary
+
+        study = records.study(options.experiment)
+        if options.csv:
+            study.trials.drop(columns="peers").to_csv(sys.stdout, index=False)
+            return OK
+        _print(trials_summary(study))
+        console.print(front_table(study, console.width))
+        files = write_study(study, folder)
+        records.attach_report(options.experiment, files)
+    else:
+        runs = records.finished_runs(options.experiment)
+        if options.csv:
+            runs.drop(columns="peers").to_csv(sys.stdout, index=False)
+            return OK
+        console.print(runs_table(runs))
+        files = write_comparison(runs, folder)
+    for path in files:
         _print(f"wrote {path}")
     return OK
 
@@ -148,51 +255,6 @@ def _show(outcome: Outcome) -> None:
 
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-class _Progress:
-    """One live line with an ETA; without a terminal, a plain line now and then."""
-
-    def __init__(self, config: Config) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-        self.epochs = config.optim.epochs
-        console = Console()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        self.task = self.bar.add_task("starting", total=None)
-        self.plain = not console.is_terminal
-        self.accuracy = ""
-        self.first: tuple[float, int] | None = None
-        self.last_line_s = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        if not self.plain:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.plain:
-            self.bar.stop()
-
-    def __call__(self, event: Tick | EpochEnd) -> None:
-        from wml_ray.loop import EpochEnd
-
-        if isinstance(event, EpochEnd):
-            self.accuracy = f", ensemble {event.metrics['val/accuracy/ensemble_weighted'] * 100:.1f} %"
-            return
-        text = f"epoch {event.epoch}/{self.epochs}, loss {event.loss:.3f}{self.accuracy}"
-        now_s = time.monotonic()
-        if self.first is None:  # the ETA counts from here: a resumed run has not done its first steps just now
-            self.first = (now_s, event.step)
-            self.bar.reset(self.task, description=text, completed=event.step, total=event.total_steps)
-        self.bar.update(self.task, description=text, completed=event.step)
-        first_s, first_step = self.first
-        if self.plain and now_s - self.last_line_s >= PLAIN_LINE_S and event.step > first_step:
-            self.last_line_s = now_s
-            left_s = (now_s - first_s) / (event.step - first_step) * (event.total_steps - event.step)
-            _print(f"{text}, ETA {int(left_s) // 60}:{int(left_s) % 60:02d}")
 
 
 def _quieten() -> None:

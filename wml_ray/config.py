@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MAX_SEED = 2**31 - 1
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class UserError(ValueError):
@@ -181,7 +182,7 @@ class ScaleConfig(Section):
 
 class RunConfig(Section):
     storage_path: str = Field("results", description="folder of all runs; workers on other nodes must see it")
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+    name: Annotated[str, Field(pattern=NAME)] = Field(
         "wml", description="MLflow experiment and the folder of its runs; letters, digits, dot, dash, underscore"
     )
     keep_checkpoints: Count = Field(2, description="newest checkpoints kept; the best by validation is kept besides")
@@ -290,7 +291,19 @@ def parse(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error, known_keys())) from None
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """Another config, with dotted keys set to `values`.
+
+    Raises:
+        UserError: an unknown key, or a value outside its range.
+    """
+    raw = config.model_dump(mode="json")
+    for key, value in values.items():
+        _set(raw, key, value)
+    return parse(raw)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -301,13 +314,17 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not valid YAML") from error
+    _set(raw, key, value)
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for parent in parents:
         node = _child(node, parent, key)
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
-            raise UserError(f"override '{override}': the list has entries 0 to {len(node) - 1}")
+            raise UserError(f"unknown key '{key}': the list has entries 0 to {len(node) - 1}")
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
@@ -366,7 +383,8 @@ def _did_you_mean(key: str) -> str:
     return f"; allowed: {', '.join(siblings or Config.model_fields)}"
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError, fields: Mapping[str, Any]) -> str:
+    """The first mistake in one line; `fields` are the known (dotted) keys with their pydantic fields."""
     first = error.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -375,6 +393,6 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return f"{message}{more}"
-    field = known_keys().get(key) or known_keys().get(key.rpartition(".")[0])
+    field = fields.get(key) or fields.get(key.rpartition(".")[0])
     meaning = f" ({field.description})" if field is not None else ""
     return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}{meaning}{more}"

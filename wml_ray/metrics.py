@@ -33,6 +33,22 @@ class Evaluation:
         return named
 
 
+def metric_names(num_peers: int) -> list[str]:
+    """Every metric a run logs, but for the test accuracies: what a study can take as an objective."""
+    peers = [f"peer{index}" for index in range(num_peers)]
+    families = {
+        "val/accuracy": [*peers, "smallest_peer", "ensemble_average", "ensemble_weighted"],
+        "val": ["diversity"],
+        "train": ["loss", "images_per_second", "learning_rate"],
+        "weights": peers,
+        "peers/macs": [*peers, "tree"],
+        "peers/params": [*peers, "tree"],
+        "peers/channels": peers,
+        "peers/latency_ms": peers,
+    }
+    return [f"{family}/{name}" for family, names in families.items() for name in names]
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights_M: Tensor) -> Evaluation:
     """Accuracies of `model` in eval mode; with torch.distributed, of all workers' batches together.

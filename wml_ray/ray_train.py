@@ -24,16 +24,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from wml_ray.checkpoint import write_json
 from wml_ray.config import Config, UserError, parse
 from wml_ray.data import Shard
-from wml_ray.loop import Diverged, EpochEnd, Tick
-from wml_ray.session import run_worker
+from wml_ray.loop import Diverged, EpochEnd, Report, Tick
+from wml_ray.session import Log, ignore_log, run_worker
 from wml_ray.tracking import TrackedRun, Tracker
 
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
+LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 POLL_S = 1.0  # every look takes time from the workers, of which there may be as many as cores
-
-OnEvent = Callable[[Tick | EpochEnd], None]
 
 
 def start(config: Config) -> None:
@@ -46,8 +45,7 @@ def start(config: Config) -> None:
         if config.scale.gpu and not torch.cuda.is_available():
             raise UserError("scale.gpu = true but this machine has no CUDA GPU; set scale.gpu=false")
         return
-    if not ray.is_initialized():
-        _join_cluster()
+    join_cluster()
     resources = ray.cluster_resources()
     fewest = worker_range(config)[0]
     gpus = int(resources.get("GPU", 0))
@@ -64,9 +62,19 @@ def start(config: Config) -> None:
         )
 
 
-def _join_cluster() -> None:
+def join_cluster(verbose: bool = False) -> None:
+    """Raises:
+    UserError: the cluster does not take us in.
+    """
+    if ray.is_initialized():
+        return
     try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        # "local": Ray would else look for a cluster that ran here last, and wait for one that was killed
+        ray.init(
+            os.environ.get("RAY_ADDRESS") or "local",
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "of this machine")
         raise UserError(
@@ -75,30 +83,35 @@ def _join_cluster() -> None:
         ) from None
 
 
-def fit(config: Config, tracked: TrackedRun, on_event: OnEvent) -> int:
+def fit(
+    config: Config, tracked: TrackedRun | None, on_event: Report, log: Log | None = None, name: str | None = None
+) -> int:
     """Train to the end on the cluster `start` has joined; returns the steps MLflow could not be told of.
+
+    Metrics go to the MLflow run `tracked`, or are handed to `log` in this process. `name` is Ray Train's for the run.
 
     Raises:
         Diverged: training turned non-finite.
         UserError: a worker met a mistake of the user's, such as an image that cannot be read.
     """
     (config.run_folder / OUTCOME).unlink(missing_ok=True)
-    for name in ("ray.train", "ray.data", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    mailbox = _Mailbox(on_event) if config.scale.workers else None
+    for noisy in ("ray.train", "ray.data", "ray.tune"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    mailbox = _Mailbox({"event": on_event, "log": log or ignore_log}) if config.scale.workers else None
     ray_folder = config.run_folder.resolve() / ".ray"
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
             "config": _with_absolute_paths(config),
-            "tracked": asdict(tracked),
-            "send": mailbox.sender if mailbox else on_event,
+            "tracked": asdict(tracked) if tracked else None,
+            "send": mailbox.sender("event") if mailbox else on_event,
+            "log": mailbox.sender("log") if mailbox and log else None,
             "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
             "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
         },
         scaling_config=_scaling(config),
         run_config=RunConfig(
-            name=uuid.uuid4().hex,  # our checkpoints are what a run resumes from, never Ray's
+            name=name or uuid.uuid4().hex,  # our checkpoints are what a run resumes from, never Ray's
             storage_path=str(ray_folder),
             failure_config=FailureConfig(max_failures=config.scale.max_failures),
         ),
@@ -141,9 +154,9 @@ def _worker(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
-    tracked = TrackedRun(**settings["tracked"])
-    tracker = Tracker(tracked, config.run.system_metrics) if shard.rank == 0 else None
-    send = settings["send"]
+    tracked, send = settings["tracked"], settings["send"]
+    tracker = Tracker(TrackedRun(**tracked), config.run.system_metrics) if tracked and shard.rank == 0 else None
+    log = tracker.log if tracker else settings["log"] or ignore_log
 
     def report(event: Tick | EpochEnd) -> None:
         if shard.rank == 0:
@@ -154,7 +167,7 @@ def _worker(settings: dict[str, Any]) -> None:
     patience_s = INTERRUPTED_DELIVERY_S
     undelivered = 0
     try:
-        run_worker(config, shard, device, report, tracker.log if tracker else _ignore)
+        run_worker(config, shard, device, report, log)
         patience_s = DELIVERY_S
     except (Diverged, UserError) as error:
         if not outcome.exists():  # the worker that saw it first says what it was
@@ -176,50 +189,50 @@ def _raise_what_the_worker_said(config: Config) -> None:
 
 
 class _Mailbox:
-    """Carries events from rank 0 to this process, which has no other way to hear of progress."""
+    """Carries calls from rank 0 to this process, which has no other way to hear of progress."""
 
-    def __init__(self, on_event: OnEvent) -> None:
+    def __init__(self, receivers: Mapping[str, Callable[..., None]]) -> None:
         self.actor = ray.remote(num_cpus=0)(_Letters).remote()
-        self._on_event = on_event
+        self._receivers = receivers
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
 
-    @property
-    def sender(self) -> OnEvent:
-        return _Sender(self.actor)
+    def sender(self, receiver: str) -> _Sender:
+        """A stand-in for `receivers[receiver]` that works on any node."""
+        return _Sender(self.actor, receiver)
 
     def close(self) -> None:
         self._closing.set()
-        self._thread.join(5)
+        self._thread.join(LAST_LETTERS_S)
         ray.kill(self.actor)
 
     def _poll(self) -> None:
         last = False
         while not last:
             last = self._closing.wait(POLL_S)
-            for event in ray.get(self.actor.take.remote()):
-                self._on_event(event)
+            for receiver, arguments in ray.get(self.actor.take.remote()):
+                self._receivers[receiver](*arguments)
 
 
 class _Letters:
     def __init__(self) -> None:
-        self.events: list[Tick | EpochEnd] = []
+        self.letters: list[tuple[str, tuple[Any, ...]]] = []
 
-    def put(self, event: Tick | EpochEnd) -> None:
-        self.events.append(event)
+    def put(self, receiver: str, arguments: tuple[Any, ...]) -> None:
+        self.letters.append((receiver, arguments))
 
-    def take(self) -> list[Tick | EpochEnd]:
-        taken, self.events = self.events, []
+    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
+        taken, self.letters = self.letters, []
         return taken
 
 
 class _Sender:
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
+    def __init__(self, actor: Any, receiver: str) -> None:
+        self.actor, self.receiver = actor, receiver
 
-    def __call__(self, event: Tick | EpochEnd) -> None:
-        self.actor.put.remote(event)
+    def __call__(self, *arguments: Any) -> None:
+        self.actor.put.remote(self.receiver, arguments)
 
 
 def _scaling(config: Config) -> ScalingConfig:
@@ -256,9 +269,9 @@ def _cpus_per_worker(config: Config) -> int:
     return max(1, min(sum(nodes) // worker_range(config)[1], max(nodes)))
 
 
+def resources_of_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _cpus_of_nodes() -> list[int]:
-    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-
-
-def _ignore(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-    pass
+    return [int(resources.get("CPU", 0)) for resources in resources_of_nodes()]

@@ -24,7 +24,7 @@ ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
 
 def peer_table(result: dict[str, Any]) -> Table:
     """The table a finished training ends with; `result` is what `session.summary` makes."""
-    table = _table(
+    table = new_table(
         *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
         *("val\n%", "test\n%", "\nweight"),
     )
@@ -32,16 +32,16 @@ def peer_table(result: dict[str, Any]) -> Table:
         table.add_row(
             str(peer["peer"]),
             *(_drop(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
-            _count(peer["params"]),
-            _count(peer["macs"]),
+            count(peer["params"]),
+            count(peer["macs"]),
             f"{peer['latency_ms']:.2f}",
-            _percent(peer["validation_accuracy"]),
-            _percent(peer["test_accuracy"]),
+            percent(peer["validation_accuracy"]),
+            percent(peer["test_accuracy"]),
             f"{peer['weight']:.4f}",
         )
     table.add_section()
     for kind, ensemble in result["ensembles"].items():
-        accuracies = (_percent(ensemble["validation_accuracy"]), _percent(ensemble["test_accuracy"]))
+        accuracies = (percent(ensemble["validation_accuracy"]), percent(ensemble["test_accuracy"]))
         table.add_row(kind, *[""] * 6, *accuracies, "")
     return table
 
@@ -49,26 +49,26 @@ def peer_table(result: dict[str, Any]) -> Table:
 def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
     """Sizes of the peers a run would train."""
     removed = ("channels\nremoved", "params\nremoved", "MACs\nremoved")
-    table = _table("peer", *removed, "\nchannels", "\nparams", "\nMACs")
+    table = new_table("peer", *removed, "\nchannels", "\nparams", "\nMACs")
     for index, peer in enumerate(peers):
         units = ("channels", "params", "macs")
-        table.add_row(str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(_count(peer[u]) for u in units))
+        table.add_row(str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(count(peer[u]) for u in units))
     return table
 
 
 def runs_table(runs: pd.DataFrame) -> Table:
-    """One line a finished run, as `tracking.finished_runs` gives them, the best by validation first."""
-    table = _table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
+    """One line a finished run, as `records.finished_runs` gives them, the best by validation first."""
+    table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
     for _, run in runs.iterrows():
         peers = run["peers"]
         macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
         table.add_row(
             run["run"],
             str(len(peers)),
-            _count(min(macs)),
-            _count(max(macs)),
-            _percent(run["val/accuracy/ensemble_weighted"]),
-            _percent(run["test/accuracy/ensemble_weighted"]),
+            count(min(macs)),
+            count(max(macs)),
+            percent(run["val/accuracy/ensemble_weighted"]),
+            percent(run["test/accuracy/ensemble_weighted"]),
             f"{min(test) * 100:.2f}-{max(test) * 100:.2f}",
         )
     return table
@@ -84,25 +84,25 @@ def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
         "weights": _weights_over_epochs(epochs, series, len(result["peers"])),
         "accuracy_macs": _accuracy_against_macs(result),
     }
-    return [_write_csv(result["peers"], folder / "peers.csv"), *_save(figures, folder)]
+    return [_write_csv(result["peers"], folder / "peers.csv"), *save(figures, folder)]
 
 
 def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
     """Every peer of every run of an experiment: test accuracy against MACs, as a picture and as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure, axes = _axes("Test accuracy against size, every peer of every run", "MACs an image", "test accuracy (%)")
+    figure, axes = new_axes("Test accuracy against size, every peer of every run", "MACs an image", "test accuracy (%)")
     for _, run in runs.iterrows():
         peers = sorted(run["peers"], key=lambda peer: peer["macs"])
         axes.plot([p["macs"] for p in peers], [100 * p["test"] for p in peers], marker="o", label=run["run"])
     axes.set_xscale("log")
     axes.legend(fontsize="small", frameon=False)
     rows = [{"run": run["run"], **peer} for _, run in runs.iterrows() for peer in run["peers"]]
-    return [_write_csv(rows, folder / "peers.csv"), *_save({"accuracy_macs": figure}, folder)]
+    return [_write_csv(rows, folder / "peers.csv"), *save({"accuracy_macs": figure}, folder)]
 
 
 def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
-    figure, axes = _axes("Validation accuracy of each peer and both ensembles", "epoch", "accuracy (%)")
-    for index, colour in enumerate(_colours(num_peers)):
+    figure, axes = new_axes("Validation accuracy of each peer and both ensembles", "epoch", "accuracy (%)")
+    for index, colour in enumerate(colours(num_peers)):
         values = [100 * value for value in series[f"val/accuracy/peer{index}"]]
         axes.plot(epochs, values, color=colour, label=f"peer {index}")
     for kind, line in ENSEMBLE_LINES.items():
@@ -115,16 +115,16 @@ def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num
 
 
 def _weights_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
-    figure, axes = _axes("Peer weights omega", "epoch", "weight")
-    for index, colour in enumerate(_colours(num_peers)):
+    figure, axes = new_axes("Peer weights omega", "epoch", "weight")
+    for index, colour in enumerate(colours(num_peers)):
         axes.plot([0, *epochs], [1 / num_peers, *series[f"weights/peer{index}"]], color=colour, label=f"peer {index}")
     axes.legend(frameon=False)
     return figure
 
 
 def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
-    figure, axes = _axes("Test accuracy against size", "MACs an image (millions)", "test accuracy (%)")
-    for peer, colour in zip(result["peers"], _colours(len(result["peers"])), strict=True):
+    figure, axes = new_axes("Test accuracy against size", "MACs an image (millions)", "test accuracy (%)")
+    for peer, colour in zip(result["peers"], colours(len(result["peers"])), strict=True):
         point = (peer["macs"] / 1e6, 100 * peer["test_accuracy"])
         axes.scatter(*point, color=colour, s=60, zorder=3)
         axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
@@ -135,33 +135,37 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    import matplotlib
+def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """One plot in a figure of its own; without pyplot, whose global state belongs to one thread."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    dress(axes, title, x, y)
     return figure, axes
 
 
-def _colours(count: int) -> list[Any]:
+def dress(axes: Axes, title: str, x: str, y: str) -> None:
+    """The one look of all plots."""
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def colours(number: int) -> list[Any]:
+    """As many colours, from dark to light."""
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](0.9 * index / max(count - 1, 1)) for index in range(count)]
+    return [matplotlib.colormaps["viridis"](0.9 * index / max(number - 1, 1)) for index in range(number)]
 
 
-def _save(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    import matplotlib.pyplot as plt
-
+def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
+    """Write each figure as `<name>.png`."""
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=120)
-        plt.close(figure)
     return paths
 
 
@@ -173,7 +177,8 @@ def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _table(*headings: str) -> Table:
+def new_table(*headings: str) -> Table:
+    """An empty table in the one look of all tables."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
@@ -184,11 +189,12 @@ def _drop(share: float) -> str:
     return f"{share * 100:.1f}%"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in per cent, without the sign."""
     return f"{share * 100:.2f}"
 
 
-def _count(value: float) -> str:
+def count(value: float) -> str:
     """Three significant digits: 272k, 2.53M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:

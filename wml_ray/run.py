@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from wml_ray import ray_train, report, session, tracking
 from wml_ray.checkpoint import Checkpoints, write_json
 from wml_ray.config import Config, DataMissing, UserError
 from wml_ray.costs import count_params
 from wml_ray.data import Dataset, ResidentDataset, generator_for, load
-from wml_ray.loop import Diverged, EpochEnd, Tick, check_shares
+from wml_ray.lock import only_one
+from wml_ray.loop import Diverged, Report, check_shares
 from wml_ray.memory import training_memory_bytes
 from wml_ray.pruning import apply_plan
 from wml_ray.readers import image_spec
 from wml_ray.tracking import TrackedRun
-
-OnEvent = Callable[[Tick | EpochEnd], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,6 @@ class Plan:
     memory_bytes: int  # estimated peak of one worker's training step
     state: str
     images: str
-    config: Config
 
 
 @dataclass(frozen=True)
@@ -68,10 +60,10 @@ def plan(config: Config) -> Plan:
     check_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)
-    return Plan(start.plan["peers"], count_params(tree), memory, _state(config), images, config)
+    return Plan(start.plan["peers"], count_params(tree), memory, _state(config), images)
 
 
-def train(config: Config, on_event: OnEvent) -> Outcome:
+def train(config: Config, on_event: Report) -> Outcome:
     """Train, or resume the same run if it was interrupted, or return the result it has.
 
     Raises:
@@ -81,17 +73,17 @@ def train(config: Config, on_event: OnEvent) -> Outcome:
     folder = config.run_folder
     if (folder / session.RESULT).exists():
         return _finished(config)
-    with _only_one(folder):
+    with only_one(folder):
         return _train(config, on_event)
 
 
-def _train(config: Config, on_event: OnEvent) -> Outcome:
+def _train(config: Config, on_event: Report) -> Outcome:
     folder = config.run_folder
     tracking.check_reachable(tracking.tracking_uri())
     ray_train.start(config)
     session.prepare(config, max(ray_train.worker_range(config)[1], 1))
     (folder / "config.yaml").write_text(config.to_yaml())
-    tracked = tracking.open_run(config, _identity(folder)["token"])
+    tracked = _open(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
     try:
         undelivered = ray_train.fit(config, tracked, on_event)
@@ -120,11 +112,16 @@ def _finished(config: Config) -> Outcome:
             tracking.check_reachable(tracking.tracking_uri())
         except UserError:  # the result is there all the same
             return Outcome(result, folder, tracked, False, 1)
-        tracked = tracking.open_run(config, identity["token"])
+        tracked = _open(config, identity["token"])
         tracker = tracking.Tracker(tracked)
         session.deliver(result, tracker.log)
         undelivered = tracker.close(ray_train.DELIVERY_S) or _publish(folder, tracked, result)
     return Outcome(result, folder, tracked, False, undelivered)
+
+
+def _open(config: Config, token: str) -> TrackedRun:
+    tags = {"wml_ray.run_id": config.run_id}
+    return tracking.open_run(config.run.name, config.run_id, token, config.flatten(), tags)
 
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
@@ -134,17 +131,6 @@ def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
         return 1
     _remember(folder, tracked, delivered=True)
     return 0
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold this machine's lock on a run's folder; it falls with the process, however that ends."""
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    try:
-        with FileLock(Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"{folder} is being trained by another process; wait for it, or stop it first") from None
 
 
 def _identity(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,10 @@ T = TypeVar("T")
 RESULT = "result.json"
 
 
+def ignore_log(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+    """A `Log` for those who do not listen."""
+
+
 def fresh_tree(config: Config, spec: ImageSpec) -> PeerTree:
     """The unpruned tree of a config; its initial tensors follow from the seed.
 
@@ -79,6 +83,7 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": drops(full, family_costs(tree, dataset.spec)),
+        "tree": {"params": count_params(tree), "macs": count_macs(tree, dataset.spec)},
         "created_ms": _now_ms(),
         "epoch": 0,
         "metrics": {},
@@ -104,34 +109,34 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
     trainer = Trainer(config, tree, dataset, device, shard)
     trainer.load_state(start.model, start.state)
     plan = dict(start.plan)
-    log_on_rank_0 = log if shard.rank == 0 else _ignore
+    log_on_rank_0 = log if shard.rank == 0 else ignore_log
     _log_past(plan, log_on_rank_0)
 
     def on_event(event: Tick | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            timestamp_ms = _now_ms()
-            entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": event.metrics}
-            plan.update(epoch=event.epoch, metrics=event.metrics, history=[*plan["history"], entry])
+            timestamp_ms, metrics = _now_ms(), _with_smallest_peer(event.metrics, "val", plan["peers"])
+            entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
+            plan.update(epoch=event.epoch, metrics=metrics, history=[*plan["history"], entry])
             if shard.rank == 0:  # the checkpoint first: what is logged is then never trained again under another number
                 checkpoints.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
-            log_on_rank_0(event.epoch, event.metrics, timestamp_ms)
+            log_on_rank_0(event.epoch, metrics, timestamp_ms)
         report(event)
 
     trainer.fit(on_event)
     _select(config, trainer, checkpoints, plan, shard)
-    test = trainer.evaluate("test")
+    test = _with_smallest_peer(trainer.evaluate("test"), "test", plan["peers"])
     if shard.rank:
         return None
     result = summary(config, trainer, plan, test)
-    log(trainer.epoch, test, result["timestamp_ms"])
     write_json(config.run_folder / RESULT, result)
+    log(trainer.epoch, result["final"], result["timestamp_ms"])
     return result
 
 
 def deliver(result: dict[str, Any], log: Log) -> None:
     """Everything a finished run logs, for a receiver that may have missed some of it."""
     _log_past(result, log)
-    log(result["test_epoch"], result["test"], result["timestamp_ms"])
+    log(result["test_epoch"], result["final"], result["timestamp_ms"])
 
 
 def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
@@ -158,8 +163,9 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     }
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
     result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
-    result |= {"test": test, "created_ms": plan["created_ms"], "timestamp_ms": _now_ms()}
-    return result | {"history": plan["history"], "device": trainer.device.type}
+    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": _now_ms()}
+    return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
 
 
 def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
@@ -167,8 +173,10 @@ def family_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
     costs = []
     for index in range(tree.num_peers):
         peer = tree.peer(index)
-        weighted = [cost.out for cost in layer_costs(peer, spec).values() if cost.positions]
-        costs.append({"channels": sum(weighted[:-1]), "params": count_params(peer), "macs": count_macs(peer, spec)})
+        weighted = [cost for cost in layer_costs(peer, spec).values() if cost.positions]
+        macs = sum(cost.macs(cost.out, cost.into) for cost in weighted)
+        channels = sum(cost.out for cost in weighted[:-1])
+        costs.append({"channels": channels, "params": count_params(peer), "macs": macs})
     return costs
 
 
@@ -178,6 +186,12 @@ def drops(full: list[dict[str, int]], now: list[dict[str, int]]) -> list[dict[st
         {**costs, **{f"{unit}_drop": (whole[unit] - costs[unit]) / max(whole[unit], 1) for unit in whole}}
         for whole, costs in zip(full, now, strict=True)
     ]
+
+
+def _with_smallest_peer(metrics: Mapping[str, float], split: str, peers: list[dict[str, Any]]) -> dict[str, float]:
+    """The accuracy of the peer with the fewest MACs under a name of its own: its number depends on the ratios."""
+    smallest = min(range(len(peers)), key=lambda index: (peers[index]["macs"], peers[index]["params"], index))
+    return {**metrics, f"{split}/accuracy/smallest_peer": metrics[f"{split}/accuracy/peer{smallest}"]}
 
 
 def _select(config: Config, trainer: Trainer, checkpoints: Checkpoints, plan: dict[str, Any], shard: Shard) -> None:
@@ -208,6 +222,7 @@ def _log_past(record: Mapping[str, Any], log: Log) -> None:
         for unit in ("macs", "params", "channels")
         for index, peer in enumerate(record["peers"])
     }
+    sizes |= {f"peers/{unit}/tree": float(record["tree"][unit]) for unit in ("macs", "params")}
     log(0, sizes, record["created_ms"])
     for entry in record["history"]:
         log(entry["epoch"], entry["metrics"], entry["timestamp_ms"])
@@ -228,7 +243,3 @@ def _from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _ignore(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-    pass

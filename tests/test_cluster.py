@@ -1,0 +1,68 @@
+"""Studies on clusters that are not of this process: Ray's own autoscaler, really started nodes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from autoscaler import autoscaling_cluster
+from family import tiny_config
+
+from wml_ray.ledger import Ledger
+
+pytestmark = pytest.mark.slow
+
+COUNT_NODES = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while True:
+    print(sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()), flush=True)
+    time.sleep(0.5)
+"""
+
+
+def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(workplace):
+    """A head without a free CPU: nodes come for the trials, all trials finish, and the nodes go."""
+    config = tiny_config("optim.epochs=60", "scale.cpus_per_worker=1", "run.name=grown")
+    (workplace / "c.yaml").write_text(config.to_yaml())
+    (workplace / "alpha.py").write_text(
+        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
+        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
+    )
+    with autoscaling_cluster(max_nodes=2) as address:
+        environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+        environment["PYTHONPATH"] = os.path.dirname(__file__)
+        counter = subprocess.Popen(
+            [sys.executable, "-c", COUNT_NODES, address], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
+        done = subprocess.run(
+            [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=300
+        )
+        counts = []
+        deadline_s = time.monotonic() + 90
+        for line in counter.stdout:
+            counts.append(int(line))
+            if (counts[-1] == 0 and max(counts) > 0) or time.monotonic() > deadline_s:
+                break
+        counter.kill()
+        counter.wait()
+    assert done.returncode == 0, done.stderr
+    assert [trial.state for trial in Ledger(Path("results/grown-alpha")).trials()] == ["COMPLETE"] * 4
+    assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
+
+
+def test_a_trial_no_node_can_hold_is_an_error_before_the_first(workplace):
+    (workplace / "c.yaml").write_text(tiny_config("scale.cpus_per_worker=64").to_yaml())
+    (workplace / "alpha.py").write_text(
+        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
+        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "with 64 CPU cores each does not fit: this cluster has 0 such places and does not grow" in done.stderr
+    assert not list(workplace.glob("results/*/study.json"))

@@ -1,0 +1,176 @@
+"""What may be searched, and that everything else is refused before the first trial."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from family import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ray import tune
+
+from wml_ray.cli import SEARCH_OPTIONS, main
+from wml_ray.config import UserError, load
+from wml_ray.space import SearchConfig, check_stop_metric, increasing, load_space, make_space, search_config
+from wml_ray.tune import check_ratios
+
+ROOT = Path(__file__).parent.parent
+ACCURACY = {"val/accuracy/ensemble_weighted": "max"}
+
+
+def ratios_space(lower=0.1, upper=0.5):
+    return make_space(tiny_config(), {"pruning.ratios": increasing(lower, upper)}, ACCURACY)
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4))
+def test_every_point_gives_increasing_ratios_within_the_bounds(steps):
+    ratios = ratios_space().config({f"pruning.ratios.u{i}": step for i, step in enumerate(steps)}).pruning.ratios
+    assert list(ratios) == sorted(ratios)
+    assert ratios[0] >= 0.1
+    assert ratios[-1] <= 0.5
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1000, 5000), min_size=4, max_size=4, unique=True))
+def test_every_increasing_family_is_at_exactly_one_point(numbers):
+    space, ratios = ratios_space(), [number / 10000 for number in sorted(numbers)]
+    for order in itertools.islice(itertools.permutations(ratios), 5):
+        config = tiny_config(f"pruning.ratios={list(order)}")
+        if list(order) == ratios:
+            assert space.config(space.point(config)).pruning.ratios == pytest.approx(ratios)
+        else:
+            with pytest.raises(UserError, match="outside the space"):
+                space.point(config)
+
+
+def test_uniform_points_give_uniform_families():
+    """Sorted draws of M independent uniform ratios and the families of uniform points have the same quantiles."""
+    space, random = ratios_space(0.0, 0.5), np.random.default_rng(0)
+    points = random.uniform(size=(1000, 4))
+    families = [space.values({f"pruning.ratios.u{i}": u for i, u in enumerate(point)}) for point in points]
+    ours = np.array([family["pruning.ratios"] for family in families])
+    plain = np.sort(random.uniform(0, 0.5, size=(1000, 4)))
+    assert np.quantile(ours, [0.1, 0.5, 0.9], axis=0) == pytest.approx(
+        np.quantile(plain, [0.1, 0.5, 0.9], axis=0), abs=0.03
+    )
+
+
+@pytest.mark.parametrize(
+    ("domains", "says"),
+    [
+        ({"wml.alhpa": tune.uniform(0, 1)}, r"unknown key 'wml.alhpa'; did you mean 'wml.alpha'"),
+        ({"wml.alpha": tune.uniform(0, 1.5)}, r"wml.alpha = 1.5"),
+        ({"wml.kl_direction": tune.choice(["sideways"])}, r"wml.kl_direction = 'sideways'"),
+        ({"pruning.ratios": increasing(0, 1)}, r"pruning.ratios"),
+        ({"pruning.ratios.7": tune.uniform(0, 0.5)}, r"entries 0 to 3"),
+        ({"wml.alpha": increasing(0, 1)}, r"is for pruning.ratios"),
+        ({"wml.alpha": 0.5}, r"allowed: tune.uniform"),
+        ({"wml.alpha": tune.grid_search([0.1, 0.2])}, r"allowed: tune.uniform"),
+        ({"wml.alpha": tune.randn(0.5, 0.1)}, r"wml.alpha"),
+        ({"wml.inner_steps": tune.uniform(1, 9)}, r"wml.inner_steps"),
+        ({"wml.inner_steps": tune.qlograndint(2, 8, 2)}, r"allowed: tune.uniform"),
+        ({"wml.alpha": tune.qrandn(0.5, 0.1, 0.1)}, r"allowed: tune.uniform"),
+        ({"run.name": tune.choice(["a"])}, r"'run.name' cannot be searched"),
+        ({"scale.workers": tune.choice([1, 2])}, r"'scale.workers' cannot be searched"),
+        ({"optim.epochs": tune.randint(1, 9)}, r"the budget every trial is measured against"),
+        ({"model.sharing": tune.choice([[1, 2, 4, 4], [1, 2, 2, 2]])}, r"the space holds .* 4 entries but"),
+        ({"optim.warmup_epochs": tune.uniform(0, 9)}, r"leaves nothing"),
+        ({}, r"must return a dict"),
+    ],
+)
+def test_a_space_the_config_refuses_is_an_error(domains, says):
+    with pytest.raises(UserError, match=says):
+        make_space(tiny_config(), domains, ACCURACY)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "says"),
+    [
+        ({"test/accuracy/peer0": "max"}, r"looks at the test images"),
+        ({"val/accuracy/peer9": "max"}, r"is not logged; allowed: val/accuracy/peer0"),
+        ({"val/accuracy/peer0": "most"}, r"allowed: 'max', 'min'"),
+        ({}, r"OBJECTIVES must be"),
+    ],
+)
+def test_objectives_are_logged_metrics_but_never_of_the_test_images(objectives, says):
+    with pytest.raises(UserError, match=says):
+        make_space(tiny_config(), {"wml.alpha": tune.uniform(0, 1)}, objectives)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("OBJECTIVES = {", r"SyntaxError"),
+        ("def space(): return 1 / 0\nOBJECTIVES = {}", r"ZeroDivisionError"),
+        ("OBJECTIVES = {'val/accuracy/peer0': 'max'}", r"has no 'space'"),
+        ("def space(): return {}", r"has no 'OBJECTIVES'"),
+        ("import nowhere_to_be_found", r"ModuleNotFoundError"),
+    ],
+)
+def test_a_broken_space_file_is_one_line(tmp_path, text, says):
+    path = tmp_path / "space.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says) as raised:
+        load_space(path, tiny_config())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_mistake_in_the_space_costs_no_trial_and_leaves_no_trace(workplace, capsys):
+    (workplace / "c.yaml").write_text("seed: 0")
+    (workplace / "s.py").write_text(
+        "from ray import tune\nOBJECTIVES = {'val/accuracy/peer0': 'max'}\n"
+        "def space(): return {'wml.alpa': tune.uniform(0, 1)}"
+    )
+    assert main(["tune", "c.yaml", "--space", "s.py", "--trials", "2"]) == 2
+    assert "did you mean 'wml.alpha'" in capsys.readouterr().err
+    assert sorted(path.name for path in workplace.iterdir()) == ["c.yaml", "s.py"]
+
+
+def test_choices_of_lists_come_back_as_they_were():
+    space = make_space(tiny_config(), {"model.sharing": tune.choice([[1, 2, 4, 4], [4, 4, 4, 4]])}, ACCURACY)
+    point = space.point(tiny_config("model.sharing=[4,4,4,4]"))
+    assert point == {"model.sharing": "[4, 4, 4, 4]"}
+    assert space.config(point).model.sharing == (4, 4, 4, 4)
+
+
+@pytest.mark.parametrize("settings", [{"trials": 0}, {"trials": 2, "sampler": "best"}, {"trials": 2, "seed": -1}])
+def test_a_setting_out_of_range_is_named(settings):
+    with pytest.raises(UserError, match=f"{list(settings)[-1]} = "):
+        search_config(study="s", **settings)
+
+
+def test_only_metrics_known_at_each_epoch_stop_trials():
+    space = ratios_space()
+    assert check_stop_metric(search_config(study="s", trials=1, stop_metric="train/loss"), space) == "min"
+    with pytest.raises(UserError, match="is not known at each epoch"):
+        check_stop_metric(search_config(study="s", trials=1, stop_metric="peers/macs/tree"), space)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.py")), ids=lambda path: path.stem)
+def test_the_spaces_given_hold_for_the_quickstart(path):
+    check_ratios(load_space(path, load(ROOT / "jobs" / "quickstart.yaml")))
+
+
+def test_everything_ready_to_uncomment_in_the_paper_space_holds(tmp_path):
+    text = (ROOT / "tune_spaces" / "wml.py").read_text()
+    (tmp_path / "all.py").write_text(text.replace('# "', '"'))
+    space = load_space(tmp_path / "all.py", load(ROOT / "jobs" / "quickstart.yaml"))
+    assert len(space.domains) == 8
+    check_ratios(space)
+
+
+def test_ratios_out_of_reach_are_known_before_the_first_trial():
+    with pytest.raises(UserError, match="reach"):
+        check_ratios(ratios_space(0.0, 0.95))
+
+
+def test_the_command_line_has_every_setting_of_a_search():
+    assert {"study", "trials", "storage", *SEARCH_OPTIONS} == set(SearchConfig.model_fields)
+
+
+def test_a_start_point_between_the_steps_of_a_domain_is_outside():
+    space = make_space(tiny_config(), {"wml.alpha": tune.quniform(0, 1, 0.25)}, ACCURACY)
+    assert space.point(tiny_config("wml.alpha=0.75")) == {"wml.alpha": 0.75}
+    with pytest.raises(UserError, match=r"wml.alpha = 0.8 is outside the space \(0 to 1 in steps of 0.25\)"):
+        space.point(tiny_config("wml.alpha=0.8"))

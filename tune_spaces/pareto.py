@@ -1,0 +1,15 @@
+"""Two objectives at once: the ensemble's accuracy up, the MACs of the whole family down."""
+
+from ray import tune
+
+from wml_ray.space import increasing
+
+OBJECTIVES = {"val/accuracy/ensemble_weighted": "max", "peers/macs/tree": "min"}
+
+
+def space():
+    return {
+        "pruning.ratios": increasing(0.0, 0.5),
+        "wml.alpha": tune.uniform(0.0, 1.0),
+        "wml.mirror_step_size": tune.loguniform(0.001, 1.0),
+    }

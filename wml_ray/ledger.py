@@ -1,0 +1,68 @@
+"""What a study knows of its trials, a JSON file a trial: the one record that survives any kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wml_ray.checkpoint import write_json
+from wml_ray.study import State
+
+
+@dataclass
+class Trial:
+    """One trial. COMPLETE trials reached the full budget; STOPPED ones were stopped early by the scheduler."""
+
+    number: int
+    point: dict[str, Any]  # what the sampler chose
+    state: State = "RUNNING"
+    sizes: dict[str, float] = field(default_factory=dict)  # the metrics of step 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # epoch, timestamp_ms, metrics
+    final: dict[str, Any] | None = None  # epoch, timestamp_ms, metrics of the test
+    reason: str = ""  # why it failed
+    created_ms: int = 0
+    delivered: bool = False  # MLflow has all of it
+    sampler_notes: dict[str, Any] = field(default_factory=dict)  # what its sampler wrote on it, such as a generation
+
+    @property
+    def epochs(self) -> int:
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+    def metrics(self, epoch: int | None = None) -> dict[str, float]:
+        """Everything known at the end of an epoch, the last by default."""
+        if not self.history:
+            return dict(self.sizes)
+        entry = self.history[-1] if epoch is None else next(e for e in self.history if e["epoch"] == epoch)
+        final = self.final["metrics"] if self.final else {}
+        return {**self.sizes, **entry["metrics"], **final}
+
+    def results(self) -> dict[str, float]:
+        """The metrics of a complete trial, at the epoch the test accuracy is of."""
+        assert self.final is not None
+        return self.metrics(self.final["epoch"])
+
+
+class Ledger:
+    """The trials of a study in its folder: `trials/0007/trial.json`, beside the folder of that trial's run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def trials(self) -> list[Trial]:
+        """All trials by number."""
+        paths = sorted(self.folder.glob("trials/*/trial.json"))
+        return sorted((Trial(**json.loads(path.read_text())) for path in paths), key=lambda trial: trial.number)
+
+    def write(self, trial: Trial) -> None:
+        write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
+
+    def trial_folder(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}"
+
+    def drop_checkpoints(self, number: int) -> None:
+        for name in ("checkpoints", ".ray"):
+            for folder in self.trial_folder(number).glob(f"*/{name}"):
+                shutil.rmtree(folder, ignore_errors=True)

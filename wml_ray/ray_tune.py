@@ -1,0 +1,424 @@
+"""A study under Ray Tune: OptunaSearch suggests, ASHA or median stopping stops, an actor trains trial after trial."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import torch
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from wml_ray import ray_train
+from wml_ray.config import Config, UserError, parse
+from wml_ray.data import Shard
+from wml_ray.delivery import first_cause
+from wml_ray.ledger import Trial
+from wml_ray.loop import Diverged
+from wml_ray.session import run_worker
+from wml_ray.space import SearchConfig, Space, check_stop_metric, encoded
+from wml_ray.study import LABEL, Known, enqueue, make_sampler, notes_of, remember, storage_errors, tell
+from wml_ray.sweep import Sweep
+from wml_ray.tracking import shown
+
+GROWTH_S = 30.0  # how long an autoscaler may take to answer a demand
+STORAGE_S = 60.0  # how long a study waits for a storage that went away
+REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
+TrialFunction = Callable[..., None]  # takes settings and import_path
+
+
+def search(
+    sweep: Sweep,
+    storage: Any,
+    start_points: Sequence[Mapping[str, Any]] = (),
+    earlier: Sequence[Known] = (),
+    verbose: bool = False,
+    trial_function: TrialFunction | None = None,
+) -> None:
+    """Run the trials the study still lacks; `storage` is Optuna's.
+
+    `start_points` are tried first; `earlier` are trials of other studies.
+    `trial_function` takes the place of `train_trial` in the trials' actors.
+
+    Raises:
+        UserError: the cluster cannot hold one trial, or the storage cannot be opened.
+    """
+    _quieten(verbose)
+    space, settings = sweep.space, sweep.search
+    searcher = _Searcher(sweep, storage, start_points, earlier)
+    scheduler = _scheduler(settings, space, searcher.stopped)
+    _replay(scheduler, sweep)
+    ray_folder = sweep.folder.resolve() / ".ray"
+    # Ray Tune refuses to start an actor that asks for nothing
+    resources = {"memory": 2**20} if _several_workers(space.base) else _worker_resources(space.base)
+    trainable = ray.tune.with_resources(partial(trial_function or train_trial, import_path=list(sys.path)), resources)
+    tuner = ray.tune.Tuner(
+        trainable,
+        tune_config=ray.tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=sweep.to_do,
+            reuse_actors=not _several_workers(
+                space.base
+            ),  # Ray Train frees its workers when the actor that started it ends
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=uuid.uuid4().hex,  # the ledger is what a study resumes from, never Ray's state
+            storage_path=str(ray_folder),
+            failure_config=ray.tune.FailureConfig(max_failures=space.base.scale.max_failures),
+            callbacks=[_Events(sweep)],
+            verbose=2 if verbose else 0,
+        ),
+    )
+    try:
+        tuner.fit()
+    except ray.tune.TuneError:
+        if searcher.storage_error:
+            raise UserError(searcher.storage_error) from None
+        raise
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
+
+
+def check_room(config: Config) -> None:
+    """See that the cluster holds a trial, or has an autoscaler that makes room for one when it is asked.
+
+    Raises:
+        UserError: neither.
+    """
+    fewest = max(ray_train.worker_range(config)[0], 1)
+    if _places(config) >= fewest:
+        return
+    asked = placement_group([_worker_resources(config)] * fewest)
+    try:
+        deadline_s = time.monotonic() + (GROWTH_S if _joined() else 0)
+        while not asked.wait(1):
+            if _grows():
+                return
+            if time.monotonic() > deadline_s:
+                raise UserError(
+                    f"a trial of {fewest} workers with {_in_words(_worker_resources(config))} each does not fit: this "
+                    f"cluster has {_places(config)} such places and does not grow; use fewer scale.workers or a "
+                    "smaller scale.cpus_per_worker"
+                )
+    finally:
+        remove_placement_group(asked)
+
+
+def _at_a_time(config: Config, settings: SearchConfig) -> int:
+    """How many trials are to run now: what fits the nodes there are, and one more, which an autoscaler makes room for.
+
+    Trials of several workers take all their places at once or wait, so none holds what another waits for.
+    """
+    room = _places(config) // max(ray_train.worker_range(config)[1], 1)
+    return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
+
+
+def _places(config: Config) -> int:
+    """Workers that fit the nodes there are."""
+    wanted = _worker_resources(config)
+    nodes = ray_train.resources_of_nodes()
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+
+
+def _joined() -> bool:
+    """Whether the cluster was there before: one of our own on this machine does not grow."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _grows() -> bool:
+    """Whether an autoscaler is starting nodes."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return bool(status.pending_launches or status.pending_nodes)
+
+
+def _worker_resources(config: Config) -> dict[str, float]:
+    return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
+
+
+def _in_words(resources: dict[str, float]) -> str:
+    return f"{resources['CPU']:.0f} CPU cores{' and a GPU' if 'GPU' in resources else ''}"
+
+
+def _several_workers(config: Config) -> bool:
+    """Whether a trial starts Ray Train, or trains in its own actor."""
+    return ray_train.worker_range(config)[1] > 1
+
+
+class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
+    """OptunaSearch on the trials of a sweep: interrupted ones first, then start points, then what Optuna asks for."""
+
+    def __init__(
+        self, sweep: Sweep, storage: Any, start_points: Sequence[Mapping[str, Any]], earlier: Sequence[Known]
+    ) -> None:
+        self.sweep, self.start_points = sweep, list(start_points)
+        space, settings = sweep.space, sweep.search
+        modes, metrics = list(space.objectives.values()), list(space.objectives)
+        self.distributions = self.convert_search_space(_domains(space))
+        super().__init__(
+            self.distributions,
+            metric=metrics if len(metrics) > 1 else metrics[0],
+            mode=modes if len(modes) > 1 else modes[0],
+            # not the draws of the first start again, when a study is continued
+            sampler=make_sampler(settings.sampler, settings.seed + len(sweep.trials), settings.trials),
+            study_name=settings.study,
+            storage=storage,
+        )
+        known = [sweep.known(trial) for trial in sweep.trials.values()]
+        self.interrupted = remember(self._ot_study, self.distributions, [*earlier, *known], sweep.token)
+        self.trial_of: dict[str, Trial] = {}
+        self.live: set[str] = set()
+        self.stopped: set[str] = set()  # by the scheduler
+        self.storage_error = ""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        if len(self.live) >= _at_a_time(self.sweep.space.base, self.sweep.search):
+            return None
+        self.live.add(trial_id)
+        trial = self._interrupted(trial_id) or self._new(trial_id)
+        self.trial_of[trial_id] = trial
+        return {"trial": trial.number, "config": json.dumps(self.sweep.placed_config(trial).model_dump(mode="json"))}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        metrics = list(self.sweep.space.objectives)
+        if len(metrics) == 1 and metrics[0] in result and not result.get("past"):
+            self._patiently(lambda: self._ot_trials[trial_id].report(result[metrics[0]], result["epoch"]))
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        trial, asked = self.trial_of[trial_id], self._ot_trials[trial_id]
+        self.live.discard(trial_id)
+        failed = error or bool(trial.reason)
+        trial.sampler_notes = self._patiently(lambda: notes_of(self._ot_study, asked))
+        self.sweep.ended(trial, "failed" if failed else "stopped" if trial_id in self.stopped else "returned")
+        self._patiently(lambda: tell(self._ot_study, asked, self.sweep.known(trial)))
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Ray writes it to disk, where nobody reads it: the ledger is the only memory
+
+    def _interrupted(self, trial_id: str) -> Trial | None:
+        if not self.sweep.waiting:
+            return None
+        trial = self.sweep.waiting.pop(0)
+        self._ot_trials[trial_id] = self.interrupted[self.sweep.label(trial)]
+        return trial
+
+    def _new(self, trial_id: str) -> Trial:
+        for _ in range(REFUSED_POINTS):
+            number = len(self.sweep.trials)
+            if number < len(self.start_points):
+                self._patiently(lambda: enqueue(self._ot_study, self.start_points[number]))  # noqa: B023  called at once
+            asked = self._patiently(lambda: self._ot_study.ask(fixed_distributions=self.distributions))
+            try:
+                trial = self.sweep.begin(asked.params)
+            except UserError as error:
+                refused = str(error)
+                self._patiently(lambda: self._ot_study.tell(asked, state=_failed()))  # noqa: B023
+                continue
+            self._ot_trials[trial_id] = asked
+            self._patiently(lambda: asked.set_user_attr(LABEL, self.sweep.label(trial)))  # noqa: B023
+            return trial
+        raise UserError(f"the config refuses {REFUSED_POINTS} suggestions in a row; narrow the space: {refused}")
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """A call to the storage, again for a minute if its database is away; what it knows then can be mended later."""
+        deadline_s = time.monotonic() + STORAGE_S
+        while True:
+            try:
+                return call()
+            except storage_errors() as error:
+                if time.monotonic() > deadline_s:
+                    url = shown(self.sweep.search.storage or "memory")
+                    self.storage_error = (
+                        f"storage '{url}' does not answer ({first_cause(error)}); "
+                        "run the same command again when it does: the study continues"
+                    )
+                    raise
+                time.sleep(1)
+
+
+class _Events(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
+    """What Ray Tune sees of its trials, told to the sweep."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as that of the searcher
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.sweep.started(self._trial(trial))
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "failed" in result:
+            self._trial(trial).reason = result["failed"]
+            trial.max_failures = 0  # it would fail again in the same way
+        elif "epoch" in result:
+            self.sweep.reported(self._trial(trial), result["report"])
+
+    def _trial(self, trial: Any) -> Trial:
+        return self.sweep.trials[trial.config["trial"]]
+
+
+class _Reporter:
+    """Gathers what `run_worker` logs into one report to Ray Tune an epoch.
+
+    The last epoch waits for the test, which comes after it: a scheduler that is told of the full budget ends the trial.
+    """
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.started_ms = time.time() * 1000
+        self.sizes: dict[str, float] = {}
+        self.last: dict[str, Any] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        entry = {"epoch": step, "timestamp_ms": timestamp_ms, "metrics": dict(metrics)}
+        if step == 0:
+            self.sizes = dict(metrics)
+        elif "test/accuracy/peer0" in metrics:
+            self._report({**self.last, "final": entry})
+        elif step == self.epochs:
+            self.last = entry
+        else:
+            self._report(entry)
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        metrics = {**self.sizes, **entry["metrics"]}
+        past = entry["timestamp_ms"] < self.started_ms  # of a trial that was interrupted
+        report = {**entry, "sizes": self.sizes}
+        ray.tune.report({"epoch": entry["epoch"], "past": past, **metrics, "report": report})
+        self.sizes = {}
+
+
+def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
+    """What Ray Tune runs in a trial's actor: the whole training, or the start of one on several workers."""
+    sys.path.extend(path for path in import_path if path not in sys.path)  # where the user's own backbone may lie
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # Ray Tune fails the next trial if this one takes longer to end
+    try:
+        config = parse(json.loads(settings["config"]))
+        reporter = _Reporter(config.optim.epochs)
+        if _several_workers(config):
+            name = ray.tune.get_context().get_trial_id()
+            ray_train.fit(config, None, lambda event: None, reporter.log, name)
+        else:
+            torch.set_num_threads(config.scale.cpus_per_worker or 1)
+            device = torch.device("cuda" if config.scale.gpu else "cpu")
+            run_worker(config, Shard(), device, lambda event: None, reporter.log)
+    except Exception as error:
+        ray.tune.report({"failed": _in_one_line(error)})
+        raise
+
+
+def _in_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"
+
+
+def _scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> TrialScheduler:
+    """A scheduler that adds the trials it stops to `stopped`."""
+    mode = check_stop_metric(settings, space)
+    metric, budget = settings.stop_metric, space.base.optim.epochs
+    grace = min(settings.grace_epochs, budget)
+    if settings.scheduler == "asha":
+        scheduler: Any = _Asha(
+            "epoch", metric, mode, max_t=budget, grace_period=grace, reduction_factor=settings.reduction_factor
+        )
+    elif settings.scheduler == "median":  # min_time_slice: it shall stop, never pause
+        scheduler = _Median("epoch", metric, mode, grace_period=grace, min_time_slice=float("inf"))
+    else:
+        return FIFOScheduler()
+    scheduler.stopped = stopped
+    return scheduler
+
+
+class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is not typed
+    """ASHA that takes note of an interrupted trial's past without judging it again by those that came after it."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        if decision == TrialScheduler.CONTINUE or result.get("past"):
+            return str(TrialScheduler.CONTINUE)
+        self.stopped.add(trial.trial_id)
+        return decision
+
+
+class _Median(MedianStoppingRule):  # type: ignore[misc]  # Ray is not typed
+    """Median stopping with the same mercy."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("past"):
+            self._results[trial].append(result)
+            return str(TrialScheduler.CONTINUE)
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        if decision == TrialScheduler.STOP:
+            self.stopped.add(trial.trial_id)
+        return decision
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An earlier trial, as far as a scheduler looks at it."""
+
+    trial_id: str
+
+
+def _replay(scheduler: TrialScheduler, sweep: Sweep) -> None:
+    """Let a new scheduler see what earlier trials reached, so that a continued study is as strict as before."""
+    for trial in sweep.trials.values():
+        if trial.state == "RUNNING" or not trial.history:
+            continue
+        seen = _Seen(f"earlier-{trial.number}")
+        results = [{"epoch": entry["epoch"], "past": True, **entry["metrics"]} for entry in trial.history]
+        scheduler.on_trial_add(None, seen)
+        for result in results:
+            scheduler.on_trial_result(None, seen, result)
+        scheduler.on_trial_complete(None, seen, results[-1])
+
+
+def _domains(space: Space) -> dict[str, Any]:
+    """Ray Tune's domains, with categories as Optuna takes them."""
+    domains = space.parameters(ray.tune.uniform)
+    for key, domain in domains.items():
+        if hasattr(domain, "categories"):
+            domains[key] = ray.tune.choice([encoded(category) for category in domain.categories])
+    return domains
+
+
+def _failed() -> Any:
+    from ray.tune.search.optuna.optuna_search import OptunaTrialState
+
+    return OptunaTrialState.FAIL
+
+
+def _trial_name(trial: Any) -> str:
+    return f"trial-{trial.config['trial']:04d}-{trial.trial_id}"
+
+
+def _quieten(verbose: bool) -> None:
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # MLflow has it all
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a failure is reported without metrics
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C is KeyboardInterrupt, as everywhere
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", str(10**9))  # nobody reads Ray's state
+    os.environ["RAY_AIR_NEW_OUTPUT"] = str(int(verbose))  # the new output speaks of failures however quiet it is to be
+    if not verbose:
+        for name in ("ray.tune", "ray.train", "ray.data", "optuna"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,184 @@
+"""What MLflow has of finished runs and studies, read back as tables."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from wml_ray.config import UserError
+from wml_ray.delivery import first_cause
+from wml_ray.study import Study
+from wml_ray.tracking import TrackedRun, check_reachable, client_of, log_files, shown, tracking_uri
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KIND_TAG, TRIAL_TAG, STATE_TAG, EPOCHS_TAG = "wml_ray.kind", "wml_ray.trial", "wml_ray.state", "wml_ray.epochs"
+STUDY_TAG = "wml_ray.study"  # of the parent run: what the report must know of a study, as JSON
+PARENT_TAG = "mlflow.parentRunId"
+
+
+def finished_runs(experiment: str) -> pd.DataFrame:
+    """The finished runs of an experiment, best weighted ensemble on the validation images first.
+
+    Columns: `run`, every metric under its MLflow name, every param, and `peers`, a list of dicts with the keys `peer`,
+    `macs`, `params`, `val`, `test` and `weight`.
+
+    Raises:
+        UserError: there is no such experiment, or no run of it has finished.
+    """
+    import pandas as pd
+
+    client, experiment_id = _find(experiment)
+    runs = _search(client, experiment_id, "attributes.status = 'FINISHED'")
+    rows = [{"run": run.info.run_name, **_metrics_of(client, run), **run.data.params} for run in runs]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
+    if not rows:
+        raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
+    return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+
+
+def _metrics_of(client: Any, run: Any) -> dict[str, float]:
+    """Metrics at the epoch the test accuracy is of, which need not be the last."""
+    metrics = dict(run.data.metrics)
+    if run.data.params.get("run.test_epoch") != "best":
+        return metrics
+    tested = {entry.step for key in metrics if key.startswith("test/") for entry in _history(client, run, key)}
+    for key in metrics:
+        if tested and key.startswith(("val/", "weights/")):  # what was stopped early has no tested epoch
+            metrics[key] = next(entry.value for entry in _history(client, run, key) if entry.step in tested)
+    return metrics
+
+
+def _history(client: Any, run: Any, key: str) -> Any:
+    return client.get_metric_history(run.info.run_id, key)
+
+
+def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    names = {"macs": "peers/macs", "params": "peers/params", "val": "val/accuracy", "test": "test/accuracy"}
+    names["weight"] = "weights"
+    count = sum(key.startswith("test/accuracy/peer") for key in row)
+    return [
+        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}}
+        for index in range(count)
+    ]
+
+
+def is_study(experiment: str) -> bool:
+    """Whether the experiment holds a study.
+
+    Raises:
+        UserError: there is no such experiment.
+    """
+    return bool(_parent(*_find(experiment)))
+
+
+def study(name: str, run_id: str | None = None) -> Study:
+    """A study with all its trials; the newest of its name, or that of the parent run `run_id`.
+
+    Raises:
+        UserError: there is no such experiment, or it holds no study.
+    """
+    import pandas as pd
+
+    client, parent, children = _study_runs(name, run_id)
+    about = json.loads(parent.data.tags[STUDY_TAG])
+    rows = [_trial(client, run, about["searched"]) for run in children]
+    columns = ["trial", "state", "epochs", "reason", "peers", *about["searched"], *about["objectives"]]
+    trials = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *(key for row in rows for key in row)])))
+    return Study(name, about["objectives"], about["searched"], about["settings"], trials)
+
+
+def attach_report(name: str, files: Sequence[Path]) -> None:
+    """Log a study's report to its run; only a warning where the server lets nobody write."""
+    _, parent, _ = _study_runs(name)
+    tracked = TrackedRun(tracking_uri(), parent.info.experiment_id, parent.info.run_id)
+    try:
+        log_files(tracked, files, "report")
+    except Exception as error:  # whatever refuses: the files are there all the same
+        warnings.warn(f"the report could not be logged to MLflow ({first_cause(error)})", stacklevel=2)
+
+
+def complete_trials(name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
+    """Complete trials of a study: `trial`, the values of these config keys, whether searched or not, and all metrics.
+
+    Raises:
+        UserError: there is no such study.
+    """
+    client, _, children = _study_runs(name)
+    complete = [run for run in children if run.data.tags.get(STATE_TAG) == "COMPLETE"]
+    return [_trial(client, run, keys) for run in complete]
+
+
+def _study_runs(name: str, run_id: str | None = None) -> tuple[Any, Any, list[Any]]:
+    """Client, the study's own run, and those of its trials by number."""
+    client, experiment_id = _find(name)
+    parents = [run for run in _parent(client, experiment_id) if run_id in (None, run.info.run_id)]
+    if not parents:
+        raise UserError(f"experiment '{name}' holds no study; start one with wml-ray tune --study {name}")
+    children = _search(client, experiment_id, f"tags.`{PARENT_TAG}` = '{parents[0].info.run_id}'")
+    return client, parents[0], sorted(children, key=lambda run: int(run.data.tags[TRIAL_TAG]))
+
+
+def _trial(client: Any, run: Any, keys: Iterable[str]) -> dict[str, Any]:
+    tags, metrics = run.data.tags, _metrics_of(client, run)
+    complete = tags.get(STATE_TAG) == "COMPLETE"
+    return {
+        "trial": int(tags[TRIAL_TAG]),
+        "state": tags.get(STATE_TAG, "RUNNING"),
+        "epochs": int(tags.get(EPOCHS_TAG, 0)),
+        "reason": tags.get("wml_ray.reason", ""),
+        **{key: _value(run.data.params, key) for key in keys},
+        **metrics,
+        "peers": _peers_of(metrics) if complete else [],
+    }
+
+
+def _value(params: Mapping[str, str], key: str) -> Any:
+    """A param as a number or a word; a list, which MLflow has an entry a param, as one word again."""
+    if key in params:
+        return _parsed(params[key])
+    entries = {name: text for name, text in params.items() if name.startswith(f"{key}.")}
+    return json.dumps([_parsed(entries[f"{key}.{index}"]) for index in range(len(entries))])
+
+
+def _parsed(text: str) -> Any:
+    if text == "None":
+        return None
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)  # YAML takes 1e-05 for a word
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def _find(experiment: str) -> tuple[Any, str]:
+    uri = tracking_uri()
+    check_reachable(uri)
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and not Path(path).exists():  # opening it would make it
+        raise UserError(f"experiment '{experiment}': there is no {path} here; set MLFLOW_TRACKING_URI, or train first")
+    client = client_of(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = ", ".join(e.name for e in client.search_experiments()) or "none"
+        raise UserError(f"experiment '{experiment}' is not on {shown(uri)}; there are: {names}")
+    return client, found.experiment_id
+
+
+def _parent(client: Any, experiment_id: str) -> list[Any]:
+    return _search(client, experiment_id, f"tags.`{KIND_TAG}` = 'study'")
+
+
+def _search(client: Any, experiment_id: str, condition: str) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

@@ -1,0 +1,160 @@
+"""The report of a study: its pictures, its trials as CSV, and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wml_ray.report import save
+from wml_ray.study import IMPORTANCE_TRIALS, Study, complete, front, importances
+from wml_ray.study_pictures import best_trials, draw
+from wml_ray.study_tables import EPOCHS, REASON, STATE, STATES, TRIAL, Quantity, columns_of, trials_summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def write_study(study: Study, folder: Path) -> list[Path]:
+    """Pictures, `trials.csv` and `report.html`, a page that needs no other file; returns the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shares = importances(study)
+    pictures = save(draw(study, shares), folder)
+    csv, page = folder / "trials.csv", folder / "report.html"
+    study.trials.drop(columns="peers").to_csv(csv, index=False)
+    page.write_text(_page(study, {path.stem: path for path in pictures}, shares), encoding="utf-8")
+    return [csv, *pictures, page]
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1b1f24;
+       max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #d0d7de; }
+h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 1rem 0; }
+dt { color: #57606a; } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
+figcaption, .note { color: #57606a; font-size: .9rem; max-width: 48rem; }
+.wide { overflow-x: auto; } .side { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
+.side > div { break-inside: avoid; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; }
+th { vertical-align: bottom; border-bottom: 2px solid #d0d7de; font-weight: 600; white-space: pre; }
+td { border-bottom: 1px solid #eaeef2; } .text { text-align: left; white-space: normal; min-width: 6rem; }
+.text:last-child { min-width: 16rem; }
+tr.front td:first-child { box-shadow: inset 4px 0 #d55e00; font-weight: 600; } tr.faint { color: #6e7781; }
+@media print { body { margin: 0; max-width: none; font-size: 10pt; }
+  .wide { overflow: visible; } h2 { break-after: avoid; }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
+  .text:last-child { min-width: 6rem; } thead { display: table-header-group; }
+  tr { break-inside: avoid; } section { page: wide; } @page { margin: 14mm; }
+  @page wide { size: A4 landscape; margin: 10mm; } }
+"""
+
+CAPTIONS = {
+    "pareto": "Trials of the full budget of epochs. What was stopped early is shown at its last value and never on the "
+    "front.",
+    "parameters": "Each searched key against the objective.",
+    "importance": "How much of the variance of an objective each key explains by itself (fANOVA over the trials of the "
+    "full budget), in per cent of what all keys do.",
+    "history": "The trials in the order they were started, and the best so far.",
+    "peers": "Every peer of the best trials: each is a network of its own.",
+}
+
+
+def _page(study: Study, pictures: dict[str, Path], shares: dict[str, dict[str, float]]) -> str:
+    objectives, keys = columns_of(study)
+    trials = study.trials.assign(state=study.trials["state"].map(STATES))
+    chosen = trials.set_index("trial", drop=False).loc[front(study)]
+    nothing = "" if len(chosen) else "<p>No trial has reached the full budget of epochs yet.</p>"
+    name = html.escape(study.name)
+    parts = [
+        f"<h1>{name}</h1><p>{html.escape(trials_summary(study))}</p>",
+        _settings(study),
+        f"<h2>{'Pareto front' if len(objectives) > 1 else 'Best trial'}</h2>{nothing}",
+        "" if nothing else _html_table([TRIAL, *objectives, *keys, EPOCHS], chosen),
+        _image(pictures, "pareto"),
+        "<h2>What the searched keys do</h2>",
+        _image(pictures, "parameters"),
+        _image(pictures, "importance"),
+        _missing_importance(study, shares),
+        "<h2>The course of the search</h2>",
+        _image(pictures, "history"),
+        "<h2>Peers of the best trials</h2>" + (nothing or _image(pictures, "peers") + _peer_tables(study)),
+        "<section><h2>All trials</h2>",
+        _html_table([TRIAL, STATE, *objectives, *keys, EPOCHS, REASON], trials, front(study)),
+        "</section>",
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    body = "\n".join(part for part in parts if part)
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def _settings(study: Study) -> str:
+    sought = [f"{'highest' if way == 'max' else 'lowest'} {name}" for name, way in study.objectives.items()]
+    rows = {"objectives": ", ".join(sought), "searched": ", ".join(study.searched), **study.settings}
+    pairs = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items())
+    return f"<dl>{''.join(pairs)}</dl>"
+
+
+def _image(pictures: dict[str, Path], name: str) -> str:
+    if name not in pictures:
+        return ""
+    data = pictures[name].read_bytes()
+    width = int.from_bytes(data[16:20]) * 3 // 4  # as the PNG has it: letters on all pictures come out the same size
+    image = f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" alt="{name}">'
+    return f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+
+
+def _missing_importance(study: Study, shares: dict[str, dict[str, float]]) -> str:
+    missing = [objective for objective, found in shares.items() if not found]
+    if not missing or not study.searched:
+        return ""
+    return (
+        f'<p class="note">No importance for {html.escape(", ".join(missing))}: it takes at least {IMPORTANCE_TRIALS} '
+        "trials of the full budget in which the objective and a searched key differ; "
+        f"there {'is' if len(complete(study)) == 1 else 'are'} {len(complete(study))} of the full budget.</p>"
+    )
+
+
+def _peer_tables(study: Study) -> str:
+    import pandas as pd
+
+    columns = [
+        Quantity("peer", "peer", ""),
+        *(Quantity(unit, heading, "", "count") for unit, heading in (("params", "params"), ("macs", "MACs"))),
+        *(Quantity(split, f"{split} %", "", "percent") for split in ("val", "test")),
+        Quantity("weight", "weight", ""),
+    ]
+    tables = (
+        f"<div><h3>Trial {number}</h3>{_html_table(columns, pd.DataFrame(peers))}</div>"
+        for number, peers in best_trials(study)
+    )
+    note = '<p class="note">The search saw validation accuracy only; test accuracy was taken once, after training.</p>'
+    return f'<div class="side">{"".join(tables)}</div>{note}'
+
+
+def _html_table(columns: Sequence[Quantity], rows: pd.DataFrame, marked: Iterable[int] = ()) -> str:
+    marked = set(marked)
+    texts = {quantity.column: ' class="text"' for quantity in columns if quantity in (STATE, REASON)}
+
+    def line(tag: str, cells: Iterable[str]) -> str:
+        filled = zip(columns, cells, strict=True)
+        return "".join(f"<{tag}{texts.get(q.column, '')}>{html.escape(cell)}</{tag}>" for q, cell in filled)
+
+    def row_class(row: Any) -> str:
+        if row.get("trial") in marked:
+            return ' class="front"'
+        return ' class="faint"' if row.get("state", "complete") != "complete" else ""
+
+    body = "\n".join(
+        f"<tr{row_class(row)}>{line('td', (q.cell(row[q.column]) for q in columns))}</tr>" for _, row in rows.iterrows()
+    )
+    head = line("th", (quantity.heading for quantity in columns))
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'

@@ -1,0 +1,189 @@
+"""The quantities of a study as people read them, its summary and the table of its Pareto front."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from wml_ray.report import count, new_table, percent
+from wml_ray.study import Study, front
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axis import Axis
+
+CELL_WIDTH = 24
+STATES = {"COMPLETE": "complete", "STOPPED": "stopped early", "FAILED": "failed", "RUNNING": "running"}
+LETTERS = {
+    "wml.alpha": "alpha",
+    "wml.mirror_step_size": "eta",
+    "wml.inner_steps": "T",
+    "wml.inner_step": "gamma",
+    "wml.temperature": "tau",
+}
+"""The letters of the README."""
+WHOSE = {"ensemble_weighted": "weighted ensemble", "ensemble_average": "average ensemble", "tree": "peer tree"}
+SPLITS = {"val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of the trials as tables and axes show it."""
+
+    column: str
+    heading: str
+    title: str
+    kind: str = "number"  # percent | count | number | choice
+    log: bool = False
+    choices: tuple[str, ...] = ()
+
+    def values(self, trials: pd.DataFrame) -> pd.Series[float]:
+        """Where the trials lie on an axis; choices side by side, spread a little so that equals are seen."""
+        import pandas as pd
+
+        if self.kind == "choice":
+            places = trials[self.column].map(lambda value: float(self.choices.index(str(value))))
+            return places.astype(float) + ((trials["trial"] * 0.618 + 0.5) % 1 - 0.5) * 0.3
+        values = pd.to_numeric(trials[self.column], errors="coerce").astype(float)
+        values = values.where(values > 0) if self.log else values
+        return values * 100 if self.kind == "percent" else values
+
+    def cell(self, value: Any) -> str:
+        """A value in a table; empty where there is none."""
+        if self.kind == "choice" or isinstance(value, str):
+            return str(value)
+        if value is None or math.isnan(value):
+            return ""
+        formats: dict[str, Callable[[float], str]] = {"percent": percent, "count": count}
+        return formats.get(self.kind, "{:.3g}".format if isinstance(value, float) else str)(value)
+
+    def dress(self, axis: Axis) -> None:
+        """Ticks of an axis of this quantity."""
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+        if self.kind == "count":
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+            axis.set_major_formatter(
+                FuncFormatter(lambda value, _: re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0", "", count(value)))
+            )
+        if self.kind == "choice":
+            labels = [_short(choice, 18).replace("$", r"\$") for choice in self.choices]
+            axis.set_ticks(range(len(labels)), labels, fontsize="small")
+            if sum(map(len, labels)) > 36:
+                for label in axis.get_ticklabels():
+                    label.set(rotation=25, ha="right", rotation_mode="anchor")
+            axis.axes.set_xlim(-0.5, max(len(labels), 1) - 0.5)
+        if self.log:
+            axis.axes.set_xscale("log")
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=6))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
+        elif self.kind == "number":
+            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=self == TRIAL, min_n_ticks=1))
+        low, high = axis.get_view_interval()
+        if self.kind == "percent" and high > 100:
+            limit = axis.axes.set_xlim if axis is axis.axes.xaxis else axis.axes.set_ylim
+            limit(low, 100 + 0.03 * (100 - low))
+
+
+def trials_summary(study: Study) -> str:
+    """One line: how many trials, how they ended, and what they cost."""
+    states = study.trials["state"].value_counts()
+    ends = ", ".join(f"{states[state]} {words}" for state, words in STATES.items() if state in states)
+    total, epochs = len(study.trials), int(study.trials["epochs"].sum())
+    return f"{_number_of(total, 'trial')}: {ends or 'none yet'}; {_number_of(epochs, 'epoch')}"
+
+
+def front_table(study: Study, width: int = 120) -> Table:
+    """The Pareto front, best by the first objective first; keys beyond `width` characters are left to the CSV."""
+    chosen = study.trials.set_index("trial", drop=False).loc[front(study)]
+    shown, left_out = _fitting(study, chosen, width)
+    table = new_table(*_bottom_aligned(shown))
+    for _, trial in chosen.iterrows():
+        table.add_row(*(escape(_short(quantity.cell(trial[quantity.column]), CELL_WIDTH)) for quantity in shown))
+    if chosen.empty:
+        table.caption = "no trial has reached the full budget yet"
+    elif left_out:
+        table.caption = f"{_number_of(left_out, 'more key')} in trials.csv"
+    return table
+
+
+def metric_of(name: str) -> Quantity:
+    section, _, rest = name.partition("/")
+    what, _, whose = rest.partition("/")
+    whose = WHOSE.get(whose, re.sub(r"(\d+)$", r" \1", whose).replace("_", " "))
+    if what == "accuracy":
+        title = f"{SPLITS.get(section, section)} accuracy (%)\n{whose}"
+        return Quantity(name, f"{textwrap.fill(whose, 9)}\n{section} %", title, "percent")
+    if section == "peers":
+        unit = {"macs": "MACs", "params": "params"}.get(what, what)
+        return Quantity(name, f"{unit}\n{whose}", f"{unit}{' an image' * (what == 'macs')}, {whose}", "count")
+    return Quantity(name, name.replace("/", "\n"), name)
+
+
+def key_of(study: Study, key: str) -> Quantity:
+    scale = study.searched[key]
+    heading = _heading(key)
+    if sum(_heading(other) == heading for other in study.searched) > 1:
+        heading = key.replace(".", "\n")
+    title = f"{LETTERS[key]} ({key})" if key in LETTERS else key
+    if scale != "choice":
+        return Quantity(key, heading, title, log=scale == "log")
+    choices = tuple(dict.fromkeys(str(value) for value in sorted(study.trials[key], key=_choice_order)))
+    return Quantity(key, heading, title, "choice", choices=choices)
+
+
+def _heading(key: str) -> str:
+    words = re.sub(r"[._]", " ", key.partition(".")[2] or key)
+    return LETTERS.get(key, textwrap.fill(words, 9))
+
+
+def _choice_order(value: Any) -> tuple[bool, float, str]:
+    is_number = isinstance(value, int | float)
+    return (not is_number, value if is_number else 0.0, str(value))
+
+
+TRIAL = Quantity("trial", "trial", "trial")
+EPOCHS = Quantity("epochs", "epochs", "epochs")
+STATE = Quantity("state", "state", "state")
+REASON = Quantity("reason", "reason", "reason")
+
+
+def columns_of(study: Study) -> tuple[list[Quantity], list[Quantity]]:
+    """Objectives and searched keys."""
+    return [metric_of(name) for name in study.objectives], [key_of(study, key) for key in study.searched]
+
+
+def _fitting(study: Study, trials: pd.DataFrame, width: int) -> tuple[list[Quantity], int]:
+    """As many columns as fit a terminal, and the number of keys that do not."""
+    objectives, keys = columns_of(study)
+
+    def width_of(shown: Sequence[Quantity]) -> int:
+        texts = ([*q.heading.split("\n"), *(_short(q.cell(v), CELL_WIDTH) for v in trials[q.column])] for q in shown)
+        return sum(max(map(len, column)) + 1 for column in texts) + 1
+
+    kept = list(keys)
+    while kept and width_of([TRIAL, *objectives, *kept, EPOCHS]) > width:
+        kept.pop()
+    return [TRIAL, *objectives, *kept, EPOCHS], len(keys) - len(kept)
+
+
+def _bottom_aligned(shown: Sequence[Quantity]) -> list[str]:
+    lines = max(quantity.heading.count("\n") for quantity in shown)
+    return ["\n" * (lines - quantity.heading.count("\n")) + quantity.heading for quantity in shown]
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
+
+
+def _number_of(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -1,0 +1,204 @@
+"""The verb `tune` as a function: a study from its space to its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from wml_ray import ray_train, ray_tune, records, session, study_report, tracking
+from wml_ray.checkpoint import write_json
+from wml_ray.config import UserError, with_values
+from wml_ray.data import load
+from wml_ray.lock import only_one
+from wml_ray.records import KIND_TAG, STUDY_TAG
+from wml_ray.space import Increasing, SearchConfig, Space, bounds, check_stop_metric
+from wml_ray.study import Known, Study, open_storage
+from wml_ray.sweep import Sweep
+from wml_ray.tracking import TrackedRun
+
+IDENTITY = "study.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished study: what MLflow has of it, where its files are, and what could not be delivered to MLflow."""
+
+    study: Study | None  # None where MLflow lacks something
+    folder: Path
+    files: list[Path]
+    tracked: TrackedRun
+    undelivered: int
+
+
+def tune(
+    space: Space,
+    search: SearchConfig,
+    on_change: Callable[[Sweep], None] | None = None,
+    start: Sequence[Mapping[str, Any]] = (),
+    warm_start: Sequence[str] = (),
+    verbose: bool = False,
+) -> Outcome:
+    """Run a study, or the trials it still lacks, and report on it.
+
+    `start` are points tried before the sampler is asked; `warm_start` names earlier studies whose complete trials the
+    sampler learns from. Called again with the same space it continues: finished trials stay, interrupted ones go on
+    from their checkpoints, and a larger `search.trials` adds the difference.
+
+    Raises:
+        UserError: a mistake in the space, the settings or the config, before the first trial.
+    """
+    folder = Path(space.base.run.storage_path) / search.study
+    check_stop_metric(search, space)
+    tracking.check_reachable(tracking.tracking_uri())
+    with only_one(folder):
+        begun = _identity(folder)
+        _check_same_study(folder, begun, space)
+        storage = open_storage(search.storage, search.study, begun.get("token"))
+        earlier = [known for name in dict.fromkeys(warm_start) for known in _earlier_trials(name, search, space)]
+        sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change)
+        if sweep.to_do:
+            ray_train.join_cluster(verbose)
+            ray_tune.check_room(space.base)
+            check_ratios(space)
+        if not begun:
+            write_json(folder / IDENTITY, {"token": sweep.token, **_determinants(space)})
+        parent = _open(sweep)
+        sweep.publish_to(parent)
+        try:
+            if sweep.to_do:
+                ray_tune.search(sweep, storage, start, earlier, verbose)
+        except BaseException as error:
+            _give_up(sweep, parent, error)
+            raise
+        return _conclude(sweep, parent)
+
+
+def _give_up(sweep: Sweep, parent: TrackedRun, error: BaseException) -> None:
+    """Last words to MLflow of a study that is to be continued."""
+    sweep.interrupted()
+    sweep.close(ray_train.INTERRUPTED_DELIVERY_S)
+    status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+    tracking.close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
+
+
+def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
+    """The study's best config and its report, in its folder and in MLflow."""
+    undelivered = sweep.close(ray_train.DELIVERY_S)
+    if undelivered:
+        return Outcome(None, sweep.folder, [], parent, undelivered)
+    best = sweep.best()
+    files = []
+    if best is not None:
+        files = [sweep.folder / "config.yaml"]
+        files[0].write_text(sweep.config(best).to_yaml())
+    try:
+        study = records.study(sweep.search.study, parent.run_id)
+        pictures = study_report.write_study(study, sweep.folder / "report")
+        tracking.log_files(parent, pictures, "report")
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
+        tracking.finish_run(parent, "FINISHED", files, tags)
+    except UserError:  # it was there a moment ago
+        return Outcome(None, sweep.folder, files, parent, 1)
+    return Outcome(study, sweep.folder, [*files, *pictures], parent, 0)
+
+
+def _open(sweep: Sweep) -> TrackedRun:
+    """The study's own run in MLflow, with all that its report will need."""
+    space, search = sweep.space, sweep.search
+    settings = {key: str(value) for key, value in search.model_dump(exclude={"study", "storage", "trials"}).items()}
+    about = {"objectives": space.objectives, "searched": space.searched, "settings": settings}
+    params = {
+        **{f"space.{key}": domain for key, domain in space.describe().items()},
+        **{f"objective.{metric}": mode for metric, mode in space.objectives.items()},
+        **{f"search.{key}": value for key, value in settings.items()},
+    }
+    tags = {KIND_TAG: "study", STUDY_TAG: json.dumps(about)}
+    parent = tracking.open_run(search.study, search.study, sweep.token, params, tags)
+    source = sweep.folder / "space.py"
+    source.write_text(space.source)
+    tracking.log_files(parent, [source])
+    return parent
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    """What makes a study this one, and the token by which MLflow and Optuna know it; nothing before it begins."""
+    path = folder / IDENTITY
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _check_same_study(folder: Path, begun: Mapping[str, Any], space: Space) -> None:
+    for part, now in _determinants(space).items():
+        before = begun.get(part, now)
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if keys:
+            raise UserError(
+                f"study '{folder.name}' was begun with another {part}: {keys[0]} was {before.get(keys[0])} and is now "
+                f"{now.get(keys[0])}; name another study with --study, or delete {folder}"
+            )
+        if list(before) != list(now) and part == "objectives":
+            raise UserError(
+                f"study '{folder.name}' was begun with its objectives in the order {', '.join(before)}; keep it"
+            )
+
+
+def _determinants(space: Space) -> dict[str, dict[str, Any]]:
+    """What every trial of a study has in common; where it runs does not enter."""
+    base = space.base.flatten()
+    places = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
+    config = {key: value for key, value in base.items() if not key.startswith(places) or key == "run.test_epoch"}
+    config = {key: value for key, value in config.items() if key not in space.searched}
+    return {"config": config, "space": space.describe(), "objectives": space.objectives}
+
+
+def check_ratios(space: Space) -> None:
+    """Prune once at each end of the ratios' range: what cannot be reached is better known before the first trial.
+
+    Raises:
+        UserError: a ratio the space holds is out of reach for a network the space holds.
+    """
+    extremes: list[dict[str, Any]] = []
+    for key, domain in space.domains.items():
+        if isinstance(domain, Increasing):
+            lowest, highest = [domain.lower] * space.base.num_peers, [domain.upper] * space.base.num_peers
+            extremes += [{key: [*lowest[1:], domain.upper]}, {key: highest}]
+        elif key.startswith("pruning.ratios."):
+            extremes += [{key: value} for value in bounds(domain)]
+    networks = [
+        [(key, category) for category in domain.categories]
+        for key, domain in space.domains.items()
+        if key.startswith(("model.", "pruning.")) and hasattr(domain, "categories")
+    ]
+    if extremes:
+        dataset = load(space.base)
+        for network, ratios in product(product(*networks), extremes):
+            session.beginning(with_values(space.base, {**dict(network), **ratios}), dataset)
+
+
+def _earlier_trials(name: str, search: SearchConfig, space: Space) -> list[Known]:
+    """Complete trials of another study on the same data that lie in this space and know its objectives."""
+    if name == search.study:
+        raise UserError(f"warm_start = '{name}': a study remembers its own trials; name another one, or leave it out")
+    known = []
+    for row in records.complete_trials(name, [*space.domains, "data.name"]):
+        values = [float(row.get(metric, math.nan)) for metric in space.objectives]
+        if any(map(math.isnan, values)) or row["data.name"] != space.base.data.name:
+            continue
+        try:
+            point = space.point(with_values(space.base, {key: _parsed(row[key]) for key in space.domains}))
+        except UserError:  # it lies elsewhere
+            continue
+        known.append(Known(f"{name}/{row['trial']}", point, "COMPLETE", values, {}))
+    if not known:
+        raise UserError(f"warm_start = '{name}': none of its complete trials lies in this space; leave it out")
+    return known
+
+
+def _parsed(value: Any) -> Any:
+    """Lists come from MLflow as JSON."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
