@@ -1,0 +1,105 @@
+"""The configs in jobs/: each loads, says what it is, and is a tree that can be built and pruned."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from wml_ray.cli import main
+from wml_ray.config import Config, known_keys, load
+
+JOBS = Path(__file__).parent.parent / "jobs"
+CONFIGS = sorted(path.stem for path in JOBS.glob("*.yaml"))
+PAPER = [name for name in CONFIGS if name.startswith(("cifar", "imagenet"))]
+DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagefolder": "ImageNet"}
+BACKBONES = {
+    **{f"resnet{depth}{stem}": f"ResNet-{depth}" for depth in (18, 20, 32, 50, 56, 101) for stem in ("", "_cifar")},
+    "mobilenet_v2": "MobileNetV2",
+}
+CLASSES_OF_IMAGENET = 1000
+
+
+def read(name):
+    """A config and the comment it opens with."""
+    path = JOBS / f"{name}.yaml"
+    comment = re.match(r"(#.*\n)+", path.read_text())
+    assert comment, "opens with no comment"
+    return load(path), comment.group()
+
+
+def names(comment, thing):
+    return re.search(rf"(?<![\w-]){thing}(?![\w-])", comment)
+
+
+def test_the_papers_tables_are_all_there():
+    assert set(PAPER) == {
+        *("cifar100_resnet101", "cifar100_resnet18", "cifar100_resnet50"),
+        *("cifar10_resnet18", "cifar10_resnet32", "cifar10_resnet50", "cifar10_resnet56"),
+        "imagenet_mobilenet_v2",
+    }
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_loads_and_its_comment_names_the_dataset(name):
+    config, comment = read(name)
+    assert names(comment, DATASETS[config.data.name])
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_config_of_the_paper_says_what_was_published_and_what_is_ours(name):
+    config, comment = read(name)
+    assert names(comment, BACKBONES[config.model.backbone])
+    assert re.search(r"baseline \d\d\.\d\d \| .*\d\d\.\d\d", comment)
+    assert "ensemble" in comment
+    assert "ours" in comment
+    for other in re.findall(r"\w+\.yaml", comment):
+        assert (JOBS / other).exists()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_config_of_the_paper_leaves_out_what_is_at_its_default(name):
+    raw = yaml.safe_load((JOBS / f"{name}.yaml").read_text())
+    given = {f"{section}.{key}" for section, keys in raw.items() for key in keys}
+    assert given <= known_keys().keys()
+    mine, default = (config.model_dump() for config in (read(name)[0], Config()))
+    same = {
+        key
+        for key in given
+        for section, _, inner in [key.partition(".")]
+        if mine[section][inner] == default[section][inner]
+    }
+    assert same == set()
+
+
+def test_the_pruned_rows_are_peers_with_the_published_drops():
+    for name, drops in (("cifar10_resnet32", (0, 0.244, 0.454, 0.5)), ("cifar10_resnet56", (0, 0.247, 0.417, 0.49))):
+        config, comment = read(name)
+        assert config.pruning.unit == "macs"
+        assert config.pruning.ratios == drops
+        assert all(f"({drop:.1%})".replace("%", " %") in comment for drop in drops[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_plan_takes_a_config(workplace, capsys, name):
+    """The tree is the one the file describes; only the saliency that says which channels go is taken on two images."""
+    config, _ = read(name)
+    if config.data.name == "imagefolder":
+        _imagenet(Path(config.data.root))
+    assert main(["plan", str(JOBS / f"{name}.yaml"), "pruning.saliency_images=2", "data.batch_size=8"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{config.model.backbone}, sharing {list(config.model.sharing)}" in shown
+
+
+def _imagenet(root):
+    """The folders of ImageNet, each with the same small image."""
+    image = root / "image.png"
+    root.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(image)
+    for split in ("train", "val"):
+        for index in range(CLASSES_OF_IMAGENET):
+            folder = root / split / f"n{index:08d}"
+            folder.mkdir(parents=True)
+            (folder / "image.png").hardlink_to(image)
