@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wml_ray import submission
 from wml_ray.config import UserError
+from wml_ray.job_package import work_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _submit(options: argparse.Namespace, words: list[str]) -> int:
-    work = submission.work_of(options.verb, words)
+    work = work_of(options.verb, words)
     client = submission.connect(options.address)
     job_id = submission.submit(client, work, options.image, options.packages, options.exclude)
     try:

@@ -16,10 +16,12 @@ import pytest
 from mlflow import MlflowClient
 from servers import free_port
 
-from wml_ray import submission
+from wml_ray import job_entry, submission
 from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import UserError, load
-from wml_ray.submission import on_cluster, pack, runtime_env, work_of
+from wml_ray.job_entry import on_cluster
+from wml_ray.job_package import pack, work_of
+from wml_ray.submission import runtime_env
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "jobs" / "quickstart.yaml")
@@ -77,7 +79,7 @@ class Head:
         return subprocess.Popen(
             [sys.executable, str(ROOT / "jobs" / "submit.py"), *words, "--address", self.url],
             cwd=folder or self.folder,
-            env=self.environment(**variables),
+            env=self.environment(RAY_ADDRESS="http://127.0.0.1:9", **variables),  # --address wins
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -237,7 +239,7 @@ def test_what_is_passed_on_reaches_drivers_and_workers_but_no_log(head, tmp_path
     package = pack(work, tmp_path / "package.zip")
     (tmp_path / "look.py").write_text(
         "import os, ray\n"
-        "from wml_ray.submission import take_environment\n"
+        "from wml_ray.job_entry import take_environment\n"
         "take_environment()\n"
         "look = lambda: len(os.environ['AWS_SECRET_ACCESS_KEY'])\n"
         "ray.init()\nprint('driver', look(), 'worker', ray.get(ray.remote(look).remote()))\n"
@@ -253,7 +255,7 @@ def test_what_is_passed_on_reaches_drivers_and_workers_but_no_log(head, tmp_path
     assert logs
     assert not [path.name for path in logs if SECRET.encode() in path.read_bytes()]
     assert SECRET not in str(client.get_job_info(job_id))
-    passed = list(head.temp.rglob(submission.ENVIRONMENT))
+    passed = list(head.temp.rglob(job_entry.ENVIRONMENT))
     assert passed
     assert not any(path.stat().st_mode & 0o077 for path in passed)
 
@@ -384,11 +386,11 @@ def test_relative_folders_of_a_job_outlive_the_working_directory_that_ray_made(w
     (made / "config.yaml").write_text("optim: {epochs: 1}\n")
     place = workplace / "place"
     place.mkdir()
-    monkeypatch.setattr(submission.cli, "main", lambda words: print(words, os.getcwd()) or 0)
+    monkeypatch.setattr(job_entry.cli, "main", lambda words: print(words, os.getcwd()) or 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    for host, expected in ((submission.socket.gethostname(), place), ("another", workplace / "home" / "wml_ray_jobs")):
+    for host, expected in ((job_entry.socket.gethostname(), place), ("another", workplace / "home" / "wml_ray_jobs")):
         monkeypatch.chdir(made)
-        monkeypatch.setenv(submission.PLACE, f"{host}:{place}")
+        monkeypatch.setenv(job_entry.PLACE, f"{host}:{place}")
         assert on_cluster("train", ["config.yaml", "seed=1"]) == 0
         assert f"['train', '{made}/config.yaml', 'seed=1'] {expected}" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from wml_ray import records
 from wml_ray.cli import main
 from wml_ray.config import UserError, load
 from wml_ray.ledger import Ledger, Trial
-from wml_ray.ray_tune import _replay, _scheduler, _Seen
+from wml_ray.ray_schedulers import Seen, make_scheduler, replay
 from wml_ray.space import make_space, search_config
 from wml_ray.study import open_storage
 from wml_ray.sweep import DIED, Sweep, start_points
@@ -280,8 +280,8 @@ def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
             {"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: number / 10}} for e in range(1, last + 1)
         ]
         ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
-    scheduler = _scheduler(search, space, set())
-    _replay(scheduler, Sweep(space, search, workplace / "asha", "token"))
+    scheduler = make_scheduler(search, space, set())
+    replay(scheduler, Sweep(space, search, workplace / "asha", "token"))
     rungs = {milestone: len(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
     assert rungs == {1: 4, 3: 3, 9: 2}
 
@@ -384,9 +384,9 @@ def test_a_continued_scheduler_stops_bad_trials_but_none_for_its_past(workplace,
         history = [{"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: 0.9}} for e in range(1, 10)]
         ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
     stopped = set()
-    continued = _scheduler(search, space, stopped)
-    _replay(continued, Sweep(space, search, workplace / "again", "token"))
-    interrupted, new = _Seen("interrupted"), _Seen("new")
+    continued = make_scheduler(search, space, stopped)
+    replay(continued, Sweep(space, search, workplace / "again", "token"))
+    interrupted, new = Seen("interrupted"), Seen("new")
     for trial, past in ((interrupted, True), (new, False)):
         continued.on_trial_add(None, trial)
         results = [{"epoch": e, "past": past, search.stop_metric: 0.1} for e in (1, 2, 3)]

@@ -10,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,22 @@ from typing import Any
 import ray
 import ray.tune
 import torch
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
-from ray.util.placement_group import placement_group, remove_placement_group
 
 from wml_ray import ray_train
-from wml_ray.config import Config, UserError, parse
+from wml_ray.config import UserError, parse
 from wml_ray.data import Shard
 from wml_ray.delivery import first_cause
 from wml_ray.ledger import Trial
 from wml_ray.loop import Diverged
+from wml_ray.ray_room import several_workers, trials_at_a_time, worker_resources
+from wml_ray.ray_schedulers import make_scheduler, replay
 from wml_ray.session import run_worker
-from wml_ray.space import SearchConfig, Space, check_stop_metric, encoded
+from wml_ray.space import Space, encoded
 from wml_ray.study import LABEL, Known, enqueue, make_sampler, notes_of, remember, storage_errors, tell
 from wml_ray.sweep import Sweep
 from wml_ray.tracking import shown
 
-GROWTH_S = 30.0  # how long an autoscaler may take to answer a demand
 STORAGE_S = 60.0  # how long a study waits for a storage that went away
 REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
 TrialFunction = Callable[..., None]  # takes settings and import_path
@@ -60,11 +57,11 @@ def search(
     _quieten(verbose)
     space, settings = sweep.space, sweep.search
     searcher = _Searcher(sweep, storage, start_points, earlier)
-    scheduler = _scheduler(settings, space, searcher.stopped)
-    _replay(scheduler, sweep)
+    scheduler = make_scheduler(settings, space, searcher.stopped)
+    replay(scheduler, sweep)
     ray_folder = sweep.folder.resolve() / ".ray"
     # Ray Tune refuses to start an actor that asks for nothing
-    resources = {"memory": 2**20} if _several_workers(space.base) else _worker_resources(space.base)
+    resources = {"memory": 2**20} if several_workers(space.base) else worker_resources(space.base)
     trainable = ray.tune.with_resources(partial(trial_function or train_trial, import_path=list(sys.path)), resources)
     tuner = ray.tune.Tuner(
         trainable,
@@ -72,9 +69,7 @@ def search(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=sweep.to_do,
-            reuse_actors=not _several_workers(
-                space.base
-            ),  # Ray Train frees its workers when the actor that started it ends
+            reuse_actors=not several_workers(space.base),  # Ray Train frees its workers when their starter ends
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -94,71 +89,6 @@ def search(
         raise
     finally:
         shutil.rmtree(ray_folder, ignore_errors=True)
-
-
-def check_room(config: Config) -> None:
-    """See that the cluster holds a trial, or has an autoscaler that makes room for one when it is asked.
-
-    Raises:
-        UserError: neither.
-    """
-    fewest = max(ray_train.worker_range(config)[0], 1)
-    if _places(config) >= fewest:
-        return
-    asked = placement_group([_worker_resources(config)] * fewest)
-    try:
-        deadline_s = time.monotonic() + (GROWTH_S if _joined() else 0)
-        while not asked.wait(1):
-            if _grows():
-                return
-            if time.monotonic() > deadline_s:
-                raise UserError(
-                    f"a trial of {fewest} workers with {_in_words(_worker_resources(config))} each does not fit: this "
-                    f"cluster has {_places(config)} such places and does not grow; use fewer scale.workers or a "
-                    "smaller scale.cpus_per_worker"
-                )
-    finally:
-        remove_placement_group(asked)
-
-
-def _at_a_time(config: Config, settings: SearchConfig) -> int:
-    """How many trials are to run now: what fits the nodes there are, and one more, which an autoscaler makes room for.
-
-    Trials of several workers take all their places at once or wait, so none holds what another waits for.
-    """
-    room = _places(config) // max(ray_train.worker_range(config)[1], 1)
-    return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
-
-
-def _places(config: Config) -> int:
-    """Workers that fit the nodes there are."""
-    wanted = _worker_resources(config)
-    nodes = ray_train.resources_of_nodes()
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
-
-
-def _joined() -> bool:
-    """Whether the cluster was there before: one of our own on this machine does not grow."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def _grows() -> bool:
-    """Whether an autoscaler is starting nodes."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return bool(status.pending_launches or status.pending_nodes)
-
-
-def _worker_resources(config: Config) -> dict[str, float]:
-    return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
-
-
-def _in_words(resources: dict[str, float]) -> str:
-    return f"{resources['CPU']:.0f} CPU cores{' and a GPU' if 'GPU' in resources else ''}"
-
-
-def _several_workers(config: Config) -> bool:
-    """Whether a trial starts Ray Train, or trains in its own actor."""
-    return ray_train.worker_range(config)[1] > 1
 
 
 class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
@@ -188,7 +118,7 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
         self.storage_error = ""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if len(self.live) >= _at_a_time(self.sweep.space.base, self.sweep.search):
+        if len(self.live) >= trials_at_a_time(self.sweep.space.base, self.sweep.search):
             return None
         self.live.add(trial_id)
         trial = self._interrupted(trial_id) or self._new(trial_id)
@@ -316,7 +246,7 @@ def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
     try:
         config = parse(json.loads(settings["config"]))
         reporter = _Reporter(config.optim.epochs)
-        if _several_workers(config):
+        if several_workers(config):
             name = ray.tune.get_context().get_trial_id()
             ray_train.fit(config, None, lambda event: None, reporter.log, name)
         else:
@@ -331,67 +261,6 @@ def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
 def _in_one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"
-
-
-def _scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> TrialScheduler:
-    """A scheduler that adds the trials it stops to `stopped`."""
-    mode = check_stop_metric(settings, space)
-    metric, budget = settings.stop_metric, space.base.optim.epochs
-    grace = min(settings.grace_epochs, budget)
-    if settings.scheduler == "asha":
-        scheduler: Any = _Asha(
-            "epoch", metric, mode, max_t=budget, grace_period=grace, reduction_factor=settings.reduction_factor
-        )
-    elif settings.scheduler == "median":  # min_time_slice: it shall stop, never pause
-        scheduler = _Median("epoch", metric, mode, grace_period=grace, min_time_slice=float("inf"))
-    else:
-        return FIFOScheduler()
-    scheduler.stopped = stopped
-    return scheduler
-
-
-class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is not typed
-    """ASHA that takes note of an interrupted trial's past without judging it again by those that came after it."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = str(super().on_trial_result(tune_controller, trial, result))
-        if decision == TrialScheduler.CONTINUE or result.get("past"):
-            return str(TrialScheduler.CONTINUE)
-        self.stopped.add(trial.trial_id)
-        return decision
-
-
-class _Median(MedianStoppingRule):  # type: ignore[misc]  # Ray is not typed
-    """Median stopping with the same mercy."""
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("past"):
-            self._results[trial].append(result)
-            return str(TrialScheduler.CONTINUE)
-        decision = str(super().on_trial_result(tune_controller, trial, result))
-        if decision == TrialScheduler.STOP:
-            self.stopped.add(trial.trial_id)
-        return decision
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """An earlier trial, as far as a scheduler looks at it."""
-
-    trial_id: str
-
-
-def _replay(scheduler: TrialScheduler, sweep: Sweep) -> None:
-    """Let a new scheduler see what earlier trials reached, so that a continued study is as strict as before."""
-    for trial in sweep.trials.values():
-        if trial.state == "RUNNING" or not trial.history:
-            continue
-        seen = _Seen(f"earlier-{trial.number}")
-        results = [{"epoch": entry["epoch"], "past": True, **entry["metrics"]} for entry in trial.history]
-        scheduler.on_trial_add(None, seen)
-        for result in results:
-            scheduler.on_trial_result(None, seen, result)
-        scheduler.on_trial_complete(None, seen, results[-1])
 
 
 def _domains(space: Space) -> dict[str, Any]:

@@ -1,23 +1,16 @@
-"""Runs and studies as Ray jobs: what is sent to a cluster, how it is followed and stopped, and what it does there."""
+"""Runs and studies as Ray jobs: submitted, followed, stopped and asked after from another machine."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import shlex
-import signal
 import socket
-import sys
 import tempfile
 import time
-import zipfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,165 +21,16 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from wml_ray import cli
-from wml_ray.config import Config, UserError, load
+from wml_ray.config import UserError
+from wml_ray.job_entry import PLACE
+from wml_ray.job_package import Package, Work, pack
 
-ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-PASSED_ON = (
-    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
-    *("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
-)
-ENVIRONMENT = ".wml_ray-environment.json"
-PLACE = "WML_RAY_PLACE"  # HOST:FOLDER a job was submitted from
-LEFT_OUT = (
-    *(".*", "__pycache__", "*.pyc", "*.egg-info", "node_modules"),
-    *("mlruns", "mlartifacts", "*.db", "*.db-*", "*.sqlite*"),
-)
-LEFT_OUT_AT_TOP = ("results", "data", "outputs", "reports", "tests", "docs", "deploy", "benchmarks", "build")
-MAX_BYTES = 50 * 10**6
 STOP_S = 30  # Ray kills a job that has not ended this long after it was asked to
 ANSWER_S = 8.0
 SILENCE_S = 60.0  # how long a follower bears a cluster that does not answer
 NAME_KEY, FOLDER_KEY = "wml_ray.job", "wml_ray.folder"
-
-
-@dataclass(frozen=True)
-class Work:
-    """A run or a study that a cluster is asked for, checked on this machine."""
-
-    name: str  # run id, or the study's name: the job is called so
-    folder: str  # no two jobs may work in it
-    verb: str
-    config: Config
-    words: list[str]  # arguments of the verb, with the names its files have in the package
-    files: dict[str, Path]  # those files
-    environment: dict[str, str]  # passed on to the job, secrets among it
-
-
-@dataclass(frozen=True)
-class Package:
-    """The working directory of a job, as one zip file."""
-
-    path: Path
-    files: int
-    size_bytes: int
-
-
-def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
-    """Raises:
-    UserError: a mistake in the config, the space or the settings of the search.
-    """
-    options = cli._parse([verb, *words])
-    config = load(options.config, options.overrides)
-    environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
-    command, files = list(words), {}
-    for kind in ("config", "space", "start"):
-        if given := getattr(options, kind, None):
-            path = Path(given).resolve()
-            name = str(path.relative_to(root)) if path.is_relative_to(root) else f"submitted/{kind}/{path.name}"
-            files[name] = path
-            command = [_replaced(word, given, name) for word in command]
-    if verb == "train":
-        return Work(config.run_id, str(config.run_folder), verb, config, command, files, environment)
-    study = _checked_study(options, config)
-    if options.storage:  # a command line is there for all to read, and the address may hold a password
-        environment["OPTUNA_STORAGE"] = options.storage
-        command = _without_option(command, options.storage)
-    if not options.study:
-        command += ["--study", study]
-    return Work(study, str(Path(config.run.storage_path) / study), verb, config, command, files, environment)
-
-
-def _checked_study(options: Any, config: Config) -> str:
-    """Name of the study, after all that can be checked without a cluster."""
-    from wml_ray.space import check_stop_metric, load_space, search_config
-    from wml_ray.sweep import start_points
-
-    space = load_space(options.space, config)
-    study = options.study or f"{config.run.name}-{Path(options.space).stem}"
-    settings = {key: getattr(options, key) for key in cli.SEARCH_OPTIONS}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    check_stop_metric(search_config(study=study, trials=options.trials, **settings), space)
-    if options.start:
-        start_points(Path(options.start), space)
-    return study
-
-
-def _replaced(word: str, given: str, name: str) -> str:
-    option, equals, value = word.partition("=")
-    if word.startswith("--") and equals and value == given:
-        return f"{option}={name}"
-    return name if word == given else word
-
-
-def _without_option(words: Sequence[str], value: str) -> list[str]:
-    """`words` without the option that has this value, in one word or in two."""
-    kept: list[str] = []
-    for word in words:
-        if word == value and kept and kept[-1].startswith("--"):
-            kept.pop()
-        elif not (word.startswith("--") and word.endswith(f"={value}")):
-            kept.append(word)
-    return kept
-
-
-def pack(work: Work, target: Path, exclude: Sequence[str] = (), root: Path = ROOT) -> Package:
-    """Write the job's working directory to the zip file `target`: the code and the files of the work, nothing else.
-
-    The same content gives the same bytes, so that Ray uploads it once.
-
-    Raises:
-        UserError: it is larger than a job's working directory should be.
-    """
-    outputs = {Path(work.config.run.storage_path).resolve(), Path(work.config.data.root).resolve()}
-    files = {str(path.relative_to(root)): path for path in _code(root, outputs, exclude)} | work.files
-    size_bytes = sum(path.stat().st_size for path in files.values())
-    if size_bytes > MAX_BYTES:
-        largest, its_bytes = _largest(files)
-        raise UserError(
-            f"{root} has {size_bytes / 1e6:.0f} MB to send to the cluster, most of it in {largest} "
-            f"({its_bytes / 1e6:.0f} MB); at most {MAX_BYTES / 1e6:.0f} MB are sent: move it elsewhere, or leave it "
-            f"out with --exclude {largest}"
-        )
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, path in sorted(files.items()):
-            _add(archive, name, path.read_bytes(), 0o755 if os.access(path, os.X_OK) else 0o644)
-        if work.environment:
-            _add(archive, ENVIRONMENT, json.dumps(work.environment, sort_keys=True).encode(), 0o600)
-    return Package(target, len(files), target.stat().st_size)
-
-
-def _add(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
-    entry = zipfile.ZipInfo(name)  # dated 1980, whenever it is packed
-    entry.external_attr = mode << 16
-    archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
-
-
-def _code(root: Path, outputs: set[Path], exclude: Sequence[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        patterns = (*LEFT_OUT, *exclude, *(LEFT_OUT_AT_TOP if here == root else ()))
-
-        def kept(name: str, here: Path = here, patterns: tuple[str, ...] = patterns) -> bool:
-            return not any(fnmatch(name, pattern) for pattern in patterns) and (here / name).resolve() not in outputs
-
-        folders[:] = [name for name in folders if kept(name) and not _is_environment(here / name)]
-        yield from (here / name for name in names if kept(name) and (here / name).is_file())
-
-
-def _is_environment(folder: Path) -> bool:
-    return (folder / "pyvenv.cfg").exists() or (folder / "conda-meta").exists()
-
-
-def _largest(files: Mapping[str, Path]) -> tuple[str, int]:
-    """The folder at the top, or the file, that weighs most."""
-    sizes: Counter[str] = Counter()
-    for name, path in files.items():
-        sizes[Path(name).parts[0]] += path.stat().st_size
-    return sizes.most_common(1)[0]
 
 
 def check_image(work: Work) -> None:
@@ -289,7 +133,7 @@ def runtime_env(work: Work, package: Package | None, image: str | None, packages
         return {"image_uri": image, "env_vars": variables}
     settings: dict[str, Any] = {"working_dir": str(package.path) if package else None, "env_vars": variables}
     if work.environment:
-        settings["worker_process_setup_hook"] = "wml_ray.submission.take_environment"
+        settings["worker_process_setup_hook"] = "wml_ray.job_entry.take_environment"
     if packages:
         lock = "-r ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/requirements.lock"  # too long for the variable Ray puts it in
         settings["pip"] = {"packages": [lock], "pip_check": False}
@@ -469,81 +313,13 @@ def how_to_go_on(job_id: str, address: str | None) -> list[str]:
     ]
 
 
-def on_cluster(verb: str, words: Sequence[str]) -> int:
-    """The verb as a job's command: `words` as for `wml-ray`, from a working directory that Ray may have made."""
-    try:
-        take_environment()
-        words = _move_to_place(words)
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            from wml_ray.ray_train import join_cluster
-
-            join_cluster("--verbose" in words)  # ray.init puts a SIGTERM handler of its own in place of ours
-        _end_as_by_ctrl_c()
-        return cli.main([verb, *words])
-    except UserError as error:
-        print(f"wml-ray: {error}", file=sys.stderr)
-        return cli.USER_ERROR
-    except ModuleNotFoundError as error:
-        print(
-            f"wml-ray: this cluster's Python has no package '{error.name}'; start its nodes from an environment or "
-            "image with requirements.lock installed, or submit with --packages",
-            file=sys.stderr,
-        )
-        return cli.USER_ERROR
-    except KeyboardInterrupt:
-        return cli.FAILED
-
-
-def take_environment() -> None:
-    """Set what the submitter passed on. Ray calls this in every worker of a job, `on_cluster` in its driver."""
-    path = Path(__file__).resolve().parent.parent / ENVIRONMENT
-    if path.exists():
-        os.environ.update(json.loads(path.read_text()))
-
-
-def _move_to_place(words: Sequence[str]) -> list[str]:
-    """Leave a working directory that Ray made and will delete, so that relative folders and mlflow.db outlive the job.
-
-    They are taken from the folder the job was submitted from, if that is on this machine, else from ~/wml_ray_jobs.
-    """
-    if "working_dir_files" not in Path.cwd().parts:
-        return list(words)
-    words = [_with_whole_path(word) for word in words]
-    host, _, folder = os.environ.get(PLACE, "").partition(":")
-    here = host == socket.gethostname() and os.access(folder, os.W_OK)
-    place = Path(folder) if here else Path.home() / "wml_ray_jobs"
-    place.mkdir(parents=True, exist_ok=True)
-    os.chdir(place)
-    _print(f"relative folders are in {place}")
-    return words
-
-
-def _with_whole_path(word: str) -> str:
-    """The word, with the whole path of the file that it names, alone or behind `--option=`."""
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return f"{option}{equals}{Path(value).resolve()}" if value and Path(value).is_file() else word
-
-
-def _end_as_by_ctrl_c() -> None:
-    """`ray job stop` sends SIGTERM; what Ctrl-C leaves behind (KILLED in MLflow, a checkpoint) is right for it too.
-
-    Ray Train's own handler of Ctrl-C is passed by: it takes longer than the 3 s that Ray gives a job by default, and
-    the actors of a job end with its driver.
-    """
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-
-
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _last_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
+    """What was raised, out of a traceback that came over HTTP."""
+    return (str(error).rstrip(" .\n").splitlines() or [type(error).__name__])[-1][:300]
 
 
 def _print(line: str) -> None:

@@ -16,6 +16,7 @@ from wml_ray.checkpoint import write_json
 from wml_ray.config import UserError, with_values
 from wml_ray.data import load
 from wml_ray.lock import only_one
+from wml_ray.ray_room import check_room
 from wml_ray.records import KIND_TAG, STUDY_TAG
 from wml_ray.space import Increasing, SearchConfig, Space, bounds, check_stop_metric
 from wml_ray.study import Known, Study, open_storage
@@ -64,7 +65,7 @@ def tune(
         sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change)
         if sweep.to_do:
             ray_train.join_cluster(verbose)
-            ray_tune.check_room(space.base)
+            check_room(space.base)
             check_ratios(space)
         if not begun:
             write_json(folder / IDENTITY, {"token": sweep.token, **_determinants(space)})
