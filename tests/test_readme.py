@@ -48,6 +48,7 @@ def test_the_quickstart_trains_every_peer_to_97_percent(workplace, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_commands_and_the_python_of_the_readme_run(workplace, capsys):
     for folder in ("jobs", "tune_spaces"):
         (workplace / folder).symlink_to(ROOT / folder)

@@ -173,7 +173,9 @@ class Sweep:
             return None
         running = [trial.epochs for trial in self.trials.values() if trial.state == "RUNNING"]
         a_trial = sum(done) / len(done)
-        left = (self.search.trials - len(self.trials)) * a_trial + sum(max(a_trial - epochs, 0) for epochs in running)
+        # a trial that came further than most goes all the way
+        left = sum((a_trial if epochs < a_trial else self.budget) - epochs for epochs in running)
+        left += (self.search.trials - len(self.trials)) * a_trial
         return max(left, 0.0) * (time.monotonic() - self._started_s) / trained
 
     def _state(self, trial: Trial, end: str) -> State:
