@@ -357,23 +357,6 @@ def test_a_storage_that_does_not_open_is_one_line_without_its_password(workplace
     assert "\n" not in str(raised.value)
 
 
-def test_trials_of_two_workers_on_a_cluster_for_one_of_them_never_wait_for_ever(workplace, ray_cluster):
-    """Six trials, those with a poor learning rate stopped early; each has both cores, so each had to be given back."""
-    domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
-    start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6, 0.1, 1e-6, 0.1, 1e-6)]
-    space = small_space("scale.workers=2", "optim.epochs=4", domains=domains)
-    running = []
-
-    def count(sweep):
-        running.append(sweep.counts()["RUNNING"])
-
-    outcome = tune(space, search_config(study="pairs", trials=6, reduction_factor=2), count, start)
-    assert max(running) == 1
-    assert list(outcome.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
-    for run in children("pairs")[::2]:
-        assert steps(run, "train/loss") == [1, 2, 3, 4]
-
-
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_a_continued_scheduler_stops_bad_trials_but_none_for_its_past(workplace, scheduler):
     """Trials of an earlier start set the mark; one that was interrupted behind them reports its past unharmed."""

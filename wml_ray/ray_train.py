@@ -74,6 +74,8 @@ def join_cluster(verbose: bool = False) -> None:
             os.environ.get("RAY_ADDRESS") or "local",
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
+            # without a dashboard Ray frees the workers of a stopped multi-worker trial only when the job ends
+            include_dashboard=None if os.environ.get("RAY_ADDRESS") else True,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "of this machine")
