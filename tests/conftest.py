@@ -27,12 +27,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster():
-    """One local cluster for all tests: Ray takes seconds to start.
-
-    With its dashboard, without which Ray frees the workers of a stopped multi-worker trial only when the job ends.
-    """
+    """One local cluster for all tests: Ray takes seconds to start."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -1,5 +1,7 @@
 """Small families for the tests."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -57,3 +59,12 @@ def tiny_config(*overrides: str) -> Config:
         "optim": {"epochs": 3},
     }
     return parse(raw, overrides)
+
+
+def write_study(folder: Path, config: Config) -> None:
+    """The files of `wml-ray tune c.yaml --space alpha.py`, a study of one key."""
+    (folder / "c.yaml").write_text(config.to_yaml())
+    (folder / "alpha.py").write_text(
+        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
+        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from autoscaler import autoscaling_cluster
-from family import tiny_config
+from family import tiny_config, write_study
 
 from wml_ray.ledger import Ledger
 
@@ -26,11 +26,7 @@ while True:
 def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(workplace):
     """A head without a free CPU: nodes come for the trials, all trials finish, and the nodes go."""
     config = tiny_config("optim.epochs=60", "scale.cpus_per_worker=1", "run.name=grown")
-    (workplace / "c.yaml").write_text(config.to_yaml())
-    (workplace / "alpha.py").write_text(
-        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
-        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
-    )
+    write_study(workplace, config)
     with autoscaling_cluster(max_nodes=2) as address:
         environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
         environment["PYTHONPATH"] = os.path.dirname(__file__)
@@ -55,11 +51,7 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
 
 
 def test_a_trial_no_node_can_hold_is_an_error_before_the_first(workplace):
-    (workplace / "c.yaml").write_text(tiny_config("scale.cpus_per_worker=64").to_yaml())
-    (workplace / "alpha.py").write_text(
-        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
-        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
-    )
+    write_study(workplace, tiny_config("scale.cpus_per_worker=64"))
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pandas as pd
 import pytest
-from family import tiny_config
+from family import tiny_config, write_study
 from mlflow import MlflowClient
 from postgres import postgres
 from ray import tune as ray_tune_api
@@ -231,11 +231,7 @@ def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampl
 def test_a_driver_killed_at_any_moment_is_continued_by_the_same_command(workplace):
     """Killed twice: once while the first trials train, once after some are finished."""
     config = tiny_config("optim.epochs=25", "scale.cpus_per_worker=1")
-    (workplace / "c.yaml").write_text(config.to_yaml())
-    (workplace / "alpha.py").write_text(
-        "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
-        "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
-    )
+    write_study(workplace, config)
     folder = Path("results/wml-alpha/trials")
     before = {}
     for condition in ("0000/*/checkpoints/epoch-0004", "0002/*/checkpoints/epoch-0003"):
@@ -355,6 +351,38 @@ def test_a_storage_that_does_not_open_is_one_line_without_its_password(workplace
         open_storage(address, "study", None)
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_trials_of_two_workers_on_a_cluster_for_one_of_them_never_wait_for_ever(workplace, ray_cluster):
+    """Six trials, those with a poor learning rate stopped early; each has both cores, so each had to be given back."""
+    domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
+    start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6, 0.1, 1e-6, 0.1, 1e-6)]
+    space = small_space("scale.workers=2", "optim.epochs=4", domains=domains)
+    running = []
+
+    def count(sweep):
+        running.append(sweep.counts()["RUNNING"])
+
+    outcome = tune(space, search_config(study="pairs", trials=6, reduction_factor=2), count, start)
+    assert max(running) == 1
+    assert list(outcome.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
+    for run in children("pairs")[::2]:
+        assert steps(run, "train/loss") == [1, 2, 3, 4]
+
+
+def test_a_killed_trial_of_two_workers_gives_their_places_to_its_next_start(workplace, ray_cluster):
+    killed = []
+
+    def kill_once(sweep):
+        if sweep.trials[0].epochs == 2 and not killed:
+            killed.append(max(trial_processes(sweep, 0)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    space = small_space("scale.workers=2", "optim.epochs=4")
+    outcome = tune(space, search_config(study="pair", trials=1, scheduler="none"), kill_once)
+    assert killed
+    assert list(outcome.study.trials["state"]) == ["COMPLETE"]
+    assert steps(children("pair")[0], "train/loss") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])

@@ -11,7 +11,12 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from wml_ray.config import Config
     from wml_ray.run import Outcome
+    from wml_ray.space import SearchConfig
+    from wml_ray.study import Study
 
 OK, FAILED, USER_ERROR = 0, 1, 2
 SEARCH_OPTIONS = (
@@ -22,7 +27,7 @@ SEARCH_OPTIONS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; 0 done, 2 the user's input is wrong, 1 anything else."""
-    options = _parse(arguments)
+    options = parse_arguments(arguments)
     _quieten()
     from wml_ray.config import UserError
 
@@ -43,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """`key=value` may stand anywhere behind the config, also behind options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -150,24 +155,35 @@ def _train(options: argparse.Namespace) -> int:
     return OK if outcome.undelivered == 0 else FAILED
 
 
+def search_of(options: argparse.Namespace, base: Config) -> SearchConfig:
+    """How `wml-ray tune` is to search, from its options.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    from pathlib import Path
+
+    from wml_ray.space import search_config
+
+    study = options.study or f"{base.run.name}-{Path(options.space).stem}"
+    settings = {"study": study, "trials": options.trials}
+    settings["storage"] = options.storage or os.environ.get("OPTUNA_STORAGE")
+    settings |= {key: getattr(options, key) for key in SEARCH_OPTIONS}
+    return search_config(**{key: value for key, value in settings.items() if value is not None})
+
+
 def _tune(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from rich.console import Console
-
     from wml_ray.config import load
-    from wml_ray.space import load_space, search_config
+    from wml_ray.space import load_space
 
     base = load(options.config, options.overrides)
     space = load_space(options.space, base)
-    study = options.study or f"{base.run.name}-{Path(options.space).stem}"
-    storage = options.storage or os.environ.get("OPTUNA_STORAGE")
-    settings = {"study": study, "trials": options.trials, "storage": storage}
-    settings |= {key: getattr(options, key) for key in SEARCH_OPTIONS}
-    search = search_config(**{key: value for key, value in settings.items() if value is not None})
-    _print(f"study {study}: {options.trials} trials of {base.optim.epochs} epochs, {len(space.searched)} keys searched")
+    search = search_of(options, base)
+    keys, epochs = len(space.searched), base.optim.epochs
+    _print(f"study {search.study}: {search.trials} trials of {epochs} epochs, {keys} keys searched")
     from wml_ray.progress import StudyProgress
-    from wml_ray.study_tables import front_table, trials_summary
     from wml_ray.sweep import start_points
     from wml_ray.tune import tune
 
@@ -175,15 +191,9 @@ def _tune(options: argparse.Namespace) -> int:
     with nullcontext() if options.verbose else StudyProgress() as progress:
         outcome = tune(space, search, progress, start, options.warm_start, options.verbose)
     if outcome.study is None:
-        print(
-            f"wml-ray: MLflow does not answer; every metric is in {outcome.folder}: run the same command again when it "
-            "is back, and they are delivered",
-            file=sys.stderr,
-        )
+        _say_undelivered(outcome.folder)
         return FAILED
-    _print(trials_summary(outcome.study))
-    console = Console()
-    console.print(front_table(outcome.study, console.width))
+    _show_study(outcome.study)
     for path in outcome.files:
         _print(f"wrote {path}")
     _print(f"MLflow      {outcome.tracked.command}")
@@ -203,25 +213,19 @@ def _report(options: argparse.Namespace) -> int:
     from wml_ray.report import runs_table, write_comparison
 
     folder = Path(options.out) / options.experiment
-    console = Console()
-    if records.is_study(options.experiment):
+    study = records.study(options.experiment) if records.is_study(options.experiment) else None
+    runs = study.trials if study else records.finished_runs(options.experiment)
+    if options.csv:
+        runs.drop(columns="peers").to_csv(sys.stdout, index=False)
+        return OK
+    if study:
         from wml_ray.study_report import write_study
-        from wml_ray.study_tables import front_table, trials_summary
 
-        study = records.study(options.experiment)
-        if options.csv:
-            study.trials.drop(columns="peers").to_csv(sys.stdout, index=False)
-            return OK
-        _print(trials_summary(study))
-        console.print(front_table(study, console.width))
+        _show_study(study)
         files = write_study(study, folder)
         records.attach_report(options.experiment, files)
     else:
-        runs = records.finished_runs(options.experiment)
-        if options.csv:
-            runs.drop(columns="peers").to_csv(sys.stdout, index=False)
-            return OK
-        console.print(runs_table(runs))
+        Console().print(runs_table(runs))
         files = write_comparison(runs, folder)
     for path in files:
         _print(f"wrote {path}")
@@ -246,11 +250,25 @@ def _show(outcome: Outcome) -> None:
     if not outcome.trained_now:
         _print(f"train anew  change a key (seed=1), name another experiment (run.name=...), or delete {folder}")
     if outcome.undelivered:
-        print(
-            f"wml-ray: MLflow does not answer; every metric is in {folder / 'result.json'}: run the same command again "
-            "when it is back, and they are delivered",
-            file=sys.stderr,
-        )
+        _say_undelivered(folder / "result.json")
+
+
+def _show_study(study: Study) -> None:
+    from rich.console import Console
+
+    from wml_ray.study_tables import front_table, trials_summary
+
+    console = Console()
+    _print(trials_summary(study))
+    console.print(front_table(study, console.width))
+
+
+def _say_undelivered(place: Path) -> None:
+    print(
+        f"wml-ray: MLflow does not answer; every metric is in {place}: run the same command again when it is back, and "
+        "they are delivered",
+        file=sys.stderr,
+    )
 
 
 def _print(line: str) -> None:

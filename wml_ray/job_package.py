@@ -57,7 +57,7 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
     """Raises:
     UserError: a mistake in the config, the space or the settings of the search.
     """
-    options = cli._parse([verb, *words])
+    options = cli.parse_arguments([verb, *words])
     config = load(options.config, options.overrides)
     environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     command, files = list(words), {}
@@ -80,17 +80,15 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
 
 def _checked_study(options: Any, config: Config) -> str:
     """Name of the study, after all that can be checked without a cluster."""
-    from wml_ray.space import check_stop_metric, load_space, search_config
+    from wml_ray.space import check_stop_metric, load_space
     from wml_ray.sweep import start_points
 
     space = load_space(options.space, config)
-    study = options.study or f"{config.run.name}-{Path(options.space).stem}"
-    settings = {key: getattr(options, key) for key in cli.SEARCH_OPTIONS}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    check_stop_metric(search_config(study=study, trials=options.trials, **settings), space)
+    search = cli.search_of(options, config)
+    check_stop_metric(search, space)
     if options.start:
         start_points(Path(options.start), space)
-    return study
+    return search.study
 
 
 def _replaced(word: str, given: str, name: str) -> str:

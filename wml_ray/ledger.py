@@ -53,7 +53,7 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        paths = sorted(self.folder.glob("trials/*/trial.json"))
+        paths = self.folder.glob("trials/*/trial.json")
         return sorted((Trial(**json.loads(path.read_text())) for path in paths), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:

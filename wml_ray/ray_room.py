@@ -23,10 +23,10 @@ def check_room(config: Config) -> None:
     Raises:
         UserError: neither.
     """
-    fewest = max(ray_train.worker_range(config)[0], 1)
-    if _places(config) >= fewest:
+    fewest, wanted = max(ray_train.worker_range(config)[0], 1), worker_resources(config)
+    if ray_train.places(wanted) >= fewest:
         return
-    asked = placement_group([worker_resources(config)] * fewest)
+    asked = placement_group([wanted] * fewest)
     try:
         deadline_s = time.monotonic() + (GROWTH_S if _joined() else 0)
         while not asked.wait(1):
@@ -34,9 +34,9 @@ def check_room(config: Config) -> None:
                 return
             if time.monotonic() > deadline_s:
                 raise UserError(
-                    f"a trial of {fewest} workers with {_in_words(worker_resources(config))} each does not fit: this "
-                    f"cluster has {_places(config)} such places and does not grow; use fewer scale.workers or a "
-                    "smaller scale.cpus_per_worker"
+                    f"a trial of {fewest} workers with {_in_words(wanted)} each does not fit: this cluster has "
+                    f"{ray_train.places(wanted)} such places and does not grow; use fewer scale.workers or a smaller "
+                    "scale.cpus_per_worker"
                 )
     finally:
         remove_placement_group(asked)
@@ -47,15 +47,8 @@ def trials_at_a_time(config: Config, settings: SearchConfig) -> int:
 
     Trials of several workers take all their places at once or wait, so none holds what another waits for.
     """
-    room = _places(config) // max(ray_train.worker_range(config)[1], 1)
+    room = ray_train.places(worker_resources(config)) // max(ray_train.worker_range(config)[1], 1)
     return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
-
-
-def _places(config: Config) -> int:
-    """Workers that fit the nodes there are."""
-    wanted = worker_resources(config)
-    nodes = ray_train.resources_of_nodes()
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
 
 
 def _joined() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -12,27 +13,30 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.util import get_current_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from wml_ray.checkpoint import write_json
 from wml_ray.config import Config, UserError, parse
 from wml_ray.data import Shard
 from wml_ray.loop import Diverged, EpochEnd, Report, Tick
-from wml_ray.session import Log, ignore_log, run_worker
+from wml_ray.session import from_rank_0, ignore_log, run_worker
 from wml_ray.tracking import TrackedRun, Tracker
 
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
-POLL_S = 1.0  # every look takes time from the workers, of which there may be as many as cores
+POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
 
 
 def start(config: Config) -> None:
@@ -55,7 +59,7 @@ def start(config: Config) -> None:
             f"{gpus}; use fewer workers, or scale.gpu=false"
         )
     each, nodes = _cpus_per_worker(config), _cpus_of_nodes()
-    if sum(cpus // each for cpus in nodes) < fewest:
+    if places({"CPU": each}) < fewest:
         raise UserError(
             f"scale.workers = {config.scale.workers} with {each} CPU cores each do not fit: this cluster has "
             f"{sum(nodes)} cores on {len(nodes)} nodes; use fewer workers or a smaller scale.cpus_per_worker"
@@ -74,8 +78,6 @@ def join_cluster(verbose: bool = False) -> None:
             os.environ.get("RAY_ADDRESS") or "local",
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
-            # without a dashboard Ray frees the workers of a stopped multi-worker trial only when the job ends
-            include_dashboard=None if os.environ.get("RAY_ADDRESS") else True,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "of this machine")
@@ -85,35 +87,64 @@ def join_cluster(verbose: bool = False) -> None:
         ) from None
 
 
-def fit(
-    config: Config, tracked: TrackedRun | None, on_event: Report, log: Log | None = None, name: str | None = None
-) -> int:
+def fit(config: Config, tracked: TrackedRun | None, on_event: Report) -> int:
     """Train to the end on the cluster `start` has joined; returns the steps MLflow could not be told of.
 
-    Metrics go to the MLflow run `tracked`, or are handed to `log` in this process. `name` is Ray Train's for the run.
+    Metrics go to the MLflow run `tracked`, progress to `on_event` in this process.
 
     Raises:
         Diverged: training turned non-finite.
         UserError: a worker met a mistake of the user's, such as an image that cannot be read.
     """
+    settings: dict[str, Any] = {"tracked": asdict(tracked) if tracked else None}
+    if config.scale.workers == 0:
+        return _train(config, settings | {"send": on_event}, uuid.uuid4().hex)
+    with _Mailbox({"event": on_event}, pause_s=POLL_S) as mailbox:
+        return _train(config, settings | {"send": mailbox.sender("event")}, uuid.uuid4().hex)
+
+
+class TrialListener(Protocol):
+    """Hears a training on several workers that is a trial, in the process that started it.
+
+    `log` may end the training by raising SystemExit, as `ray.tune.report` does for a stopped trial.
+    """
+
+    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None: ...
+
+    def placed(self, group: PlacementGroup) -> None:
+        """The workers have taken their places; again after a restart."""
+
+
+def fit_trial(config: Config, listener: TrialListener, name: str) -> None:
+    """Train as a trial: until the end, or until `listener` ends it; then the workers have given back what they held.
+
+    `name` is Ray Train's for the run.
+
+    Raises:
+        Diverged, UserError: as for `fit`.
+        SystemExit: as `listener` did.
+    """
+    with _Mailbox({"log": listener.log, "placed": listener.placed}) as mailbox:
+        senders = {"log": mailbox.sender("log"), "placed": mailbox.sender("placed")}
+        _train(config, senders, name)
+
+
+def _train(config: Config, settings: dict[str, Any], name: str) -> int:
     (config.run_folder / OUTCOME).unlink(missing_ok=True)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    mailbox = _Mailbox({"event": on_event, "log": log or ignore_log}) if config.scale.workers else None
     ray_folder = config.run_folder.resolve() / ".ray"
+    settings |= {
+        "config": _with_absolute_paths(config),
+        "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
+        "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
+    }
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": _with_absolute_paths(config),
-            "tracked": asdict(tracked) if tracked else None,
-            "send": mailbox.sender("event") if mailbox else on_event,
-            "log": mailbox.sender("log") if mailbox and log else None,
-            "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
-            "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
-        },
+        train_loop_config=settings,
         scaling_config=_scaling(config),
         run_config=RunConfig(
-            name=name or uuid.uuid4().hex,  # our checkpoints are what a run resumes from, never Ray's
+            name=name,  # our checkpoints are what a run resumes from, never Ray's
             storage_path=str(ray_folder),
             failure_config=FailureConfig(max_failures=config.scale.max_failures),
         ),
@@ -124,8 +155,6 @@ def fit(
         _raise_what_the_worker_said(config)
         raise
     finally:
-        if mailbox:
-            mailbox.close()
         shutil.rmtree(ray_folder, ignore_errors=True)
     _raise_what_the_worker_said(config)
     return int(json.loads((config.run_folder / OUTCOME).read_text())["undelivered"])
@@ -156,16 +185,25 @@ def _worker(settings: dict[str, Any]) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
-    tracked, send = settings["tracked"], settings["send"]
+    tracked = settings.get("tracked")
     tracker = Tracker(TrackedRun(**tracked), config.run.system_metrics) if tracked and shard.rank == 0 else None
-    log = tracker.log if tracker else settings["log"] or ignore_log
+    trial_goes_on = True
+
+    def log_of_trial(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        nonlocal trial_goes_on
+        trial_goes_on = ray.get(settings["log"](step, metrics, timestamp_ms))
 
     def report(event: Tick | EpochEnd) -> None:
-        if shard.rank == 0:
-            send(event)
+        if shard.rank == 0 and "send" in settings:
+            settings["send"](event)
         if isinstance(event, EpochEnd):
             ray.train.report({"epoch": event.epoch, **event.metrics})
+            if "log" in settings and not from_rank_0(shard, lambda: trial_goes_on):
+                raise _Stopped
 
+    if shard.rank == 0 and "placed" in settings:
+        settings["placed"](get_current_placement_group())
+    log = tracker.log if tracker else log_of_trial if "log" in settings else ignore_log
     patience_s = INTERRUPTED_DELIVERY_S
     undelivered = 0
     try:
@@ -175,11 +213,17 @@ def _worker(settings: dict[str, Any]) -> None:
         if not outcome.exists():  # the worker that saw it first says what it was
             write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
         raise
+    except _Stopped:
+        pass
     finally:
         if tracker:
             undelivered = tracker.close(patience_s)
     if shard.rank == 0:
         write_json(outcome, {"undelivered": undelivered})
+
+
+class _Stopped(Exception):
+    """Nobody wants the rest of this trial."""
 
 
 def _raise_what_the_worker_said(config: Config) -> None:
@@ -191,50 +235,85 @@ def _raise_what_the_worker_said(config: Config) -> None:
 
 
 class _Mailbox:
-    """Carries calls from rank 0 to this process, which has no other way to hear of progress."""
+    """Carries calls from the workers to this process, which has no other way to hear of them."""
 
-    def __init__(self, receivers: Mapping[str, Callable[..., None]]) -> None:
+    def __init__(self, receivers: Mapping[str, Callable[..., None]], pause_s: float = 0) -> None:
         self.actor = ray.remote(num_cpus=0)(_Letters).remote()
-        self._receivers = receivers
+        self._receivers, self._pause_s = receivers, pause_s
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
-    def sender(self, receiver: str) -> _Sender:
-        """A stand-in for `receivers[receiver]` that works on any node."""
-        return _Sender(self.actor, receiver)
+    def __enter__(self) -> _Mailbox:
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._closing.set()
+        ray.get(self.actor.close.remote())
         self._thread.join(LAST_LETTERS_S)
         ray.kill(self.actor)
+        if self._error and not error:
+            raise self._error
 
-    def _poll(self) -> None:
-        last = False
-        while not last:
-            last = self._closing.wait(POLL_S)
-            for receiver, arguments in ray.get(self.actor.take.remote()):
-                self._receivers[receiver](*arguments)
+    def sender(self, receiver: str) -> Callable[..., Any]:
+        """A stand-in for `receivers[receiver]` on any node; a reference to whether the call was taken."""
+        return partial(_send, self.actor, receiver)
+
+    def _receive(self) -> None:
+        """Until the workers have sent all, or a receiver wants no more."""
+        try:
+            while letters := ray.get(self.actor.take.remote()):
+                for receiver, arguments in letters:
+                    self._receivers[receiver](*arguments)
+                    self.actor.acknowledge.remote()
+                self._closing.wait(self._pause_s)
+        except BaseException as error:  # raised again where the mailbox closes
+            self._error = error
+            self.actor.close.remote()
+
+
+def _send(actor: Any, receiver: str, *arguments: Any) -> Any:
+    return actor.deliver.remote(receiver, arguments)
 
 
 class _Letters:
+    """An asyncio actor, in which a call may wait for another."""
+
     def __init__(self) -> None:
         self.letters: list[tuple[str, tuple[Any, ...]]] = []
+        self.sent = self.acknowledged = 0
+        self.closed = False
+        self.changed = asyncio.Condition()
 
-    def put(self, receiver: str, arguments: tuple[Any, ...]) -> None:
-        self.letters.append((receiver, arguments))
+    async def deliver(self, receiver: str, arguments: tuple[Any, ...]) -> bool:
+        """Whether the letter was taken, once it is known."""
+        async with self.changed:
+            self.letters.append((receiver, arguments))
+            self.sent += 1
+            number = self.sent
+            self.changed.notify_all()
+            await self.changed.wait_for(lambda: self.acknowledged >= number or self.closed)
+            return self.acknowledged >= number
 
-    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
-        taken, self.letters = self.letters, []
-        return taken
+    async def take(self) -> list[tuple[str, tuple[Any, ...]]]:
+        """All letters there are, as soon as there are any; none when no more will come."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.letters or self.closed)
+            taken, self.letters = self.letters, []
+            return taken
 
+    async def acknowledge(self) -> None:
+        """The oldest letter that was not yet."""
+        async with self.changed:
+            self.acknowledged += 1
+            self.changed.notify_all()
 
-class _Sender:
-    def __init__(self, actor: Any, receiver: str) -> None:
-        self.actor, self.receiver = actor, receiver
-
-    def __call__(self, *arguments: Any) -> None:
-        self.actor.put.remote(self.receiver, arguments)
+    async def close(self) -> None:
+        """Nothing will be taken that is not in the box now."""
+        async with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
 
 def _scaling(config: Config) -> ScalingConfig:
@@ -271,9 +350,15 @@ def _cpus_per_worker(config: Config) -> int:
     return max(1, min(sum(nodes) // worker_range(config)[1], max(nodes)))
 
 
-def resources_of_nodes() -> list[dict[str, float]]:
+def places(wanted: Mapping[str, float]) -> int:
+    """Workers that fit the nodes there are, if each takes these resources of one node."""
+    nodes = _resources_of_nodes()
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+
+
+def _resources_of_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _cpus_of_nodes() -> list[int]:
-    return [int(resources.get("CPU", 0)) for resources in resources_of_nodes()]
+    return [int(resources.get("CPU", 0)) for resources in _resources_of_nodes()]

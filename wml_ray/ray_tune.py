@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ import ray
 import ray.tune
 import torch
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.trainable import wrap_function
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from wml_ray import ray_train
 from wml_ray.config import UserError, parse
@@ -29,11 +32,12 @@ from wml_ray.ray_room import several_workers, trials_at_a_time, worker_resources
 from wml_ray.ray_schedulers import make_scheduler, replay
 from wml_ray.session import run_worker
 from wml_ray.space import Space, encoded
-from wml_ray.study import LABEL, Known, enqueue, make_sampler, notes_of, remember, storage_errors, tell
+from wml_ray.study import LABEL, Known, enqueue, fail, make_sampler, notes_of, remember, storage_errors, tell
 from wml_ray.sweep import Sweep
 from wml_ray.tracking import shown
 
 STORAGE_S = 60.0  # how long a study waits for a storage that went away
+END_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
 REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
 TrialFunction = Callable[..., None]  # takes settings and import_path
 
@@ -60,16 +64,16 @@ def search(
     scheduler = make_scheduler(settings, space, searcher.stopped)
     replay(scheduler, sweep)
     ray_folder = sweep.folder.resolve() / ".ray"
+    function = partial(trial_function or train_trial, import_path=list(sys.path))
     # Ray Tune refuses to start an actor that asks for nothing
-    resources = {"memory": 2**20} if several_workers(space.base) else worker_resources(space.base)
-    trainable = ray.tune.with_resources(partial(trial_function or train_trial, import_path=list(sys.path)), resources)
+    resources = {"memory": 2.0**20} if several_workers(space.base) else worker_resources(space.base)
     tuner = ray.tune.Tuner(
-        trainable,
+        _trainable(function, resources),
         tune_config=ray.tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=sweep.to_do,
-            reuse_actors=not several_workers(space.base),  # Ray Train frees its workers when their starter ends
+            reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -161,7 +165,7 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
                 trial = self.sweep.begin(asked.params)
             except UserError as error:
                 refused = str(error)
-                self._patiently(lambda: self._ot_study.tell(asked, state=_failed()))  # noqa: B023
+                self._patiently(lambda: fail(self._ot_study, asked))  # noqa: B023
                 continue
             self._ot_trials[trial_id] = asked
             self._patiently(lambda: asked.set_user_attr(LABEL, self.sweep.label(trial)))  # noqa: B023
@@ -190,6 +194,7 @@ class _Events(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
+        self.places: dict[str, PlacementGroup] = {}  # of the workers, by trial
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as that of the searcher
@@ -201,11 +206,43 @@ class _Events(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
         if "failed" in result:
             self._trial(trial).reason = result["failed"]
             trial.max_failures = 0  # it would fail again in the same way
+        elif "placed" in result:
+            self.places[trial.trial_id] = result["placed"]
         elif "epoch" in result:
             self.sweep.reported(self._trial(trial), result["report"])
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._free(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self._free(trial)
+
+    def _free(self, trial: Any) -> None:
+        """Give back the workers' places of a trial whose process died."""
+        if trial.trial_id in self.places:
+            remove_placement_group(self.places.pop(trial.trial_id))
+
     def _trial(self, trial: Any) -> Trial:
         return self.sweep.trials[trial.config["trial"]]
+
+
+def _trainable(function: Callable[[dict[str, Any]], None], resources: dict[str, float]) -> Any:
+    """For Ray Tune; unlike its own it does not end before the function, which may have workers to give back."""
+
+    class Trainable(wrap_function(function)):  # type: ignore[misc]  # Ray is not typed
+        def setup(self, config: dict[str, Any]) -> None:
+            self.training = threading.Lock()
+            super().setup(config)
+
+        def _trainable_func(self, config: dict[str, Any]) -> None:
+            with self.training:
+                super()._trainable_func(config)
+
+        def cleanup(self) -> None:
+            super().cleanup()  # a report of the function now ends it
+            self.training.acquire(timeout=END_S)
+
+    return ray.tune.with_resources(Trainable, resources)
 
 
 class _Reporter:
@@ -231,6 +268,10 @@ class _Reporter:
         else:
             self._report(entry)
 
+    def placed(self, group: PlacementGroup) -> None:
+        """Tell the driver what to free should this process die: Ray keeps it until the job ends."""
+        ray.tune.report({"placed": group})
+
     def _report(self, entry: dict[str, Any]) -> None:
         metrics = {**self.sizes, **entry["metrics"]}
         past = entry["timestamp_ms"] < self.started_ms  # of a trial that was interrupted
@@ -242,13 +283,13 @@ class _Reporter:
 def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
     """What Ray Tune runs in a trial's actor: the whole training, or the start of one on several workers."""
     sys.path.extend(path for path in import_path if path not in sys.path)  # where the user's own backbone may lie
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # Ray Tune fails the next trial if this one takes longer to end
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_S)  # Ray Tune fails the next trial if this one takes longer
     try:
         config = parse(json.loads(settings["config"]))
         reporter = _Reporter(config.optim.epochs)
         if several_workers(config):
             name = ray.tune.get_context().get_trial_id()
-            ray_train.fit(config, None, lambda event: None, reporter.log, name)
+            ray_train.fit_trial(config, reporter, name)
         else:
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
@@ -270,12 +311,6 @@ def _domains(space: Space) -> dict[str, Any]:
         if hasattr(domain, "categories"):
             domains[key] = ray.tune.choice([encoded(category) for category in domain.categories])
     return domains
-
-
-def _failed() -> Any:
-    from ray.tune.search.optuna.optuna_search import OptunaTrialState
-
-    return OptunaTrialState.FAIL
 
 
 def _trial_name(trial: Any) -> str:

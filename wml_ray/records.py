@@ -13,7 +13,7 @@ import yaml
 from wml_ray.config import UserError
 from wml_ray.delivery import first_cause
 from wml_ray.study import Study
-from wml_ray.tracking import TrackedRun, check_reachable, client_of, log_files, shown, tracking_uri
+from wml_ray.tracking import REASON_TAG, TrackedRun, check_reachable, client_of, log_files, shown, tracking_uri
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,7 @@ def is_study(experiment: str) -> bool:
     Raises:
         UserError: there is no such experiment.
     """
-    return bool(_parent(*_find(experiment)))
+    return bool(_parents(*_find(experiment)))
 
 
 def study(name: str, run_id: str | None = None) -> Study:
@@ -96,7 +96,7 @@ def study(name: str, run_id: str | None = None) -> Study:
 
 def attach_report(name: str, files: Sequence[Path]) -> None:
     """Log a study's report to its run; only a warning where the server lets nobody write."""
-    _, parent, _ = _study_runs(name)
+    _, parent = _study_run(name)
     tracked = TrackedRun(tracking_uri(), parent.info.experiment_id, parent.info.run_id)
     try:
         log_files(tracked, files, "report")
@@ -117,12 +117,18 @@ def complete_trials(name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
 
 def _study_runs(name: str, run_id: str | None = None) -> tuple[Any, Any, list[Any]]:
     """Client, the study's own run, and those of its trials by number."""
+    client, parent = _study_run(name, run_id)
+    children = _search(client, parent.info.experiment_id, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
+    return client, parent, sorted(children, key=lambda run: int(run.data.tags[TRIAL_TAG]))
+
+
+def _study_run(name: str, run_id: str | None = None) -> tuple[Any, Any]:
+    """Client, and the study's own run."""
     client, experiment_id = _find(name)
-    parents = [run for run in _parent(client, experiment_id) if run_id in (None, run.info.run_id)]
+    parents = [run for run in _parents(client, experiment_id) if run_id in (None, run.info.run_id)]
     if not parents:
         raise UserError(f"experiment '{name}' holds no study; start one with wml-ray tune --study {name}")
-    children = _search(client, experiment_id, f"tags.`{PARENT_TAG}` = '{parents[0].info.run_id}'")
-    return client, parents[0], sorted(children, key=lambda run: int(run.data.tags[TRIAL_TAG]))
+    return client, parents[0]
 
 
 def _trial(client: Any, run: Any, keys: Iterable[str]) -> dict[str, Any]:
@@ -132,7 +138,7 @@ def _trial(client: Any, run: Any, keys: Iterable[str]) -> dict[str, Any]:
         "trial": int(tags[TRIAL_TAG]),
         "state": tags.get(STATE_TAG, "RUNNING"),
         "epochs": int(tags.get(EPOCHS_TAG, 0)),
-        "reason": tags.get("wml_ray.reason", ""),
+        "reason": tags.get(REASON_TAG, ""),
         **{key: _value(run.data.params, key) for key in keys},
         **metrics,
         "peers": _peers_of(metrics) if complete else [],
@@ -170,7 +176,7 @@ def _find(experiment: str) -> tuple[Any, str]:
     return client, found.experiment_id
 
 
-def _parent(client: Any, experiment_id: str) -> list[Any]:
+def _parents(client: Any, experiment_id: str) -> list[Any]:
     return _search(client, experiment_id, f"tags.`{KIND_TAG}` = 'study'")
 
 

@@ -84,7 +84,7 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
         "channels": channels,
         "peers": drops(full, family_costs(tree, dataset.spec)),
         "tree": {"params": count_params(tree), "macs": count_macs(tree, dataset.spec)},
-        "created_ms": _now_ms(),
+        "created_ms": now_ms(),
         "epoch": 0,
         "metrics": {},
         "history": [],
@@ -102,7 +102,7 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
         Diverged: training turned non-finite; the last good checkpoint stays.
     """
     checkpoints = _checkpoints(config)
-    start = checkpoints.load(_from_rank_0(shard, lambda: prepare(config).epoch))
+    start = checkpoints.load(from_rank_0(shard, lambda: prepare(config).epoch))
     dataset = load(config, device)
     tree = fresh_tree(config, dataset.spec)
     apply_plan(tree, start.plan["channels"])
@@ -114,7 +114,7 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
 
     def on_event(event: Tick | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            timestamp_ms, metrics = _now_ms(), _with_smallest_peer(event.metrics, "val", plan["peers"])
+            timestamp_ms, metrics = now_ms(), _with_smallest_peer(event.metrics, "val", plan["peers"])
             entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
             plan.update(epoch=event.epoch, metrics=metrics, history=[*plan["history"], entry])
             if shard.rank == 0:  # the checkpoint first: what is logged is then never trained again under another number
@@ -164,7 +164,7 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
     result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
     latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": _now_ms()}
+    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
     return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
 
 
@@ -197,7 +197,7 @@ def _with_smallest_peer(metrics: Mapping[str, float], split: str, peers: list[di
 def _select(config: Config, trainer: Trainer, checkpoints: Checkpoints, plan: dict[str, Any], shard: Shard) -> None:
     """Put the trainer at the epoch the test accuracy is taken from."""
     if config.run.test_epoch == "best":
-        best = _from_rank_0(shard, lambda: _best_intact(checkpoints, plan["history"]))
+        best = from_rank_0(shard, lambda: _best_intact(checkpoints, plan["history"]))
         if best != trainer.epoch:
             chosen = checkpoints.load(best)
             trainer.load_state(chosen.model, chosen.state)
@@ -232,7 +232,7 @@ def _checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints)
 
 
-def _from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:
+def from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:
     """What rank 0 decides, on every worker."""
     if shard.world_size == 1:
         return decide()
@@ -241,5 +241,6 @@ def _from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:
     return decided[0]  # type: ignore[no-any-return]
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Milliseconds since the epoch of Unix, as MLflow counts."""
     return time.time_ns() // 1_000_000

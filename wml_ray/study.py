@@ -262,10 +262,16 @@ def remember(
             study.add_trial(_frozen(one, distributions))
         elif not there.state.is_finished():
             study.tell(there.number, one.values, _state(one.state))
+    labels = {one.label for one in known}
     for label, trial in stored.items():
-        if label not in {one.label for one in known} and trial.state == optuna.trial.TrialState.RUNNING:
-            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        if label not in labels and trial.state == optuna.trial.TrialState.RUNNING:
+            fail(study, trial.number)
     return running
+
+
+def fail(study: optuna.Study, trial: optuna.Trial | int) -> None:
+    """End a trial, or the one of this number in Optuna, that nobody trains."""
+    study.tell(trial, state=_state("FAILED"))
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
@@ -328,5 +334,4 @@ def _state(state: State) -> optuna.trial.TrialState:
         "COMPLETE": optuna.trial.TrialState.COMPLETE,
         "STOPPED": optuna.trial.TrialState.PRUNED,
         "FAILED": optuna.trial.TrialState.FAIL,
-        "RUNNING": optuna.trial.TrialState.RUNNING,
     }[state]

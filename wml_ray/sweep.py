@@ -85,7 +85,7 @@ class Sweep:
             UserError: the config refuses the point.
         """
         self.space.config(point)
-        trial = Trial(max(self.trials, default=-1) + 1, dict(point), created_ms=_now_ms())
+        trial = Trial(max(self.trials, default=-1) + 1, dict(point), created_ms=session.now_ms())
         self.ledger.write(trial)
         self.trials[trial.number] = trial
         return trial
@@ -293,7 +293,3 @@ def start_points(path: Path, space: Space) -> list[dict[str, Any]]:
         except UserError as error:
             raise UserError(f"start points {path}: {error}; what a point leaves out is as in the config") from None
     return points
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -252,10 +252,8 @@ def _log_params(client: Any, tracked: TrackedRun, params: Mapping[str, object], 
 
 
 def _system_monitor(tracked: TrackedRun) -> Any:
-    import mlflow
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    mlflow.set_tracking_uri(tracked.uri)
-    monitor = SystemMetricsMonitor(tracked.run_id, resume_logging=True)
+    monitor = SystemMetricsMonitor(tracked.run_id, resume_logging=True, tracking_uri=tracked.uri)
     monitor.start()
     return monitor
