@@ -34,6 +34,10 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
             [sys.executable, "-c", COUNT_NODES, address], env=environment, stdout=subprocess.PIPE, text=True
         )
         command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
+        room = {}
+        for workers in (2, 3):
+            dry = [*command, "--dry-run", f"scale.workers={workers}"]
+            room[workers] = subprocess.run(dry, env=environment, capture_output=True, text=True, timeout=120).stdout
         done = subprocess.run(
             [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=300
         )
@@ -45,6 +49,9 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
                 break
         counter.kill()
         counter.wait()
+    assert "ok  2 workers with 1 CPU core each: the cluster has 0 such places, its autoscaler can add 2" in room[2]
+    assert "NO  3 workers with 1 CPU core each do not fit" in room[3]
+    assert "has 0 such places and its autoscaler can add no more than 2" in room[3]
     assert done.returncode == 0, done.stderr
     assert [trial.state for trial in Ledger(Path("results/grown-alpha")).trials()] == ["COMPLETE"] * 4
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)

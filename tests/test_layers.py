@@ -24,11 +24,11 @@ LAYERS = [
     ),
     *("batchnorm", "loop", "checkpoint", "session", "delivery", "lock", "tracking", "study", "records", "ledger"),
     *("report", "study_tables", "study_pictures", "study_report", "space", "sweep"),
-    *("ray_train", "ray_room", "ray_schedulers", "ray_tune", "run", "tune", "progress", "cli"),
+    *("ray_train", "ray_room", "ray_schedulers", "ray_tune", "preflight", "run", "tune", "progress", "cli"),
     *("job_entry", "job_package", "submission"),
 ]
 HOMES = {
-    "ray": {"ray_train", "ray_room", "ray_schedulers", "ray_tune", "submission"},
+    "ray": {"ray_train", "ray_room", "preflight", "ray_schedulers", "ray_tune", "submission"},
     "mlflow": {"tracking"},
     "optuna": {"study"},
     "torch_pruning": {"pruning"},

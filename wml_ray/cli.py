@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from wml_ray.config import Config
+    from wml_ray.preflight import Finding
     from wml_ray.run import Outcome
     from wml_ray.space import SearchConfig
     from wml_ray.study import Study
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=text, description=text)
         _add_config(one)
         one.set_defaults(verb=verb)
+    _add_dry_run(one)
     _add_tune(verbs)
     text = "tables and pictures of a study, or of the finished runs of an MLflow experiment"
     report = verbs.add_parser("report", help=text, description=text)
@@ -90,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see jobs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys, such as wml.alpha=0.3")
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    text = "look at the cluster, storage, MLflow and data, say what would stop it, and do no more"
+    parser.add_argument("--dry-run", action="store_true", help=text)
 
 
 def _add_tune(verbs: Any) -> None:
@@ -113,6 +121,7 @@ def _add_tune(verbs: Any) -> None:
     tune.add_argument("--start", metavar="FILE", help="YAML list of points to try first, such as [{wml.alpha: 0.3}]")
     tune.add_argument("--warm-start", metavar="STUDY", action="append", default=[], help="learn from an earlier study")
     tune.add_argument("--verbose", action="store_true", help="Ray's own output")
+    _add_dry_run(tune)
     tune.set_defaults(verb=_tune)
 
 
@@ -145,6 +154,10 @@ def _train(options: argparse.Namespace) -> int:
     from wml_ray.config import load
 
     config = load(options.config, options.overrides)
+    if options.dry_run:
+        from wml_ray.preflight import look
+
+        return _show_findings(look(config))
     _print(f"run {config.run_id}: {config.num_peers} peers of {config.model.backbone} on {config.data.name}")
     from wml_ray.progress import TrainingProgress
     from wml_ray.run import train
@@ -181,6 +194,10 @@ def _tune(options: argparse.Namespace) -> int:
     base = load(options.config, options.overrides)
     space = load_space(options.space, base)
     search = search_of(options, base)
+    if options.dry_run:
+        from wml_ray.tune import dry_run
+
+        return _show_findings(dry_run(space, search))
     keys, epochs = len(space.searched), base.optim.epochs
     _print(f"study {search.study}: {search.trials} trials of {epochs} epochs, {keys} keys searched")
     from wml_ray.progress import StudyProgress
@@ -251,6 +268,15 @@ def _show(outcome: Outcome) -> None:
         _print(f"train anew  change a key (seed=1), name another experiment (run.name=...), or delete {folder}")
     if outcome.undelivered:
         _say_undelivered(folder / "result.json")
+
+
+def _show_findings(findings: Iterable[Finding]) -> int:
+    wrong = 0
+    for finding in findings:  # as they come: a node may take a while to answer
+        wrong += not finding.fine
+        _print(f"{finding.subject:<11} {'ok' if finding.fine else 'NO'}  {finding.text}")
+    _print(f"{wrong} to mend" if wrong else "ready; nothing was started")
+    return USER_ERROR if wrong else OK
 
 
 def _show_study(study: Study) -> None:

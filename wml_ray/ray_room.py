@@ -1,12 +1,14 @@
-"""What a cluster holds of a study's trials, and whether it grows."""
+"""What a cluster holds of a run's workers or a study's trials, and what its autoscaler could add."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 import ray
+from ray._private.state import state
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -14,32 +16,28 @@ from wml_ray import ray_train
 from wml_ray.config import Config, UserError
 from wml_ray.space import SearchConfig
 
-GROWTH_S = 30.0  # how long an autoscaler may take to answer a demand
+GROWTH_S = 30.0  # how long an autoscaler that does not say what it can add may take to answer a demand
 
 
-def check_room(config: Config) -> None:
-    """See that the cluster holds a trial, or has an autoscaler that makes room for one when it is asked.
+def check_room(workers: int, wanted: Mapping[str, float]) -> str:
+    """How the cluster holds so many workers, in words: now, or when its autoscaler has made room for them.
 
     Raises:
-        UserError: neither.
+        UserError: it never will.
     """
-    fewest, wanted = max(ray_train.worker_range(config)[0], 1), worker_resources(config)
-    if ray_train.places(wanted) >= fewest:
-        return
-    asked = placement_group([wanted] * fewest)
-    try:
-        deadline_s = time.monotonic() + (GROWTH_S if _joined() else 0)
-        while not asked.wait(1):
-            if _grows():
-                return
-            if time.monotonic() > deadline_s:
-                raise UserError(
-                    f"a trial of {fewest} workers with {_in_words(wanted)} each does not fit: this cluster has "
-                    f"{ray_train.places(wanted)} such places and does not grow; use fewer scale.workers or a smaller "
-                    "scale.cpus_per_worker"
-                )
-    finally:
-        remove_placement_group(asked)
+    now, later = ray_train.places(wanted), _places_to_come(wanted)
+    what = f"{workers} worker{'s' * (workers > 1)} with {_in_words(wanted)} each"
+    if now >= workers:
+        return f"{what}: the cluster has {now} such places"
+    if now + later >= workers:
+        return f"{what}: the cluster has {now} such places, its autoscaler can add {later}"
+    if later == 0 and _grows_when_asked(workers, wanted):
+        return f"{what}: the cluster has {now} such places and is starting nodes"
+    growth = f"its autoscaler can add no more than {later}" if later else "does not grow"
+    raise UserError(
+        f"{what} do{'es' * (workers == 1)} not fit: this cluster has {now} such places and {growth}; use fewer "
+        f"scale.workers or a smaller scale.cpus_per_worker{', or scale.gpu=false' if 'GPU' in wanted else ''}"
+    )
 
 
 def trials_at_a_time(config: Config, settings: SearchConfig) -> int:
@@ -47,8 +45,18 @@ def trials_at_a_time(config: Config, settings: SearchConfig) -> int:
 
     Trials of several workers take all their places at once or wait, so none holds what another waits for.
     """
-    room = ray_train.places(worker_resources(config)) // max(ray_train.worker_range(config)[1], 1)
+    room = ray_train.places(trial_resources(config)) // max(ray_train.worker_range(config)[1], 1)
     return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
+
+
+def trial_resources(config: Config) -> dict[str, float]:
+    """What each worker of a trial takes: one core unless the config says more, so that many trials run at a time."""
+    return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
+
+
+def several_workers(config: Config) -> bool:
+    """Whether a trial starts Ray Train, or trains in its own actor."""
+    return ray_train.worker_range(config)[1] > 1
 
 
 def _joined() -> bool:
@@ -56,20 +64,29 @@ def _joined() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _grows() -> bool:
-    """Whether an autoscaler is starting nodes."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    return bool(status.pending_launches or status.pending_nodes)
+def _places_to_come(wanted: Mapping[str, float]) -> int:
+    """Workers that fit all nodes the autoscaler may run, by the node types it has told Ray of."""
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config else []
+    return sum(ray_train.places_of(group.resources, wanted) * max(group.max_count, 0) for group in groups)
 
 
-def worker_resources(config: Config) -> dict[str, float]:
-    return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
+def _grows_when_asked(workers: int, wanted: Mapping[str, float]) -> bool:
+    """Whether a demand makes nodes start: some autoscalers do not say what they can add."""
+    if not _joined():
+        return False
+    asked = placement_group([dict(wanted)] * workers)
+    try:
+        deadline_s = time.monotonic() + GROWTH_S
+        while time.monotonic() < deadline_s:
+            status = get_cluster_status(ray.get_runtime_context().gcs_address)
+            if asked.wait(1) or status.pending_launches or status.pending_nodes:
+                return True
+        return False
+    finally:
+        remove_placement_group(asked)
 
 
-def _in_words(resources: dict[str, float]) -> str:
-    return f"{resources['CPU']:.0f} CPU cores{' and a GPU' if 'GPU' in resources else ''}"
-
-
-def several_workers(config: Config) -> bool:
-    """Whether a trial starts Ray Train, or trains in its own actor."""
-    return ray_train.worker_range(config)[1] > 1
+def _in_words(resources: Mapping[str, float]) -> str:
+    cores = resources["CPU"]
+    return f"{cores:.0f} CPU core{'s' * (cores != 1)}{' and a GPU' if 'GPU' in resources else ''}"

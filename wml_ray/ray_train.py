@@ -39,33 +39,6 @@ OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driv
 POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
 
 
-def start(config: Config) -> None:
-    """Join the cluster, or start one on this machine, and see that it has what the run needs.
-
-    Raises:
-        UserError: more workers or GPUs than there are.
-    """
-    if config.scale.workers == 0:
-        if config.scale.gpu and not torch.cuda.is_available():
-            raise UserError("scale.gpu = true but this machine has no CUDA GPU; set scale.gpu=false")
-        return
-    join_cluster()
-    resources = ray.cluster_resources()
-    fewest = worker_range(config)[0]
-    gpus = int(resources.get("GPU", 0))
-    if config.scale.gpu and gpus < fewest:
-        raise UserError(
-            f"scale.gpu = true with scale.workers = {config.scale.workers} needs {fewest} GPUs; this cluster has "
-            f"{gpus}; use fewer workers, or scale.gpu=false"
-        )
-    each, nodes = _cpus_per_worker(config), _cpus_of_nodes()
-    if places({"CPU": each}) < fewest:
-        raise UserError(
-            f"scale.workers = {config.scale.workers} with {each} CPU cores each do not fit: this cluster has "
-            f"{sum(nodes)} cores on {len(nodes)} nodes; use fewer workers or a smaller scale.cpus_per_worker"
-        )
-
-
 def join_cluster(verbose: bool = False) -> None:
     """Raises:
     UserError: the cluster does not take us in.
@@ -88,7 +61,7 @@ def join_cluster(verbose: bool = False) -> None:
 
 
 def fit(config: Config, tracked: TrackedRun | None, on_event: Report) -> int:
-    """Train to the end on the cluster `start` has joined; returns the steps MLflow could not be told of.
+    """Train to the end on the cluster that was joined; returns the steps MLflow could not be told of.
 
     Metrics go to the MLflow run `tracked`, progress to `on_event` in this process.
 
@@ -320,13 +293,10 @@ def _scaling(config: Config) -> ScalingConfig:
     workers = config.scale.workers
     if workers == 0:
         return ScalingConfig(num_workers=0, use_gpu=config.scale.gpu)
-    resources = {"CPU": float(_cpus_per_worker(config))}
-    if config.scale.gpu:
-        resources["GPU"] = 1.0
     return ScalingConfig(
         num_workers=tuple(workers) if isinstance(workers, list) else workers,
         use_gpu=config.scale.gpu,
-        resources_per_worker=resources,
+        resources_per_worker=worker_resources(config),
     )
 
 
@@ -343,6 +313,11 @@ def worker_range(config: Config) -> tuple[int, int]:
     return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
 
 
+def worker_resources(config: Config) -> dict[str, float]:
+    """What each worker of a run takes of a node."""
+    return {"CPU": float(_cpus_per_worker(config)), **({"GPU": 1.0} if config.scale.gpu else {})}
+
+
 def _cpus_per_worker(config: Config) -> int:
     if config.scale.cpus_per_worker is not None:
         return config.scale.cpus_per_worker
@@ -352,8 +327,12 @@ def _cpus_per_worker(config: Config) -> int:
 
 def places(wanted: Mapping[str, float]) -> int:
     """Workers that fit the nodes there are, if each takes these resources of one node."""
-    nodes = _resources_of_nodes()
-    return sum(min(int(node.get(name, 0) // amount) for name, amount in wanted.items()) for node in nodes)
+    return sum(places_of(node, wanted) for node in _resources_of_nodes())
+
+
+def places_of(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Workers that fit one node of these resources."""
+    return min(int(dict(node).get(name, 0) // amount) for name, amount in wanted.items())
 
 
 def _resources_of_nodes() -> list[dict[str, float]]:

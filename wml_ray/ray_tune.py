@@ -28,7 +28,7 @@ from wml_ray.data import Shard
 from wml_ray.delivery import first_cause
 from wml_ray.ledger import Trial
 from wml_ray.loop import Diverged
-from wml_ray.ray_room import several_workers, trials_at_a_time, worker_resources
+from wml_ray.ray_room import several_workers, trial_resources, trials_at_a_time
 from wml_ray.ray_schedulers import make_scheduler, replay
 from wml_ray.session import run_worker
 from wml_ray.space import Space, encoded
@@ -66,7 +66,7 @@ def search(
     ray_folder = sweep.folder.resolve() / ".ray"
     function = partial(trial_function or train_trial, import_path=list(sys.path))
     # Ray Tune refuses to start an actor that asks for nothing
-    resources = {"memory": 2.0**20} if several_workers(space.base) else worker_resources(space.base)
+    resources = {"memory": 2.0**20} if several_workers(space.base) else trial_resources(space.base)
     tuner = ray.tune.Tuner(
         _trainable(function, resources),
         tune_config=ray.tune.TuneConfig(

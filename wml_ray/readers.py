@@ -32,7 +32,7 @@ def image_spec(config: DataConfig) -> ImageSpec:
     """
     if config.name != "imagefolder":
         return SPECS[config.name]
-    return ImageSpec(3, config.resolution, len(image_folder(Path(config.root) / "train", config.root).classes))
+    return ImageSpec(3, config.resolution, len(_classes(config)))
 
 
 def read_images(config: DataConfig) -> tuple[Tensor, Tensor, int]:
@@ -44,6 +44,23 @@ def read_images(config: DataConfig) -> tuple[Tensor, Tensor, int]:
         UserError: the folder is missing or broken, or the download failed.
     """
     return _READERS[config.name](config)
+
+
+def check(config: DataConfig) -> str:
+    """See that the dataset is there; returns in words whether it is, or will be downloaded.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    if config.name == "imagefolder":
+        return f"is there, {len(_classes(config))} classes"
+    try:
+        images, _, _ = read_images(config.model_copy(update={"download": False}))
+    except DataMissing:
+        if config.download:
+            return "is not there and will be downloaded"
+        raise
+    return f"is there, {len(images):,} images"
 
 
 def _read_digits(config: DataConfig) -> tuple[Tensor, Tensor, int]:
@@ -118,11 +135,24 @@ def _read_cifar(config: DataConfig) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
 
 
+def _classes(config: DataConfig) -> list[str]:
+    """Names of the classes, without a look at their images, of which there may be a million."""
+    from torchvision.datasets.folder import find_classes
+
+    folder = Path(config.root) / "train"
+    return _image_folder(config.root, lambda: find_classes(str(folder))[0])  # type: ignore[no-any-return]
+
+
 def image_folder(folder: Path, root: str) -> Any:
+    """torchvision's reader of `folder`, a split of the set at `root`."""
     from torchvision.datasets import ImageFolder
 
+    return _image_folder(root, lambda: ImageFolder(str(folder)))
+
+
+def _image_folder(root: str, read: Callable[[], Any]) -> Any:
     try:
-        return ImageFolder(str(folder))
+        return read()
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

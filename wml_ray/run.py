@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from wml_ray import ray_train, report, session, tracking
+from wml_ray import preflight, ray_train, report, session, tracking
 from wml_ray.checkpoint import Checkpoints, write_json
 from wml_ray.config import Config, DataMissing, UserError
 from wml_ray.costs import count_params
@@ -80,7 +80,7 @@ def train(config: Config, on_event: Report) -> Outcome:
 def _train(config: Config, on_event: Report) -> Outcome:
     folder = config.run_folder
     tracking.check_reachable(tracking.tracking_uri())
-    ray_train.start(config)
+    preflight.check(config)
     session.prepare(config, max(ray_train.worker_range(config)[1], 1))
     (folder / "config.yaml").write_text(config.to_yaml())
     tracked = _open(config, _identity(folder)["token"])

@@ -52,6 +52,11 @@ def tracking_uri() -> str:
     return uri
 
 
+def is_local(uri: str) -> bool:
+    """Whether the store is a file, which only processes of its machine see."""
+    return urlsplit(uri).scheme.split("+")[0] in _LOCAL_SCHEMES
+
+
 def check_reachable(uri: str) -> None:
     """Raises:
     UserError: the address is none, or the tracking server does not answer within ten seconds.

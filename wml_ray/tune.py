@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from wml_ray import ray_train, ray_tune, records, session, study_report, tracking
+from wml_ray import preflight, ray_train, ray_tune, records, session, study_report, tracking
 from wml_ray.checkpoint import write_json
 from wml_ray.config import UserError, with_values
 from wml_ray.data import load
 from wml_ray.lock import only_one
-from wml_ray.ray_room import check_room
+from wml_ray.preflight import Finding
 from wml_ray.records import KIND_TAG, STUDY_TAG
 from wml_ray.space import Increasing, SearchConfig, Space, bounds, check_stop_metric
 from wml_ray.study import Known, Study, open_storage
@@ -65,7 +65,7 @@ def tune(
         sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change)
         if sweep.to_do:
             ray_train.join_cluster(verbose)
-            check_room(space.base)
+            preflight.check(space.base, searching=True)
             check_ratios(space)
         if not begun:
             write_json(folder / IDENTITY, {"token": sweep.token, **_determinants(space)})
@@ -78,6 +78,21 @@ def tune(
             _give_up(sweep, parent, error)
             raise
         return _conclude(sweep, parent)
+
+
+def dry_run(space: Space, search: SearchConfig) -> Iterator[Finding]:
+    """What `tune` looks at before the first trial; nothing is left behind.
+
+    Raises:
+        UserError: a mistake in the settings.
+    """
+    check_stop_metric(search, space)
+    yield from preflight.look(space.base, searching=True)
+    try:
+        check_ratios(space)
+        yield Finding("pruning", True, "every ratio of the space can be reached")
+    except UserError as error:
+        yield Finding("pruning", False, str(error))
 
 
 def _give_up(sweep: Sweep, parent: TrackedRun, error: BaseException) -> None:
