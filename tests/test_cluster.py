@@ -24,7 +24,7 @@ while True:
 
 
 def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(workplace):
-    """A head without a free CPU: nodes come for the trials, all trials finish, and the nodes go."""
+    """A head without a free CPU: nodes come for the trials, all trials finish, and the nodes go; two at most."""
     config = tiny_config("optim.epochs=60", "scale.cpus_per_worker=1", "run.name=grown")
     write_study(workplace, config)
     with autoscaling_cluster(max_nodes=2) as address:
@@ -34,10 +34,8 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
             [sys.executable, "-c", COUNT_NODES, address], env=environment, stdout=subprocess.PIPE, text=True
         )
         command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
-        room = {}
-        for workers in (2, 3):
-            dry = [*command, "--dry-run", f"scale.workers={workers}"]
-            room[workers] = subprocess.run(dry, env=environment, capture_output=True, text=True, timeout=120).stdout
+        dry = [*command, "--dry-run", "scale.workers=3"]
+        too_large = subprocess.run(dry, env=environment, capture_output=True, text=True, timeout=120)
         done = subprocess.run(
             [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=300
         )
@@ -49,9 +47,8 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
                 break
         counter.kill()
         counter.wait()
-    assert "ok  2 workers with 1 CPU core each: the cluster has 0 such places, its autoscaler can add 2" in room[2]
-    assert "NO  3 workers with 1 CPU core each do not fit" in room[3]
-    assert "has 0 such places and its autoscaler can add no more than 2" in room[3]
+    assert "NO  3 workers with 1 CPU core each do not fit" in too_large.stdout
+    assert "and no autoscaler that adds the rest" in too_large.stdout
     assert done.returncode == 0, done.stderr
     assert [trial.state for trial in Ledger(Path("results/grown-alpha")).trials()] == ["COMPLETE"] * 4
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
@@ -63,5 +60,8 @@ def test_a_trial_no_node_can_hold_is_an_error_before_the_first(workplace):
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert "with 64 CPU cores each does not fit: this cluster has 0 such places and does not grow" in done.stderr
+    assert (
+        "with 64 CPU cores each does not fit: this cluster has 0 such places, and no autoscaler that adds the rest"
+        in done.stderr
+    )
     assert not list(workplace.glob("results/*/study.json"))

@@ -8,7 +8,7 @@ from family import tiny_config
 from wml_ray import data, session
 from wml_ray.config import OptimConfig, UserError
 from wml_ray.data import Shard
-from wml_ray.loop import Diverged, EpochEnd, Tick, Trainer, learning_rate
+from wml_ray.loop import STEPS_BETWEEN_LOOKS, Diverged, EpochEnd, Tick, Trainer, learning_rate
 from wml_ray.pruning import apply_plan
 
 
@@ -107,6 +107,28 @@ def test_a_resumed_trainer_ends_bit_equal(tmp_path):
     resumed.fit(lambda event: None)
     assert all(tensor.equal(whole.model_state()[name]) for name, tensor in resumed.model_state().items())
     assert all(tensor.equal(whole.state()[name]) for name, tensor in resumed.state().items())
+
+
+def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal():
+    """Also where outer batches were drawn before."""
+    options = ["data.batch_size=32", "optim.epochs=1"]
+    whole, ends = fitted(*options)
+    cut, saved, told = trainer_of(tiny_config(*options)), {}, []
+
+    def save_once(event):
+        assert (event.epoch, event.step) == (0, STEPS_BETWEEN_LOOKS)
+        saved.update(model={k: v.clone() for k, v in cut.model_state().items()})
+        saved.update(state={k: v.clone() for k, v in cut.state().items()})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(lambda event: None, lambda: True, save_once)
+    resumed = trainer_of(tiny_config(*options))
+    resumed.load_state(saved["model"], saved["state"])
+    resumed.fit(told.append)
+    assert all(tensor.equal(whole.model_state()[name]) for name, tensor in resumed.model_state().items())
+    assert all(tensor.equal(whole.state()[name]) for name, tensor in resumed.state().items())
+    assert told[-1].metrics["train/loss"] == ends[-1].metrics["train/loss"]
 
 
 def test_a_diverging_loss_names_peer_step_and_learning_rate():

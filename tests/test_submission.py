@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,8 +50,10 @@ class Head:
         self.url = f"http://127.0.0.1:{dashboard}"
         command = ["start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats", "--temp-dir", self.temp]
         command += ["--node-ip-address", "127.0.0.1", "--port", self.port, "--dashboard-port", dashboard]
-        for option in ("ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export"):
+        for option in ("ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc"):
             command += [f"--{option}-port", free_port()]
+        self.metrics_port = free_port()
+        command += ["--metrics-export-port", self.metrics_port]
         with (folder / "head.log").open("w") as log:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("ray")), *map(str, command)],
@@ -107,6 +111,10 @@ class Head:
                 yield wait_for
             finally:
                 watcher.kill()
+
+    def metrics(self):
+        """What Prometheus would read."""
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
 
     def stop(self):
         self.process.terminate()
@@ -178,8 +186,10 @@ def test_a_stopped_run_is_killed_in_mlflow_keeps_its_checkpoint_and_gives_its_co
     wait_until(lambda: checkpoints.epochs() and checkpoints.epochs()[-1] > 0)
 
     follower = head.start("train", *words, folder=tmp_path)
-    while not follower.stdout.readline().startswith("epoch "):
+    while not follower.stdout.readline().startswith(f"{name} epoch "):
         assert follower.poll() is None, follower.stderr.read()
+    labels = re.compile(rf'ray_wml_val_accuracy{{.*model="peer3".*run="{name}".*}} [01]\.?\d*')
+    wait_until(lambda: labels.search(head.metrics()))
     follower.send_signal(signal.SIGINT)
     out, errors = follower.communicate(timeout=20)
     assert follower.returncode == 1

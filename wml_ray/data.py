@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from wml_ray.config import Config, UserError
 from wml_ray.readers import SPECS, image_folder, read_images
 
 Batch = tuple[Tensor, Tensor]
+NumberedBatches = Iterable[tuple[int, Tensor]]  # step of the epoch, indices
 Split = Literal["train", "outer", "validation", "test"]
 
 DIGITS_TEST_FRACTION = 0.2
@@ -87,17 +88,18 @@ class Dataset(ABC):
         """Full global batches in the training split; what is left over waits for another epoch's order."""
         return len(self.splits["train"]) // self.batch_size
 
-    def train_batches(self, epoch: int, shard: Shard) -> Iterator[Batch]:
-        """This worker's share of each batch of an epoch, in an order drawn from seed and epoch."""
+    def train_batches(self, epoch: int, shard: Shard, first: int = 0) -> Iterator[Batch]:
+        """This worker's share of each batch of an epoch from the `first` on, in an order drawn from seed and epoch."""
         order = self._shuffled("train", epoch)[: self.steps_per_epoch * self.batch_size]
-        return self._augmented(order.split(self.batch_size), ("train", epoch), shard)
+        batches = enumerate(order.split(self.batch_size))
+        return self._augmented(itertools.islice(batches, first, None), ("train", epoch), shard)
 
-    def outer_batches(self, epoch: int, shard: Shard) -> Iterator[Batch]:
+    def outer_batches(self, epoch: int, shard: Shard, first: int = 0) -> Iterator[Batch]:
         """Endless batches for the outer loss, augmented as training batches are, in an order of their own."""
         size = min(self.batch_size, len(self.splits["outer"]))
         orders = (self._shuffled("outer", (epoch, lap)) for lap in itertools.count())
-        batches = (batch for order in orders for batch in order.split(size) if len(batch) == size)
-        return self._augmented(batches, ("outer", epoch), shard)
+        batches = enumerate(batch for order in orders for batch in order.split(size) if len(batch) == size)
+        return self._augmented(itertools.islice(batches, first, None), ("outer", epoch), shard)
 
     def saliency_batches(self, images: int) -> list[Batch]:
         """Batches of altogether `images` training images, drawn by the seed, not augmented."""
@@ -115,7 +117,7 @@ class Dataset(ABC):
         return indices[torch.randperm(len(indices), generator=generator_for(self.config.seed, split, key))]
 
     @abstractmethod
-    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
         """This worker's share of each global batch of indices, with augmentation drawn from (seed, key, step)."""
 
     @abstractmethod
@@ -155,8 +157,8 @@ class ResidentDataset(Dataset):
         indices = indices.to(self.device)
         return self._normalised(self.images[indices].float()), self.labels[indices]
 
-    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
-        for step, indices in enumerate(batches):
+    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+        for step, indices in batches:
             inputs, targets = self._plain(shard.of(indices))
             draws = _Draws(len(indices), generator_for(self.config.seed, *key, step), shard, self.device)
             yield self._augment(inputs, draws), targets
@@ -258,10 +260,10 @@ class StreamedDataset(Dataset):
         batches = [indices.tolist() for indices in shard.of(self.splits[split]).split(EVAL_BATCH) if len(indices)]
         return self._stream([[(index, None) for index in batch] for batch in batches])
 
-    def _augmented(self, batches: Any, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
+    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], shard: Shard) -> Iterator[Batch]:
         return self._stream(
             [(index, seed_for(self.config.seed, *key, step, index)) for index in shard.of(indices).tolist()]
-            for step, indices in enumerate(batches)
+            for step, indices in batches
         )
 
     def _stream(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:

@@ -22,6 +22,7 @@ from wml_ray.tree import PeerTree
 from wml_ray.weights import log_mirror_descent, weight_gradient
 
 TICK_S = 0.5  # seconds between two progress reports
+STEPS_BETWEEN_LOOKS = 25  # whether the machine is to go: a minute's notice is usual
 STEPS_BETWEEN_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
 
 
@@ -43,7 +44,18 @@ class EpochEnd:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class MidEpoch:
+    """So many epochs and steps of the next one are done, and the machine may soon be gone: time for a checkpoint."""
+
+    epoch: int
+    step: int
+
+
 Report = Callable[[Tick | EpochEnd], None]
+Leaving = Callable[
+    [], bool
+]  # whether the machine may soon be gone; asked on all workers at once, all are told the same
 
 
 class Diverged(RuntimeError):
@@ -89,7 +101,7 @@ def check_shares(config: Config, dataset: Dataset, num_workers: int) -> None:
 def initial_state(num_peers: int) -> dict[str, Tensor]:
     """The state of a trainer before its first step: equal weights, no momentum."""
     equal = torch.full((num_peers,), -math.log(num_peers), dtype=torch.float64)
-    return {"log_weights": equal, "epoch": torch.tensor(0)}
+    return {"log_weights": equal, "epoch": torch.tensor(0), "step": torch.tensor(0), "loss_sum": torch.tensor(0.0)}
 
 
 class Trainer:
@@ -113,6 +125,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
         self.log_weights_M = initial_state(tree.num_peers)["log_weights"].to(device)
         self.epoch = 0  # epochs done
+        self.step = 0  # steps done of the next one
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # over those steps
         self.model = self._wrapped()
         self._losses: list[tuple[int, float, Tensor]] = []  # (step, learning rate, losses_M) not yet looked at
 
@@ -125,17 +139,20 @@ class Trainer:
     def total_steps(self) -> int:
         return self.config.optim.epochs * self.dataset.steps_per_epoch
 
-    def fit(self, report: Report) -> None:
-        """Train the epochs that are left.
+    def fit(
+        self, report: Report, leaving: Leaving | None = None, save: Callable[[MidEpoch], None] | None = None
+    ) -> None:
+        """Train the epochs that are left. When `leaving` says so, `save` is called on all workers.
 
         Raises:
             Diverged: something turned non-finite.
         """
         while self.epoch < self.config.optim.epochs:
-            loss, images_per_second = self._train_epoch(report)
+            loss, images_per_second = self._train_epoch(report, leaving, save)
             self._check_parameters()
             self._average_buffers()
-            self.epoch += 1
+            self.epoch, self.step = self.epoch + 1, 0
+            self._loss_sum.zero_()
             metrics = self.evaluate("validation")
             metrics |= {f"weights/peer{i}": w for i, w in enumerate(self.weights_M.tolist())}
             metrics |= {"train/loss": loss, "train/images_per_second": images_per_second}
@@ -158,6 +175,7 @@ class Trainer:
         Batch order, augmentation, dropout and learning rate follow from seed and step, so they need no state.
         """
         tensors = {"log_weights": self.log_weights_M, "epoch": torch.tensor(self.epoch)}
+        tensors |= {"step": torch.tensor(self.step), "loss_sum": self._loss_sum}
         for name, parameter in self.tree.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if value is not None:
@@ -169,7 +187,8 @@ class Trainer:
     def load_state(self, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         self.tree.load_state_dict(model)
         self.log_weights_M = state["log_weights"].to(self.device)
-        self.epoch = int(state["epoch"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self._loss_sum = state["loss_sum"].to(self._loss_sum).clone()
         parameters = dict(self.tree.named_parameters())
         for name, value in _below("optimizer", state).items():
             key, _, parameter_name = name.partition("/")
@@ -182,28 +201,48 @@ class Trainer:
             counts = {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
             self.scaler.load_state_dict({**scaler, **counts})
 
-    def _train_epoch(self, report: Report) -> tuple[float, float]:
+    def _train_epoch(
+        self, report: Report, leaving: Leaving | None, save: Callable[[MidEpoch], None] | None
+    ) -> tuple[float, float]:
         """Mean inner loss and images a second, over all workers."""
-        steps, wml = self.dataset.steps_per_epoch, self.config.wml
-        torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.shard.rank))
+        steps, wml, first = self.dataset.steps_per_epoch, self.config.wml, self.step
+        begin = self.epoch * steps
+        torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.shard.rank, first))
         learns = wml.weights == "learned" and self.tree.num_peers > 1
-        outer_batches = self.dataset.outer_batches(self.epoch, self.shard) if learns else None
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        updates_done = (begin + first) // wml.inner_steps - begin // wml.inner_steps
+        outer_batches = self.dataset.outer_batches(self.epoch, self.shard, updates_done) if learns else None
         start_s = last_tick_s = time.perf_counter()
-        for step, batch in enumerate(self.dataset.train_batches(self.epoch, self.shard), self.epoch * steps):
+        batches = self.dataset.train_batches(self.epoch, self.shard, first)
+        for step, batch in enumerate(batches, begin + first):
             loss = self._train_step(step, batch)
-            total += loss
+            self._loss_sum += loss
             if outer_batches is not None and (step + 1) % wml.inner_steps == 0:
                 self._update_weights(step, batch, next(outer_batches))
+            self.step += 1
             if time.perf_counter() - last_tick_s >= TICK_S and self.shard.rank == 0:
                 last_tick_s = time.perf_counter()
                 report(Tick(self.epoch + 1, step + 1, self.total_steps, float(loss)))
+            if leaving and save and self.step % STEPS_BETWEEN_LOOKS == 0 and self.step < steps and leaving():
+                self._agree()
+                save(MidEpoch(self.epoch, self.step))
         self._check_losses()
+        mean_loss = float(self._over_workers(self._loss_sum)) / steps
+        return mean_loss, (steps - first) * self.config.data.batch_size / (time.perf_counter() - start_s)
+
+    def _agree(self) -> None:
+        """Make what a checkpoint holds the same on all workers, and see that it is finite."""
+        self._check_losses()
+        self._check_parameters()
+        self._average_buffers()
+        self._loss_sum = self._over_workers(self._loss_sum)
+
+    def _over_workers(self, value: Tensor) -> Tensor:
+        """The mean of the workers' values."""
         if self.shard.world_size > 1:
-            dist.all_reduce(total, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
-            total /= 1 if self.device.type == "cuda" else self.shard.world_size
-        mean_loss = float(total) / steps
-        return mean_loss, steps * self.config.data.batch_size / (time.perf_counter() - start_s)
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.shard.world_size
+        return value
 
     def _train_step(self, step: int, batch: Batch) -> Tensor:
         """One descent on Eq. 1. The loss returned is this worker's, scaled so that the workers' mean is the batch's."""
@@ -260,7 +299,7 @@ class Trainer:
         bad = [name for (name, _), norm in zip(named, norms, strict=True) if not math.isfinite(norm)]
         if bad:
             peers = sorted(frozenset[int]().union(*(self.tree.peers_through(name) for name in bad)))
-            step = (self.epoch + 1) * self.dataset.steps_per_epoch - 1
+            step = self.epoch * self.dataset.steps_per_epoch + self.step - 1
             raise self._diverged(f"a parameter of {_peers(peers)} ({bad[0]})", step, self._learning_rate(step))
 
     def _diverged(self, what: str, step: int, rate: float) -> Diverged:

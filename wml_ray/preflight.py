@@ -88,11 +88,12 @@ def _places(config: Config, searching: bool) -> Iterator[Finding]:
         yield Finding("nodes", False, str(error))
         return
     everywhere = f" on {len(others) + 1} nodes" if others else ""
+    elsewhere = any(answer.host != socket.gethostname() for answer in answers)
     if others:
         yield _found("versions", partial(_alike, answers))
     checks: tuple[tuple[str, Callable[[], str], str], ...] = (
         ("storage", partial(_writable, config), "storage"),
-        ("MLflow", partial(_reachable, uri, bool(others) and not searching), "tracking"),
+        ("MLflow", partial(_reachable, uri, elsewhere and not searching), "tracking"),
         ("data", partial(_data, config.data), "data"),
     )
     for subject, here, there in checks:
@@ -139,11 +140,11 @@ def _writable(config: Config) -> str:
         return f"{folder} can be written"
 
 
-def _reachable(uri: str, from_workers: bool) -> str:
+def _reachable(uri: str, from_elsewhere: bool) -> str:
     tracking.check_reachable(uri)
-    if from_workers and tracking.is_local(uri):
+    if from_elsewhere and tracking.is_local(uri):
         raise UserError(
-            f"MLFLOW_TRACKING_URI = '{tracking.shown(uri)}' is a file of this machine, but workers on other nodes log "
+            f"MLFLOW_TRACKING_URI = '{tracking.shown(uri)}' is a file of this machine, but workers on others log "
             "to it; start an MLflow server and set MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
     return f"{tracking.shown(uri)} answers"

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wml_ray.config import Config
+from wml_ray.ledger import Trial
 from wml_ray.loop import EpochEnd, Tick
 from wml_ray.sweep import Sweep
 
@@ -22,7 +23,7 @@ class TrainingProgress:
     """One live line with an ETA; without a terminal, a plain line now and then."""
 
     def __init__(self, config: Config) -> None:
-        self.epochs = config.optim.epochs
+        self.run_id, self.epochs = config.run_id, config.optim.epochs
         console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
         self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
@@ -55,7 +56,7 @@ class TrainingProgress:
         if self.plain and now_s - self.last_line_s >= PLAIN_LINE_S and event.step > first_step:
             self.last_line_s = now_s
             left_s = (now_s - first_s) / (event.step - first_step) * (event.total_steps - event.step)
-            print(f"{text}, ETA {_clock(left_s)}", flush=True)
+            print(f"{self.run_id} {text}, ETA {_clock(left_s)}", flush=True)
 
 
 class StudyProgress:
@@ -65,7 +66,7 @@ class StudyProgress:
         self.console = Console()
         self.live = Live(console=self.console, transient=True, refresh_per_second=4)
         self.plain = not self.console.is_terminal
-        self.done = -1
+        self.done: set[int] = set()  # trials that were spoken of
         self.last_line_s = 0.0
 
     def __enter__(self) -> StudyProgress:
@@ -82,10 +83,19 @@ class StudyProgress:
         if not self.plain:
             self.live.update(Group(Text(summary(sweep)), _running(sweep)))
             return
-        done = len(sweep.trials) - sweep.counts()["RUNNING"]
-        if done != self.done or time.monotonic() - self.last_line_s >= PLAIN_LINE_S:
-            self.done, self.last_line_s = done, time.monotonic()
-            print(summary(sweep), flush=True)
+        ended = [trial for trial in sweep.trials.values() if trial.state != "RUNNING" and trial.number not in self.done]
+        if ended or time.monotonic() - self.last_line_s >= PLAIN_LINE_S:
+            self.done |= {trial.number for trial in ended}
+            self.last_line_s = time.monotonic()
+            for trial in ended:
+                print(ending(sweep, trial))
+            print(f"{sweep.search.study}: {summary(sweep)}", flush=True)
+
+
+def ending(sweep: Sweep, trial: Trial) -> str:
+    """What became of a trial, in a line."""
+    name = f"{sweep.search.study}: trial {trial.number} ({sweep.config(trial).run_id})"
+    return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
 
 
 def summary(sweep: Sweep) -> str:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ray
-from ray._private.state import state
-from ray.autoscaler.v2.sdk import get_cluster_status
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from wml_ray import ray_train
 from wml_ray.config import Config, UserError
 from wml_ray.space import SearchConfig
 
-GROWTH_S = 30.0  # how long an autoscaler that does not say what it can add may take to answer a demand
+GROWTH_S = 30.0  # how long an autoscaler may take to answer a demand
 
 
 def check_room(workers: int, wanted: Mapping[str, float]) -> str:
@@ -25,18 +26,16 @@ def check_room(workers: int, wanted: Mapping[str, float]) -> str:
     Raises:
         UserError: it never will.
     """
-    now, later = ray_train.places(wanted), _places_to_come(wanted)
+    now = ray_train.places(wanted)
     what = f"{workers} worker{'s' * (workers > 1)} with {_in_words(wanted)} each"
+    there = f"cluster has {now} such place{'s' * (now != 1)}"
     if now >= workers:
-        return f"{what}: the cluster has {now} such places"
-    if now + later >= workers:
-        return f"{what}: the cluster has {now} such places, its autoscaler can add {later}"
-    if later == 0 and _grows_when_asked(workers, wanted):
-        return f"{what}: the cluster has {now} such places and is starting nodes"
-    growth = f"its autoscaler can add no more than {later}" if later else "does not grow"
+        return f"{what}: the {there}"
+    if _grows(workers, wanted):
+        return f"{what}: the {there}, its autoscaler adds the rest"
     raise UserError(
-        f"{what} do{'es' * (workers == 1)} not fit: this cluster has {now} such places and {growth}; use fewer "
-        f"scale.workers or a smaller scale.cpus_per_worker{', or scale.gpu=false' if 'GPU' in wanted else ''}"
+        f"{what} do{'es' * (workers == 1)} not fit: this {there}, and no autoscaler that adds the rest; use fewer "
+        f"scale.workers or a smaller scale.cpus_per_worker{', or scale.gpu=false' * ('GPU' in wanted)}"
     )
 
 
@@ -64,27 +63,37 @@ def _joined() -> bool:
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _places_to_come(wanted: Mapping[str, float]) -> int:
-    """Workers that fit all nodes the autoscaler may run, by the node types it has told Ray of."""
-    config = state.get_cluster_config()
-    groups = config.node_group_configs if config else []
-    return sum(ray_train.places_of(group.resources, wanted) * max(group.max_count, 0) for group in groups)
-
-
-def _grows_when_asked(workers: int, wanted: Mapping[str, float]) -> bool:
-    """Whether a demand makes nodes start: some autoscalers do not say what they can add."""
+def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
+    """Whether an autoscaler makes room: it is asked to, for what it may add it tells nobody."""
     if not _joined():
         return False
     asked = placement_group([dict(wanted)] * workers)
     try:
         deadline_s = time.monotonic() + GROWTH_S
-        while time.monotonic() < deadline_s:
-            status = get_cluster_status(ray.get_runtime_context().gcs_address)
-            if asked.wait(1) or status.pending_launches or status.pending_nodes:
+        heard_of = None  # the state of the cluster that was the first with this demand
+        while time.monotonic() < deadline_s and not asked.wait(1):
+            cluster, autoscaler = _cluster_state()
+            if _among(asked, autoscaler.infeasible_gang_resource_requests):
+                continue  # for ever, or until nodes that are going have gone
+            if heard_of is None and _among(asked, cluster.pending_gang_resource_requests):
+                heard_of = cluster.cluster_resource_state_version
+            answered = heard_of is not None and autoscaler.last_seen_cluster_resource_state_version >= heard_of
+            if answered and (autoscaler.pending_instance_requests or autoscaler.pending_instances):
                 return True
-        return False
+        return bool(asked.wait(0))
     finally:
         remove_placement_group(asked)
+
+
+def _cluster_state() -> tuple[Any, Any]:
+    """What the cluster asks for, and what its autoscaler makes of it."""
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=GROWTH_S))
+    return reply.cluster_resource_state, reply.autoscaling_state
+
+
+def _among(group: PlacementGroup, requests: Iterable[Any]) -> bool:
+    return any(group.id.hex() in request.details for request in requests)
 
 
 def _in_words(resources: Mapping[str, float]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -29,12 +31,14 @@ from wml_ray.checkpoint import write_json
 from wml_ray.config import Config, UserError, parse
 from wml_ray.data import Shard
 from wml_ray.loop import Diverged, EpochEnd, Report, Tick
+from wml_ray.ray_metrics import Gauges
 from wml_ray.session import from_rank_0, ignore_log, run_worker
 from wml_ray.tracking import TrackedRun, Tracker
 
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
+BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
 
@@ -160,7 +164,7 @@ def _worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     tracked = settings.get("tracked")
     tracker = Tracker(TrackedRun(**tracked), config.run.system_metrics) if tracked and shard.rank == 0 else None
-    trial_goes_on = True
+    gauges, trial_goes_on = Gauges(config.run_id), True
 
     def log_of_trial(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         nonlocal trial_goes_on
@@ -170,6 +174,8 @@ def _worker(settings: dict[str, Any]) -> None:
         if shard.rank == 0 and "send" in settings:
             settings["send"](event)
         if isinstance(event, EpochEnd):
+            if shard.rank == 0:
+                gauges.set(event.epoch, event.metrics)
             ray.train.report({"epoch": event.epoch, **event.metrics})
             if "log" in settings and not from_rank_0(shard, lambda: trial_goes_on):
                 raise _Stopped
@@ -180,7 +186,7 @@ def _worker(settings: dict[str, Any]) -> None:
     patience_s = INTERRUPTED_DELIVERY_S
     undelivered = 0
     try:
-        run_worker(config, shard, device, report, log)
+        run_worker(config, shard, device, report, log, _Notices(shard).leaving)
         patience_s = DELIVERY_S
     except (Diverged, UserError) as error:
         if not outcome.exists():  # the worker that saw it first says what it was
@@ -193,6 +199,22 @@ def _worker(settings: dict[str, Any]) -> None:
             undelivered = tracker.close(patience_s)
     if shard.rank == 0:
         write_json(outcome, {"undelivered": undelivered})
+
+
+class _Notices:
+    """What Ray Train hears of nodes that are about to be taken away."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard, self._last_s = shard, -math.inf
+
+    def leaving(self) -> bool:
+        """Whether a worker's node is to go, and it is time for another checkpoint; the same on all workers."""
+        if ray.train.get_preemption_info() is None:
+            return False
+        if not from_rank_0(self._shard, lambda: time.monotonic() - self._last_s > BETWEEN_CHECKPOINTS_S):
+            return False
+        self._last_s = time.monotonic()
+        return True
 
 
 class _Stopped(Exception):

@@ -15,7 +15,7 @@ from wml_ray.checkpoint import Checkpoint, Checkpoints, Damaged, best_epoch, wri
 from wml_ray.config import Config, UserError
 from wml_ray.costs import count_macs, count_params, layer_costs
 from wml_ray.data import Dataset, Shard, load, seed_for
-from wml_ray.loop import EpochEnd, Report, Tick, Trainer, check_shares, initial_state
+from wml_ray.loop import EpochEnd, Leaving, MidEpoch, Report, Tick, Trainer, check_shares, initial_state
 from wml_ray.metrics import latency_ms
 from wml_ray.pruning import apply_plan, prune
 from wml_ray.tree import PeerTree
@@ -92,17 +92,21 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
     return Checkpoint(0, tree.state_dict(), initial_state(tree.num_peers), plan)
 
 
-def run_worker(config: Config, shard: Shard, device: torch.device, report: Report, log: Log) -> dict[str, Any] | None:
+def run_worker(
+    config: Config, shard: Shard, device: torch.device, report: Report, log: Log, leaving: Leaving | None = None
+) -> dict[str, Any] | None:
     """Train from the newest checkpoint to the end; the result on rank 0, None elsewhere.
 
     `report` hears every epoch on every worker. `log` receives metrics on rank 0, after a resume the whole history
-    again: what it has had before is the receiver's to know.
+    again: what it has had before is the receiver's to know. When `leaving` says that the machine may soon be gone, a
+    checkpoint is written in the middle of the epoch.
 
     Raises:
         Diverged: training turned non-finite; the last good checkpoint stays.
     """
-    checkpoints = _checkpoints(config)
-    start = checkpoints.load(from_rank_0(shard, lambda: prepare(config).epoch))
+    checkpoints, partial = _checkpoints(config), _partial(config)
+    epoch, mid_epoch = from_rank_0(shard, lambda: _where_to_start(config))
+    start = (partial if mid_epoch else checkpoints).load(epoch)
     dataset = load(config, device)
     tree = fresh_tree(config, dataset.spec)
     apply_plan(tree, start.plan["channels"])
@@ -122,7 +126,11 @@ def run_worker(config: Config, shard: Shard, device: torch.device, report: Repor
             log_on_rank_0(event.epoch, metrics, timestamp_ms)
         report(event)
 
-    trainer.fit(on_event)
+    def save(event: MidEpoch) -> None:
+        if shard.rank == 0:
+            partial.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
+
+    trainer.fit(on_event, leaving, save)
     _select(config, trainer, checkpoints, plan, shard)
     test = _with_smallest_peer(trainer.evaluate("test"), "test", plan["peers"])
     if shard.rank:
@@ -230,6 +238,17 @@ def _log_past(record: Mapping[str, Any], log: Log) -> None:
 
 def _checkpoints(config: Config) -> Checkpoints:
     return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints)
+
+
+def _partial(config: Config) -> Checkpoints:
+    """Of the middle of an epoch, written when the machine was about to go."""
+    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1)
+
+
+def _where_to_start(config: Config) -> tuple[int, bool]:
+    """Epochs done in the newest checkpoint, and whether one of the middle of the next epoch goes on from there."""
+    newest, partial = prepare(config), _partial(config).latest()
+    return newest.epoch, partial is not None and partial.plan["history"] == newest.plan["history"]
 
 
 def from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:

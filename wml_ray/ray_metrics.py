@@ -1,0 +1,33 @@
+"""A run's metrics as Ray's own, for its dashboard and Prometheus."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import ray
+from ray.util.metrics import Gauge
+
+_MODEL = re.compile(r"(.+)/(peer\d+|tree|smallest_peer|ensemble_\w+)")
+
+
+class Gauges:
+    """`val/accuracy/peer0` of a run becomes `ray_wml_val_accuracy{run="...", model="peer0"}`, at its latest value."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Show these; without a cluster there is nobody to show them to."""
+        if not ray.is_initialized():
+            return
+        for name, value in {"epoch": float(epoch), **metrics}.items():
+            match = _MODEL.fullmatch(name)
+            self._gauge(match[1] if match else name).set(value, {"run": self.run, "model": match[2] if match else ""})
+
+    def _gauge(self, name: str) -> Gauge:
+        if name not in self._gauges:
+            words = f"{name} of a wml_ray run, as in MLflow"
+            self._gauges[name] = Gauge(f"wml_{name.replace('/', '_')}", words, tag_keys=("run", "model"))
+        return self._gauges[name]
