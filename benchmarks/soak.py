@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from wml_ray import tracking
+from wml_ray.config import UserError
 from wml_ray.ledger import Ledger
 from wml_ray.records import TRIAL_TAG
 
@@ -66,8 +67,11 @@ class Server:
         """Until it answers, started if it is away."""
         if self.process is None:
             self.start()
-        while not self.answers():
-            time.sleep(0.2)
+        while True:
+            try:
+                return tracking.check_reachable(self.uri)
+            except UserError:
+                time.sleep(0.2)
 
     def kill(self) -> None:
         if self.process is not None:
