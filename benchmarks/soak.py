@@ -160,19 +160,19 @@ def _go_on(driver: Driver, server: Server, done: Counter[str]) -> None:
 
 
 def _killed(victim: str, driver: Driver, server: Server, draw: random.Random) -> bool:
-    """Kill it, unless it is not there yet."""
-    if victim == "trial":
-        trials = driver.trial_processes()
-        if trials:
-            draw.choice(trials).kill()
-        return bool(trials)
-    if victim == "driver":
-        driver.kill()
-        return True
-    if server.process is None or not server.answers():
+    """Kill it, unless it is not at work: a driver that is killed while it starts has nothing to lose."""
+    trials = driver.trial_processes()
+    if victim == "server":
+        if server.process is None or not server.answers():
+            return False
+        server.kill()
+        server.starts_s = time.monotonic() + draw.uniform(*AWAY_S)
+    elif not trials:
         return False
-    server.kill()
-    server.starts_s = time.monotonic() + draw.uniform(*AWAY_S)
+    elif victim == "driver":
+        driver.kill()
+    else:
+        draw.choice(trials).kill()
     return True
 
 

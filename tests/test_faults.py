@@ -1,6 +1,7 @@
 """What nodes, workers, drivers, heads and servers that die cost: time, and nothing that was trained or logged."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,11 +23,14 @@ from test_run import ignore
 from test_submission import Head
 from witness import Place
 
+from wml_ray import tracking
 from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import load
+from wml_ray.delivery import Deliveries
 from wml_ray.ledger import Ledger
 from wml_ray.run import train
 from wml_ray.space import load_space, search_config
+from wml_ray.tracking import Tracker
 from wml_ray.tune import tune
 
 pytestmark = pytest.mark.slow
@@ -253,24 +257,44 @@ def test_a_study_that_loses_a_node_loses_no_epoch_that_had_a_checkpoint(server, 
         assert [entry["epoch"] for entry in trial.history] == list(range(1, 41))
 
 
-def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(
-    one_cluster, workplace, tmp_path, monkeypatch
-):
-    write_study(workplace, tiny_config("optim.epochs=12", "scale.cpus_per_worker=1", "run.name=eight"))
-    one_cluster.have(0)
-    one_cluster.add(cpus=8)
+def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(workplace, monkeypatch):
+    """Not even when the database is killed among them, and recovers."""
     with postgres() as database:
-        server = Server(tmp_path, database.url)
+        server = Server(workplace, database.url)
         server.start()
         try:
             server.wait()
-            MlflowClient(server.uri).search_experiments()
             monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-            process = start(*TUNE, "8", "--concurrent", "8", **one_cluster.environment())
-            ended(process, WITHIN_S)
-            assert_whole("eight-alpha", 8, 12)
+            spawn = multiprocessing.get_context("spawn")
+            together, logging = spawn.Barrier(8), spawn.Semaphore(0)
+            trials = [spawn.Process(target=log_a_trial, args=(number, together, logging)) for number in range(8)]
+            for trial in trials:
+                trial.start()
+            for _ in trials:
+                assert logging.acquire(timeout=WITHIN_S)
+            database.kill()
+            database.start()
+            for trial in trials:
+                trial.join(WITHIN_S)
+            assert [trial.exitcode for trial in trials] == [0] * 8
+            assert logged("eight") == {f"trial {number}": whole(50) for number in range(8)}
         finally:
             server.kill()
+
+
+def log_a_trial(number, together, logging):
+    """As a process that trains does; all eight make their experiment, and log, at the same time."""
+    tracking.check_reachable(tracking.tracking_uri())
+    together.wait(WITHIN_S)
+    tracked = tracking.open_run("eight", f"trial {number}", f"token {number}", {"seed": number})
+    tracker = Tracker(tracked)
+    for step in range(1, 51):
+        tracker.log(step, dict.fromkeys(METRICS, step / (number + 1)), step)
+    logging.release()
+    assert tracker.close(WITHIN_S) == 0
+    last = Deliveries()
+    last.put(lambda: tracking.finish_run(tracked, "FINISHED"))
+    assert last.close(WITHIN_S) == 0
 
 
 @pytest.mark.usefixtures("ray_cluster")
