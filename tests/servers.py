@@ -22,18 +22,20 @@ def free_port():
 
 
 class Server:
-    """A real MLflow server over its own sqlite file."""
+    """A real MLflow server over its own sqlite file, or the database it is given."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, store=None):
         self.folder, self.port, self.process = folder, free_port(), None
+        self.store = store or f"sqlite:///{folder}/server.db"
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
         folder = self.folder
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        lean = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes
+        environment = {**os.environ, **lean}
         with (folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
@@ -49,6 +51,10 @@ class Server:
                 assert self.process.poll() is None, (self.folder / "server.log").read_text()
                 time.sleep(0.1)
         raise AssertionError((self.folder / "server.log").read_text())
+
+    def signal(self, number):
+        """To all its processes."""
+        os.killpg(self.process.pid, number)
 
     def kill(self):
         if self.process is not None and self.process.poll() is None:

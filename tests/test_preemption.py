@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from cluster import Cluster
 from family import tiny_config
+from nodes import nodes
 from test_run import only_run, steps
 
 from wml_ray.loop import STEPS_BETWEEN_LOOKS
@@ -35,26 +35,22 @@ def test_a_run_on_a_machine_that_is_to_go_continues_in_the_middle_of_its_epoch(w
     """The machine is announced to go, and goes when the checkpoint is there: the next one begins behind it."""
     config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "data.batch_size=2", "optim.epochs=1")
     (workplace / "c.yaml").write_text(config.to_yaml())
-    cluster, before, after = Cluster(head_cpus=0), [], []
-    try:
-        cluster.add_node(cpus=1)
-        (first,) = cluster.wait_for_nodes(1)
-        environment = {**cluster.environment, "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
+    before, after = [], []
+    with nodes() as cluster:
+        first = cluster.add()
+        environment = cluster.environment(RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
         run = subprocess.Popen([sys.executable, "-c", TRAIN], env=environment, stdout=subprocess.PIPE, text=True)
         for line in run.stdout:
             if not line.startswith("step "):  # Ray's own words on the node that died
                 continue
             _, step, partial = line.split()
             (after if before and before[-1][1] else before).append((int(step), int(partial)))
-            if len(before) == 1:
-                cluster.add_node(cpus=1)
-                cluster.wait_for_nodes(2)
+            if len(before) == 1 and not after:
+                cluster.add()
                 cluster.announce_preemption(first, seconds=120)
             elif not after and before[-1][1]:
-                cluster.kill_node(0)
+                cluster.kill(0)
         assert run.wait(60) == 0
-    finally:
-        cluster.stop()
     assert before[-1][1] == 1
     assert after[0][0] > STEPS_BETWEEN_LOOKS
     assert min(step for step, _ in after) > before[-1][0] / 2, (before, after)

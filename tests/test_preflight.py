@@ -5,18 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from cluster import Cluster
 from family import tiny_config, write_study
+from nodes import ENVIRONMENT, nodes
 from servers import free_port
 
 from wml_ray.preflight import answer
-
-
-@pytest.fixture
-def cluster():
-    cluster = Cluster(head_cpus=1)
-    yield cluster
-    cluster.stop()
 
 
 def dry_run(environment, *words):
@@ -29,18 +22,18 @@ def dry_run(environment, *words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process other mounts")
-def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(workplace, cluster):
+def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(workplace):
     images, results, packages = (workplace / name for name in ("images", "results", "packages"))
     for folder in (images / "train" / "cat", images / "val" / "cat", results, packages / "mlflow-0.1.dist-info"):
         folder.mkdir(parents=True)
     metadata = "Metadata-Version: 2.1\nName: mlflow\nVersion: 0.1\n"
     (packages / "mlflow-0.1.dist-info" / "METADATA").write_text(metadata)
-    path = f"{packages}:{cluster.environment['PYTHONPATH']}"
-    cluster.add_node(cpus=2, hidden=[results, images], PYTHONPATH=path)
-    cluster.wait_for_nodes(1)
     write_study(workplace, tiny_config("scale.cpus_per_worker=1", "scale.workers=3"))
-    status, run = dry_run(cluster.environment, "train", "c.yaml", "data.name=imagefolder", f"data.root={images}")
-    _, study = dry_run(cluster.environment, "tune", "c.yaml", "--space", "alpha.py", "--trials", "2")
+    with nodes(head_cpus=1) as cluster:
+        cluster.add(cpus=2, hidden=[results, images], PYTHONPATH=f"{packages}:{ENVIRONMENT['PYTHONPATH']}")
+        environment = cluster.environment()
+        status, run = dry_run(environment, "train", "c.yaml", "data.name=imagefolder", f"data.root={images}")
+        _, study = dry_run(environment, "tune", "c.yaml", "--space", "alpha.py", "--trials", "2")
     assert status == 2
     wrong = {subject: text for subject, (verdict, text) in run.items() if verdict == "NO"}
     assert set(wrong) == {"versions", "storage", "MLflow", "data"}

@@ -26,6 +26,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wml_ray.checkpoint import write_json
 from wml_ray.config import Config, UserError, parse
@@ -40,6 +41,7 @@ INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
 BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
+ROOM_S = 10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
 POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
 
 
@@ -110,6 +112,8 @@ def _train(config: Config, settings: dict[str, Any], name: str) -> int:
     (config.run_folder / OUTCOME).unlink(missing_ok=True)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    if isinstance(config.scale.workers, list):
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_S))
     ray_folder = config.run_folder.resolve() / ".ray"
     settings |= {
         "config": _with_absolute_paths(config),
@@ -233,7 +237,8 @@ class _Mailbox:
     """Carries calls from the workers to this process, which has no other way to hear of them."""
 
     def __init__(self, receivers: Mapping[str, Callable[..., None]], pause_s: float = 0) -> None:
-        self.actor = ray.remote(num_cpus=0)(_Letters).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Letters).remote()  # no other node's loss ends it
         self._receivers, self._pause_s = receivers, pause_s
         self._closing = threading.Event()
         self._error: BaseException | None = None

@@ -225,19 +225,28 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
     Raises:
         UserError: the cluster is gone.
     """
-    printed, answered_s = 0, time.monotonic()
+    printed, answered_s, job = 0, time.monotonic(), None
     while True:
         try:
+            job = client.get_job_info(job_id)
             printed = asyncio.run(_tail(client, job_id, printed))
             job = client.get_job_info(job_id)
             answered_s = time.monotonic()
-        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        except (OSError, RuntimeError, aiohttp.ClientError):
             if time.monotonic() - answered_s > SILENCE_S:
-                raise _unreachable(client.get_address(), error) from None
+                raise UserError(_what_remains(client.get_address(), job)) from None
         else:
             if job.status.is_terminal():
                 return _say_ended(job)
         time.sleep(1)
+
+
+def _what_remains(address: str, job: JobDetails | None) -> str:
+    folder = (job.metadata or {}).get(FOLDER_KEY) if job else None
+    return (
+        f"the cluster at {address} has not answered for {SILENCE_S:.0f} s; the job's checkpoints and results stay in "
+        f"{folder or 'run.storage_path'}: submitted to a cluster that sees them, the same command goes on from there"
+    )
 
 
 async def _tail(client: Any, job_id: str, printed: int) -> int:

@@ -1,0 +1,150 @@
+"""A Ray cluster of several nodes on one machine, whose nodes come and are killed as machines are."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from ray._raylet import GcsClient
+from servers import free_port
+
+RAY = Path(sys.executable).with_name("ray")
+START_S = 60
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_health_check_period_ms": "500",  # a killed node is given up after 5 of them
+    "RAY_health_check_initial_delay_ms": "0",
+    "PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])),
+}
+
+
+@contextmanager
+def nodes(head_cpus: int = 0) -> Iterator[Nodes]:
+    """A head without a CPU, or with some; nodes are to be added."""
+    cluster = Nodes()
+    try:
+        cluster.start_head(head_cpus)
+        yield cluster
+    finally:
+        cluster.end()
+
+
+class Nodes:
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="wn-", dir="/tmp"))  # paths of sockets must be short
+        self.address = f"127.0.0.1:{free_port()}"
+        self.workers: list[psutil.Process] = []
+        self.head: psutil.Process | None = None
+
+    def start_head(self, cpus: int = 0) -> None:
+        options = ["--port", self.address.rpartition(":")[2], "--dashboard-port", free_port(), "--num-cpus", cpus]
+        self.head = self._start("--head", "--temp-dir", self.folder, "--include-dashboard", "false", *options)
+        self._wait(1)
+
+    def add(self, cpus: int = 1, hidden: Sequence[Path] = (), **variables: str) -> str:
+        """One more node; its id. One after the other: two that start at once take the same socket.
+
+        With `hidden` folders, which are empty to it, it is a machine of its own, named other.
+        """
+        joined = self._joined()
+        options = ["--address", self.address, "--num-cpus", cpus]
+        self.workers.append(self._start(*options, hidden=hidden, **variables))
+        self._wait(len(joined) + 1)
+        (new,) = self._joined() - joined
+        return new
+
+    def announce_preemption(self, node: str, seconds: int) -> None:
+        """What a cloud's agent does when it hears that a spot machine is to go."""
+        options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot machine reclaimed"]
+        options += ["--deadline-remaining-seconds", str(seconds), "--node-id", node, "--address", self.address]
+        subprocess.run([RAY, "drain-node", *options], env=self.environment(), capture_output=True, check=True)
+
+    def _wait(self, count: int) -> None:
+        """Until so many nodes have joined, the head being one."""
+        deadline_s = time.monotonic() + START_S
+        while len(self._joined()) < count:
+            assert time.monotonic() < deadline_s, self._said()
+            time.sleep(0.1)
+
+    def have(self, count: int) -> None:
+        """Add or kill nodes until there are so many."""
+        while len(self.workers) > count:
+            self.kill(0)
+        while len(self.workers) < count:
+            self.add()
+
+    def kill(self, index: int) -> None:
+        """As a power cut: all processes of a node at once; returns when the head knows."""
+        joined = self._joined()
+        kill_family(self.workers.pop(index))
+        while self._joined() >= joined:  # a superset, or the same
+            time.sleep(0.1)
+
+    def index_of(self, name: str) -> int:
+        """The node that runs a process of this name; the first if none does."""
+        for index, node in enumerate(self.workers):
+            if any(name in " ".join(process.cmdline()) for process in node.children(recursive=True)):
+                return index
+        return 0
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """For a driver that joins."""
+        return {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": self.address, **more}
+
+    def end(self) -> None:
+        for process in [*self.workers, *([self.head] if self.head else [])]:
+            kill_family(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, *options: object, hidden: Sequence[Path] = (), **variables: str) -> psutil.Process:
+        command = [str(RAY), "start", "--block", "--disable-usage-stats", "--min-worker-port", "0"]
+        command += [
+            "--object-store-memory",
+            str(100 * 2**20),
+            "--max-worker-port",
+            "0",
+            "--dashboard-agent-listen-port",
+            str(free_port()),
+        ]
+        command += map(str, options)
+        if hidden:
+            mounts = "".join(f"mount -t tmpfs none {folder} && " for folder in hidden)
+            command = ["unshare", "-m", "-u", "sh", "-c", f'{mounts} hostname other && exec "$@"', "sh", *command]
+        environment = {**os.environ, **ENVIRONMENT, **variables}
+        with (self.folder / "nodes.log").open("a") as log:
+            return psutil.Popen(command, env=environment, stdout=log, stderr=log)
+
+    def _joined(self) -> set[str]:
+        """Ids of the nodes the head takes for alive."""
+        assert self.head is not None
+        assert self.head.is_running(), self._said()
+        try:
+            found = GcsClient(address=self.address).get_all_node_info(timeout=2)
+        except Exception:  # whatever it raises while the head starts
+            return set()
+        return {node_id.hex() for node_id, node in found.items() if node.state == 0}
+
+    def _said(self) -> str:
+        return (self.folder / "nodes.log").read_text()
+
+
+def kill_family(process: psutil.Process) -> None:
+    """A process and all its descendants; the parent first, so that it starts no others."""
+    try:
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)

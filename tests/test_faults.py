@@ -1,0 +1,331 @@
+"""What nodes, workers, drivers, heads and servers that die cost: time, and nothing that was trained or logged."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from family import tiny_config, write_study
+from mlflow import MlflowClient
+from nodes import kill_family, nodes
+from postgres import postgres
+from servers import Server
+from test_run import ignore
+from test_submission import Head
+from witness import Place
+
+from wml_ray import tracking
+from wml_ray.checkpoint import Checkpoints
+from wml_ray.config import load
+from wml_ray.delivery import Deliveries
+from wml_ray.ledger import Ledger
+from wml_ray.run import train
+from wml_ray.space import load_space, search_config
+from wml_ray.tracking import Tracker
+from wml_ray.tune import tune
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+WITHIN_S = 180
+OUTAGE_S = 15
+METRICS = ("train/loss", "val/accuracy/peer3", "weights/peer0")
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory):
+    """A tracking server for all tests, which takes longer to start than most of them last."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    server.wait()
+    MlflowClient(server.uri).search_experiments()  # the first answer of a server is slow
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def one_cluster():
+    with nodes() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def two_nodes(one_cluster):
+    one_cluster.have(2)
+    return one_cluster
+
+
+@pytest.fixture
+def server(one_server, workplace, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one_server.uri)
+    return one_server
+
+
+def logged(experiment):
+    """Runs of the experiment by name: their status, and the steps of some metrics."""
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    names = [run.info.run_name for run in runs]
+    assert len(names) == len(set(names)), names
+    return {
+        run.info.run_name: (
+            run.info.status,
+            [[entry.step for entry in client.get_metric_history(run.info.run_id, name)] for name in METRICS],
+        )
+        for run in runs
+    }
+
+
+def whole(epochs):
+    """What `logged` says of a finished run: every epoch once."""
+    return "FINISHED", [list(range(1, epochs + 1))] * len(METRICS)
+
+
+def start(*words, **environment):
+    """`python -m ...` in a process of its own."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process, timeout_s=WITHIN_S):
+    """Its output, once it has ended well."""
+    out, errors = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, out + errors
+    return out + errors
+
+
+def wait_until(true, process):
+    deadline_s = time.monotonic() + WITHIN_S
+    while not true():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_an_elastic_run_loses_and_gains_nodes_in_mid_epoch_and_is_the_run_it_would_have_been(
+    server, two_nodes, workplace
+):
+    """Two nodes, then one, then three. The node that is killed is the one whose loss would hurt most."""
+    overrides = ["optim.epochs=8", "optim.sync_batchnorm=true", "scale.cpus_per_worker=1"]
+    undisturbed = train(tiny_config(*overrides, "run.name=undisturbed"), ignore).result
+    config = tiny_config(*overrides, "scale.workers=[1,4]", "run.name=elastic")
+    (workplace / "c.yaml").write_text(config.to_yaml())
+    place = Place("results")
+    lost, *_ = (place.close_gate(*at) for at in ((3, 2), (6, 1), (6, 2)))  # the latter open for three workers
+    process = start("witness", "train", "c.yaml", **two_nodes.environment())
+    wait_until(lambda: len(place.waiting(3, 2)) == 2, process)
+    two_nodes.kill(two_nodes.index_of("ray::_Letters"))
+    lost.unlink()
+    wait_until(lambda: len(place.waiting(6, 1)) == 1, process)
+    two_nodes.add()
+    two_nodes.add()
+    said = ended(process)
+    assert "Traceback" not in said
+    workers, digests = defaultdict(set), defaultdict(set)
+    for line in place.seen():
+        workers[line["epoch"]].add((line["workers"], line["rank"]))
+        digests[line["epoch"]].add(line["digest"])
+    expected = [2, 2, 1, 1, 1, 3, 3, 3]
+    assert [workers[epoch] for epoch in range(1, 9)] == [{(n, rank) for rank in range(n)} for n in expected]
+    assert all(len(found) == 1 for found in digests.values()), "the ranks differ"
+    assert logged("elastic") == {config.run_id: whole(8)}
+    elastic = json.loads((config.run_folder / "result.json").read_text())
+    for metric, tolerance in (("train/learning_rate", 0), ("train/loss", 1e-3), ("weights/peer3", 1e-3)):
+        ours, theirs = ([entry["metrics"][metric] for entry in result["history"]] for result in (elastic, undisturbed))
+        assert ours == pytest.approx(theirs, rel=tolerance), metric
+
+
+FOLLOW = """
+import sys
+from wml_ray import submission
+submission.SILENCE_S = 2
+sys.path.insert(0, {jobs!r})
+import submit
+sys.exit(submit.main(sys.argv[1:]))
+"""
+
+
+def test_a_job_outlives_its_driver_and_then_its_head(server, workplace):
+    """The driver is killed and the job submitted again; then all of the head is, and a new one goes on."""
+    words = [str(ROOT / "jobs" / "quickstart.yaml"), "pruning.saliency_images=32", "data.batch_size=256"]
+    words += ["optim.epochs=24", "scale.workers=1", "run.name=outlives"]
+    config = load(words[0], words[1:])
+    checkpoints = Checkpoints(config.run_folder / "checkpoints", 2)
+    name, tracked = config.run_id, {"MLFLOW_TRACKING_URI": server.uri}
+
+    def reached(epoch):
+        return lambda: bool(checkpoints.epochs()) and checkpoints.epochs()[-1] >= epoch
+
+    with head_of_jobs(workplace / "first") as head:
+        assert head.run("train", *words, "--detach", folder=workplace, **tracked).returncode == 0
+        wait_until(reached(2), head.process)
+        for process in psutil.Process(head.process.pid).children(recursive=True):
+            if "jobs/train.py" in process.cmdline() and "python" in process.name():
+                process.kill()
+        wait_until(lambda: f"job         {name} FAILED" in head.run("status", name).stdout, head.process)
+        done_before = checkpoints.latest().epoch
+        follower = [sys.executable, "-c", FOLLOW.format(jobs=str(ROOT / "jobs")), "train", *words]
+        process = subprocess.Popen(
+            [*follower, "--address", head.url],
+            cwd=workplace,
+            env=head.environment(**tracked, PYTHONPATH=str(ROOT)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(reached(done_before + 2), process)
+    out, errors = process.communicate(timeout=WITHIN_S)
+    assert f"job         {name}-2 on" in out
+    assert process.returncode == 2
+    assert f"checkpoints and results stay in {config.run_folder}" in errors
+    done_before = checkpoints.latest().epoch
+    before = checkpoints.latest().plan["history"]
+    assert done_before < 24
+    with head_of_jobs(workplace / "second") as head:
+        again = head.run("train", *words, folder=workplace, **tracked)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert checkpoints.latest().plan["history"][:done_before] == before
+    assert logged("outlives") == {name: whole(24)}
+
+
+@contextmanager
+def head_of_jobs(folder):
+    """A head with a job server; in the end all its processes are killed at once, as by a power cut."""
+    head = Head(folder)
+    try:
+        head.wait()
+        yield head
+    finally:
+        kill_family(psutil.Process(head.process.pid))
+        head.stop()
+
+
+TUNE = ("wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--scheduler", "none", "--trials")
+
+
+def trial_plans(study):
+    """The newest checkpoint's plan of each trial."""
+    found = {}
+    for path in sorted(Path("results", study, "trials").glob("*/*/checkpoints/epoch-*/plan.json")):
+        found[int(path.parts[3])] = json.loads(path.read_text())
+    return found
+
+
+def assert_whole(study, trials, epochs):
+    """Every trial is complete in the ledger, delivered, and in MLflow with each epoch once."""
+    ledger = Ledger(Path("results", study)).trials()
+    assert [(trial.number, trial.state, trial.delivered) for trial in ledger] == [
+        (number, "COMPLETE", True) for number in range(trials)
+    ]
+    runs = logged(study)
+    assert runs.pop(study)[0] == "FINISHED"
+    assert runs == {f"trial {number}": whole(epochs) for number in range(trials)}
+    return ledger
+
+
+def test_a_study_that_loses_a_node_loses_no_epoch_that_had_a_checkpoint(server, two_nodes, workplace):
+    write_study(workplace, tiny_config("optim.epochs=40", "scale.cpus_per_worker=1", "run.name=lossy"))
+    process = start(*TUNE, "3", **two_nodes.environment())
+    plans = {}
+
+    def both_train():
+        plans.update(trial_plans("lossy-alpha"))
+        return len(plans) >= 2 and min(plan["epoch"] for plan in plans.values()) >= 4
+
+    wait_until(both_train, process)
+    two_nodes.kill(0)
+    ended(process)
+    for trial in assert_whole("lossy-alpha", 3, 40):
+        kept = plans.get(trial.number, {"history": []})["history"]
+        assert trial.history[: len(kept)] == kept
+        assert [entry["epoch"] for entry in trial.history] == list(range(1, 41))
+
+
+def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(workplace, monkeypatch):
+    """Not even when the database is killed among them, and recovers."""
+    with postgres() as database:
+        server = Server(workplace, database.url)
+        server.start()
+        try:
+            server.wait()
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+            spawn = multiprocessing.get_context("spawn")
+            together, logging = spawn.Barrier(8), spawn.Semaphore(0)
+            trials = [spawn.Process(target=log_a_trial, args=(number, together, logging)) for number in range(8)]
+            for trial in trials:
+                trial.start()
+            for _ in trials:
+                assert logging.acquire(timeout=WITHIN_S)
+            database.kill()
+            database.start()
+            for trial in trials:
+                trial.join(WITHIN_S)
+            assert [trial.exitcode for trial in trials] == [0] * 8
+            assert logged("eight") == {f"trial {number}": whole(50) for number in range(8)}
+        finally:
+            server.kill()
+
+
+def log_a_trial(number, together, logging):
+    """As a process that trains does; all eight make their experiment, and log, at the same time."""
+    tracking.check_reachable(tracking.tracking_uri())
+    together.wait(WITHIN_S)
+    tracked = tracking.open_run("eight", f"trial {number}", f"token {number}", {"seed": number})
+    tracker = Tracker(tracked)
+    for step in range(1, 51):
+        tracker.log(step, dict.fromkeys(METRICS, step / (number + 1)), step)
+    logging.release()
+    assert tracker.close(WITHIN_S) == 0
+    last = Deliveries()
+    last.put(lambda: tracking.finish_run(tracked, "FINISHED"))
+    assert last.close(WITHIN_S) == 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_study_misses_nothing_of_a_server_that_hangs_and_of_one_that_dies(server, workplace):
+    """Hung as trial 1 is being made known to it, killed in trial 2, and back after a while both times."""
+    write_study(workplace, tiny_config("optim.epochs=25", "scale.cpus_per_worker=1", "run.name=outage"))
+    pending = []
+
+    def later(call):
+        pending.append(threading.Timer(OUTAGE_S, call))
+        pending[-1].start()
+
+    def break_server(sweep):
+        if not pending and len(sweep.trials) > 1:
+            server.signal(signal.SIGSTOP)
+            later(lambda: server.signal(signal.SIGCONT))
+        if len(pending) == 1 and len(sweep.trials) > 2 and sweep.trials[2].epochs == 5:
+            pending[0].join()
+            server.kill()
+            later(server.start)
+
+    space = load_space(Path("alpha.py"), load("c.yaml"))
+    outcome = tune(space, search_config(study="outage-alpha", trials=4, scheduler="none"), break_server)
+    assert len(pending) == 2
+    assert outcome.undelivered == 0
+    assert_whole("outage-alpha", 4, 25)
+
+
+def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", "1", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in done.stdout.splitlines()}
+    assert all(int(rows[f"{victim}s killed"]) > 0 for victim in ("trial", "driver", "server")), done.stdout
