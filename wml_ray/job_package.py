@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray import cli
-from wml_ray.config import Config, UserError, load
+from wml_ray.config import Config, UserError, load, place
 from wml_ray.job_entry import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
         command = _without_option(command, options.storage)
     if not options.study:
         command += ["--study", study]
-    return Work(study, str(Path(config.run.storage_path) / study), verb, config, command, files, environment)
+    return Work(study, str(place(config.run.storage_path) / study), verb, config, command, files, environment)
 
 
 def _checked_study(options: Any, config: Config) -> str:
