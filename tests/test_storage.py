@@ -12,6 +12,7 @@ import pytest
 import torch
 from family import tiny_config
 from ray import tune as ray_tune_api
+from safetensors.torch import save_file
 from servers import ObjectStore
 from test_checkpoint import checkpoint
 from test_run import assert_bit_equal, client, ignore, only_run, steps, wait_for_epoch
@@ -115,6 +116,23 @@ def test_a_storage_that_stays_away_is_one_sentence_and_the_same_command_continue
     server.accept_writes()
     monkeypatch.setattr(storage, "PATIENCE_S", 30.0)
     assert train(config, ignore).trained_now
+    assert steps(only_run(), "train/loss") == [1, 2, 3]
+
+
+def test_a_local_disk_that_fails_for_a_while_costs_nothing(workplace, monkeypatch):
+    monkeypatch.setattr(storage, "RETRY_S", 0.01)
+    left = [OSError(5, "Input/output error")] * 3
+
+    def failing(tensors, path):
+        if path.parent.name.startswith(".epoch-0002") and left:
+            raise left.pop()
+        save_file(tensors, path)
+
+    monkeypatch.setattr("wml_ray.checkpoint.save_file", failing)
+    with pytest.warns(UserWarning, match="the storage fails .Input/output error.; trying again"):
+        outcome = train(tiny_config(), ignore)
+    assert not left
+    assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())[-2:] == ["epoch-0002", "epoch-0003"]
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
 

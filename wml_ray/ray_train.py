@@ -179,7 +179,11 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
     )
     try:
         _fit(trainer)
-    except (Diverged, UserError, ray.train.TrainingFailedError):
+    except (Diverged, UserError):
+        _raise_what_the_worker_said(config)
+        raise
+    except ray.train.TrainingFailedError as error:
+        _raise_what_the_storage_did(error)
         _raise_what_the_worker_said(config)
         raise
     finally:
@@ -238,8 +242,8 @@ def _worker(settings: dict[str, Any]) -> None:
     try:
         run_worker(config, shard, device, report, log, surroundings.claim)
         patience_s = DELIVERY_S
-    except Replaced:
-        raise  # the file is another's now
+    except (Replaced, storage.Unanswered):
+        raise  # the file is another's now, or cannot be written
     except (Diverged, UserError) as error:
         if not _outcome(config):  # the worker that saw it first says what it was
             write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
@@ -262,6 +266,14 @@ def _raise_what_the_worker_said(config: Config) -> None:
     said = _outcome(config)
     if "error" in said:
         raise {"Diverged": Diverged, "UserError": UserError}[said["kind"]](said["error"]) from None
+
+
+def _raise_what_the_storage_did(error: Any) -> None:
+    """Turn an error that a worker could not write down into the same error here."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, (Replaced, storage.Unanswered)):
+            raise cause from None
 
 
 def _outcome(config: Config) -> dict[str, Any]:

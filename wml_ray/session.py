@@ -108,7 +108,7 @@ def run_worker(
     Raises:
         Diverged: training turned non-finite; the last good checkpoint stays.
         Replaced: another process has taken the run over.
-        UserError: the storage failed for ten minutes.
+        Unanswered: the storage failed for ten minutes.
     """
     with closing(_checkpoints(config, claim)) as checkpoints:
         return _run_worker(config, shard, device, report, log, checkpoints)

@@ -21,6 +21,10 @@ PATIENCE_S = 600.0  # how long a run waits for a storage that went away
 T = TypeVar("T")
 
 
+class Unanswered(UserError):
+    """The storage went away and did not come back."""
+
+
 def is_remote(path: Path) -> bool:
     """Whether files there are reached by uploads and downloads; all else is a file system to the programs."""
     return not isinstance(path, Path)
@@ -56,7 +60,7 @@ def patiently(call: Callable[[], T], path: Path) -> T:
 
     Raises:
         FileNotFoundError: as `call` does.
-        UserError: the storage refused it for ten minutes, or as `call` does.
+        Unanswered: the storage refused it for ten minutes.
     """
     failures = Exception if is_remote(path) else OSError  # whatever a client library raises
     deadline_s = time.monotonic() + PATIENCE_S
@@ -75,9 +79,9 @@ def patiently(call: Callable[[], T], path: Path) -> T:
             time.sleep(RETRY_S)
 
 
-def unanswered(path: Path, cause: str) -> UserError:
-    """What to say of a storage that went away and did not come back."""
-    return UserError(
+def unanswered(path: Path, cause: str) -> Unanswered:
+    """What to say of it, in one sentence."""
+    return Unanswered(
         f"{path}: the storage fails ({cause}); run the same command again when it works: it goes on from the newest "
         "checkpoint there"
     )
@@ -87,7 +91,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that readers see whole or not at all, as soon as the storage takes it.
 
     Raises:
-        UserError: it did not take it for ten minutes.
+        Unanswered: it did not take it for ten minutes.
     """
     patiently(lambda: put_text(path, text), path)
 
@@ -113,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """What a file says, None where there is none.
 
     Raises:
-        UserError: the storage did not answer for ten minutes.
+        Unanswered: the storage did not answer for ten minutes.
     """
     try:
         return dict(json.loads(patiently(path.read_text, path)))

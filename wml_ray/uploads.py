@@ -46,7 +46,7 @@ class UploadedCheckpoints(Checkpoints):
     def settle(self) -> None:
         """Raises:
         Replaced: another process has taken the run over.
-        UserError: the storage took nothing for ten minutes.
+        Unanswered: the storage took nothing for ten minutes.
         """
         left = self._finish(storage.PATIENCE_S)
         if self._replaced:
@@ -56,8 +56,8 @@ class UploadedCheckpoints(Checkpoints):
 
     def close(self) -> None:
         """Give up what is not uploaded in a few seconds."""
-        if left := self._finish(ABANDONED_S):
-            warnings.warn(f"{self.folder}: the last {left} checkpoints were not uploaded", stacklevel=2)
+        if self._finish(ABANDONED_S):
+            warnings.warn(f"{self.folder}: the newest checkpoint was not uploaded", stacklevel=2)
 
     def _finish(self, timeout_s: float) -> int:
         """How many saved checkpoints the storage has not taken."""
