@@ -289,6 +289,15 @@ def test_a_damaged_remote_checkpoint_is_passed_over_and_replaced(uploaded):
     assert uploaded.latest().epoch == 3
 
 
+def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
+    ledger = Ledger(uploaded.folder.parent)
+    trial = open_checkpoints(ledger.trial_folder(3) / "a-run" / "checkpoints", 2)
+    save(trial, 1)
+    ledger.drop_checkpoints(3)
+    assert trial.epochs() == []
+    assert uploaded.epochs() == [2, 3]
+
+
 @pytest.mark.filterwarnings("ignore:.*the storage takes no checkpoint")
 def test_what_waits_for_the_storage_is_bounded(uploaded, server):
     server.refuse_writes()
@@ -330,9 +339,9 @@ def test_two_workers_train_in_object_storage(bucket, monkeypatch):
 def test_a_study_in_object_storage_is_whole_and_grows(bucket, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     space = small_space(f"run.storage_path={bucket}", domains={"wml.alpha": ray_tune_api.uniform(0.0, 0.9)})
-    tune(space, search_config(study="far", trials=2))
+    tune(space, search_config(study="far", trials=2, scheduler="none"))
     before = [trial.point for trial in Ledger(place(bucket) / "far").trials()]
-    outcome = tune(space, search_config(study="far", trials=3))
+    outcome = tune(space, search_config(study="far", trials=3, scheduler="none"))
     trials = Ledger(place(bucket) / "far").trials()
     assert [trial.state for trial in trials] == ["COMPLETE"] * 3
     assert [trial.point for trial in trials[:2]] == before

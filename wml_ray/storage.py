@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 from wml_ray.config import UserError
 from wml_ray.delivery import RETRY_S, first_cause
 
+VARIABLES = (  # where a storage is and who may write there; profiles and roles are each node's own
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+)
 PATIENCE_S = 600.0  # how long a run waits for a storage that went away
 T = TypeVar("T")
 
@@ -167,8 +171,8 @@ def scratch(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The variables that a storage's client reads, for processes on other nodes."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    """What a storage's client reads, for processes on other nodes."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def flush(path: Path) -> None:
