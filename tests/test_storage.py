@@ -101,6 +101,7 @@ def test_training_goes_on_while_the_storage_is_away_and_nothing_is_lost(bucket, 
     assert steps(only_run(), "train/loss") == list(range(1, epochs + 1))
 
 
+@pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the claim on")
 def test_a_storage_that_stays_away_is_one_sentence_and_the_same_command_continues(bucket, server, monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
     config = tiny_config(f"run.storage_path={bucket}")
@@ -109,7 +110,7 @@ def test_a_storage_that_stays_away_is_one_sentence_and_the_same_command_continue
         if isinstance(event, EpochEnd) and event.epoch == 2:
             server.refuse_writes()
 
-    with pytest.warns(UserWarning, match="training goes on"), pytest.raises(UserError) as error:
+    with pytest.raises(UserError) as error:
         train(config, outage)
     (line,) = str(error.value).splitlines()
     assert "run the same command again when it works" in line
@@ -289,6 +290,15 @@ def test_a_damaged_remote_checkpoint_is_passed_over_and_replaced(uploaded):
     assert uploaded.latest().epoch == 3
 
 
+def test_a_remote_run_that_begins_anew_leaves_no_later_checkpoints(uploaded):
+    for epoch in (2, 3):
+        (uploaded.path(epoch) / "plan.json").write_text("{}")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert uploaded.latest() is None
+    save(uploaded, 1)
+    assert uploaded.epochs() == [1]
+
+
 def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
     ledger = Ledger(uploaded.folder.parent)
     trial = open_checkpoints(ledger.trial_folder(3) / "a-run" / "checkpoints", 2)
@@ -299,14 +309,15 @@ def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
 
 
 @pytest.mark.filterwarnings("ignore:.*the storage takes no checkpoint")
-def test_what_waits_for_the_storage_is_bounded(uploaded, server):
+def test_what_waits_for_the_storage_is_bounded(bucket, server):
+    store = open_checkpoints(place(bucket) / "checkpoints", 2)
     server.refuse_writes()
-    for epoch in (4, 5, 6):
-        uploaded.save(checkpoint(epoch))
-    assert uploaded._here.epochs() == [4, 5, 6]  # the best and the newest two
+    for epoch in range(1, 7):
+        store.save(checkpoint(epoch))
+    assert store._here.epochs() == [4, 5, 6]  # the best and the newest two
     server.accept_writes()
-    uploaded.settle()
-    assert uploaded.epochs() == [4, 5, 6]
+    store.settle()
+    assert store.epochs() == [4, 5, 6]
 
 
 def test_storage_that_cannot_be_used_is_refused_in_one_line(bucket, monkeypatch):
