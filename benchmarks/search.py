@@ -20,6 +20,7 @@ from optuna.storages import InMemoryStorage
 from wml_ray import session, tracking
 from wml_ray.config import Config, load
 from wml_ray.data import Shard
+from wml_ray.ray_train import Surroundings
 from wml_ray.ray_tune import search, train_trial
 from wml_ray.space import SearchConfig, Space, increasing, load_space, make_space, search_config
 from wml_ray.sweep import Sweep
@@ -62,7 +63,7 @@ def warm_start(trials: int = 8) -> dict[str, float]:
     return {"first trial": starts_s[0], "reused actor": statistics.median(starts_s[1:])}
 
 
-def _train_and_note_first_step(settings: dict[str, Any], import_path: list[str]) -> None:
+def _train_and_note_first_step(settings: dict[str, Any], surroundings: Surroundings) -> None:
     from wml_ray.loop import Trainer
 
     plain = getattr(Trainer, "plain_step", Trainer._train_step)
@@ -75,7 +76,7 @@ def _train_and_note_first_step(settings: dict[str, Any], import_path: list[str])
         return plain(self, *arguments)
 
     Trainer._train_step = noted  # type: ignore[method-assign]
-    train_trial(settings, import_path)
+    train_trial(settings, surroundings)
 
 
 def tune_cost(trials: int = 20) -> dict[str, float]:
@@ -120,7 +121,7 @@ def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
     return {"first 100": (ended_s[100] - ended_s[0]) / 100, "last 100": (ended_s[-1] - ended_s[-101]) / 100}
 
 
-def _report_nothing(settings: dict[str, Any], import_path: list[str]) -> None:
+def _report_nothing(settings: dict[str, Any], surroundings: Surroundings) -> None:
     value = (settings["trial"] * 0.6180339) % 1
     metrics = {ACCURACY: value, "peers/macs/tree": value}
     entry = {"epoch": 1, "timestamp_ms": 0, "metrics": metrics}

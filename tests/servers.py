@@ -21,8 +21,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
+LEAN = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # else a dozen processes
+
+
 class Server:
     """A real MLflow server over its own sqlite file, or the database it is given."""
+
+    health = "health"
 
     def __init__(self, folder, store=None):
         self.folder, self.port, self.process = folder, free_port(), None
@@ -30,22 +35,27 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self):
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                self.command(),
+                env={**os.environ, **LEAN},
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+
+    def command(self):
         folder = self.folder
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", self.store]
-        command += ["--artifacts-destination", str(folder / "artifacts")]
-        lean = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes
-        environment = {**os.environ, **lean}
-        with (folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True
-            )
+        return [*command, "--artifacts-destination", str(folder / "artifacts")]
 
     def wait(self, timeout_s=90):
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                urllib.request.urlopen(f"{self.uri}/{self.health}", timeout=2).close()
                 return
             except (urllib.error.URLError, OSError):
                 assert self.process.poll() is None, (self.folder / "server.log").read_text()
@@ -60,6 +70,40 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+class ObjectStore(Server):
+    """A real S3 server that holds the bucket `runs`. It forgets all when it ends."""
+
+    health = "moto-api/"
+
+    def command(self):
+        return [sys.executable, str(Path(__file__).with_name("s3.py")), str(self.port), str(self.folder / "refuse")]
+
+    def wait(self, timeout_s=90):
+        super().wait(timeout_s)
+        urllib.request.urlopen(urllib.request.Request(f"{self.uri}/runs", method="PUT"), timeout=5).close()
+
+    @property
+    def environment(self):
+        return {
+            "AWS_ENDPOINT_URL": self.uri,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def refuse_writes(self):
+        (self.folder / "refuse").touch()
+
+    def accept_writes(self):
+        (self.folder / "refuse").unlink(missing_ok=True)
+
+    def pause(self):
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def resume(self):
+        os.killpg(self.process.pid, signal.SIGCONT)
 
 
 def installed(program: str | None, package: str) -> Path:

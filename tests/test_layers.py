@@ -9,33 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "wml_ray"
 LAYERS = [
-    *(
-        "config",
-        "backbones",
-        "tree",
-        "costs",
-        "pruning",
-        "objective",
-        "weights",
-        "readers",
-        "data",
-        "metrics",
-        "memory",
-    ),
-    *("batchnorm", "loop", "checkpoint", "session", "delivery", "lock", "tracking", "study", "records", "ledger"),
+    *("config", "backbones", "tree", "costs", "pruning", "objective", "weights"),
+    *("readers", "data", "metrics", "memory"),
+    *("batchnorm", "loop", "delivery", "storage", "lock", "checkpoint", "uploads", "session"),
+    *("tracking", "study", "records", "ledger"),
     *("report", "study_tables", "study_pictures", "study_report", "space", "sweep"),
-    *(
-        "ray_metrics",
-        "ray_train",
-        "ray_room",
-        "ray_schedulers",
-        "ray_tune",
-        "preflight",
-        "run",
-        "tune",
-        "progress",
-        "cli",
-    ),
+    *("ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune", "preflight"),
+    *("run", "tune", "progress", "cli"),
     *("job_entry", "job_package", "submission"),
 ]
 HOMES = {

@@ -58,6 +58,6 @@ def test_a_dry_run_on_one_machine_leaves_nothing_behind(workplace):
 def test_a_worker_that_cannot_reach_mlflow_says_so(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
-    said = answer(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"})
+    said = answer(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
     assert "does not answer (Connection refused)" in said.tracking
     assert said.storage == said.data == ""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wml_ray.config import UserError
+from wml_ray.lock import Claim
+from wml_ray.storage import flush, is_remote, local_files, patiently
+
 SELECTION_METRIC = "val/accuracy/ensemble_weighted"
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
+FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # the digests last: with them it is whole
 _FOLDER = re.compile(r"epoch-(\d{4,})")
 
 
@@ -39,29 +43,42 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best by the weighted ensemble's validation accuracy."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, claim: Claim | None = None) -> None:
+        """`claim` is what allows to write there."""
+        self.folder, self.keep, self.claim = folder, keep, claim
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer."""
+        """Write beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer.
+
+        Raises:
+            Replaced: another process has taken the run over.
+        """
+        if self.claim:
+            self.claim.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.writing"):
             shutil.rmtree(leftover, ignore_errors=True)
-        target = self._path(checkpoint.epoch)
+        target = self.path(checkpoint.epoch)
         beside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}-", suffix=".writing"))
         save_file(_plain(checkpoint.model), beside / "model.safetensors")
         save_file(_plain(checkpoint.state), beside / "trainer.safetensors")
         (beside / "plan.json").write_text(json.dumps(checkpoint.plan, indent=1))
-        names = ("model.safetensors", "trainer.safetensors", "plan.json")
-        (beside / DIGESTS).write_text("".join(f"{_digest(beside / name)}  {name}\n" for name in names))
+        (beside / DIGESTS).write_text("".join(f"{_digest(beside / name)}  {name}\n" for name in FILES[:-1]))
         for path in [*beside.iterdir(), beside]:
-            _flush(path)
+            flush(path)
         for epoch in self.epochs():
             if epoch >= checkpoint.epoch:  # damaged, or the run would not have gone back behind it
-                shutil.rmtree(self._path(epoch))
+                shutil.rmtree(self.path(epoch))
         beside.rename(target)
-        _flush(self.folder)
-        self._drop_old(best_epoch(checkpoint.plan["history"]))
+        flush(self.folder)
+        for epoch in self.outdated(best_epoch(checkpoint.plan["history"])):
+            shutil.rmtree(self.path(epoch), ignore_errors=True)
+
+    def settle(self) -> None:
+        """Return when all that was saved is where every process finds it."""
+
+    def close(self) -> None:
+        """Save no more."""
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; a damaged one is passed over with a warning."""
@@ -76,34 +93,29 @@ class Checkpoints:
         """Raises:
         Damaged: the checkpoint's files do not match their digests.
         """
-        folder = self._path(epoch)
         try:
-            lines = (folder / DIGESTS).read_text().splitlines()
-            digests = {name: digest for digest, name in (line.split("  ") for line in lines)}
-            names = ("model.safetensors", "trainer.safetensors", "plan.json")
-            damaged = [name for name in names if digests.get(name) != _digest(folder / name)]
+            with local_files(self.path(epoch), FILES) as folder:
+                return _read(folder, epoch)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
-            raise Damaged(f"checkpoint {folder} is damaged ({error})") from error
-        if damaged:
-            raise Damaged(f"checkpoint {folder} is damaged ({damaged[0]} does not match its digest)")
-        plan = json.loads((folder / "plan.json").read_text())
-        model, state = load_file(folder / "model.safetensors"), load_file(folder / "trainer.safetensors")
-        return Checkpoint(epoch, model, state, plan)
+            raise Damaged(f"checkpoint {self.path(epoch)} is damaged ({error})") from error
 
     def epochs(self) -> list[int]:
         """Epochs that have a checkpoint, in order."""
-        if not self.folder.is_dir():
-            return []
-        found = (_FOLDER.fullmatch(path.name) for path in self.folder.iterdir())
-        return sorted(int(match.group(1)) for match in found if match)
+        if is_remote(self.folder):  # one without digests was not uploaded to the end
+            return _numbers(
+                path.parent for path in patiently(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
+            )
+        return _numbers(self.folder.iterdir()) if self.folder.is_dir() else []
 
-    def _path(self, epoch: int) -> Path:
+    def path(self, epoch: int) -> Path:
+        """The folder of an epoch's checkpoint."""
         return self.folder / f"epoch-{epoch:04d}"
 
-    def _drop_old(self, best: int | None) -> None:
-        for epoch in self.epochs()[: -self.keep]:
-            if epoch != best:
-                shutil.rmtree(self._path(epoch), ignore_errors=True)
+    def outdated(self, best: int | None) -> list[int]:
+        """Epochs whose checkpoints nobody needs."""
+        return [epoch for epoch in self.epochs()[: -self.keep] if epoch != best]
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int | None:
@@ -112,13 +124,20 @@ def best_epoch(history: list[dict[str, Any]]) -> int | None:
     return max(scored)[1] if scored else None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write beside and rename, so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    beside.write_text(json.dumps(value, indent=1))
-    _flush(beside)
-    beside.replace(path)
+def _read(folder: Path, epoch: int) -> Checkpoint:
+    lines = (folder / DIGESTS).read_text().splitlines()
+    digests = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    for name in FILES[:-1]:
+        if digests.get(name) != _digest(folder / name):
+            raise ValueError(f"{name} does not match its digest")
+    plan = json.loads((folder / "plan.json").read_text())
+    model, state = load_file(folder / "model.safetensors"), load_file(folder / "trainer.safetensors")
+    return Checkpoint(epoch, model, state, plan)
+
+
+def _numbers(folders: Iterable[Path]) -> list[int]:
+    found = (_FOLDER.fullmatch(path.name) for path in folders)
+    return sorted(int(match.group(1)) for match in found if match)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -128,11 +147,3 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,13 +7,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MAX_SEED = 2**31 - 1
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+_STORAGE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}  # other processes write there too
+_OPTIONS_OF: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 5}}}
 
 
 class UserError(ValueError):
@@ -181,7 +183,9 @@ class ScaleConfig(Section):
 
 
 class RunConfig(Section):
-    storage_path: str = Field("results", description="folder of all runs; workers on other nodes must see it")
+    storage_path: str = Field(
+        "results", description="folder of all runs, or an address such as s3://bucket/folder; all nodes must see it"
+    )
     name: Annotated[str, Field(pattern=NAME)] = Field(
         "wml", description="MLflow experiment and the folder of its runs; letters, digits, dot, dash, underscore"
     )
@@ -239,7 +243,7 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.run.storage_path) / self.run.name / self.run_id
+        return place(self.run.storage_path) / self.run.name / self.run_id
 
     def flatten(self) -> dict[str, Any]:
         """Dotted keys to scalars (`wml.alpha`, `pruning.ratios.0`), the names of the MLflow params."""
@@ -247,6 +251,24 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+def place(path: str | Path) -> Path:
+    """A path of this machine; or of an address such as s3://bucket/folder, which has the same methods for files.
+
+    Raises:
+        UserError: an address of a kind that nobody knows.
+    """
+    if "://" not in str(path):
+        return Path(path)
+    from upath import UPath
+
+    try:
+        return cast(Path, UPath(path, **_STORAGE_OPTIONS, **_OPTIONS_OF.get(str(path).partition("://")[0], {})))
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is no address of a storage ({error}); write s3://BUCKET/FOLDER, or a folder"
+        ) from None
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -265,9 +287,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, not YAML, an unknown key, or a value outside its range.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.safe_load(place(path).read_text())
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror}; give the path of a YAML file, see jobs/") from error
+        raise UserError(
+            f"config file {path}: {error.strerror or 'not there'}; give the path of a YAML file, see jobs/"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"config file {path} is not valid YAML: {' '.join(str(error).split())}; see jobs/ for examples"

@@ -22,7 +22,9 @@ def first_cause(error: BaseException) -> str:
 class Deliveries:
     """Operations in the order they were put. Each must do no harm when it is tried again after half of it was done."""
 
-    def __init__(self) -> None:
+    def __init__(self, complaint: str) -> None:
+        """`complaint` is the warning when one fails, with the cause in place of {}."""
+        self._complaint = complaint
         self._queue: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._closing = self._abandoned = False
@@ -61,8 +63,7 @@ class Deliveries:
             except Exception as error:  # any failure of server, network or client: keep the work and try again
                 if not warned:
                     warned = True
-                    message = f"MLflow does not answer ({first_cause(error)}); training goes on, metrics wait"
-                    warnings.warn(message, stacklevel=1)
+                    warnings.warn(self._complaint.format(first_cause(error)), stacklevel=1)
                 time.sleep(RETRY_S)
                 continue
             warned = False

@@ -12,16 +12,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from wml_ray import cli
-from wml_ray.config import Config, UserError, load
+from wml_ray import cli, storage
+from wml_ray.config import Config, UserError, load, place
 from wml_ray.job_entry import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED_ON = (
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     *("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    *storage.VARIABLES,
 )
 LEFT_OUT = (
     *(".*", "__pycache__", "*.pyc", "*.egg-info", "node_modules"),
@@ -75,7 +74,7 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
         command = _without_option(command, options.storage)
     if not options.study:
         command += ["--study", study]
-    return Work(study, str(Path(config.run.storage_path) / study), verb, config, command, files, environment)
+    return Work(study, str(place(config.run.storage_path) / study), verb, config, command, files, environment)
 
 
 def _checked_study(options: Any, config: Config) -> str:

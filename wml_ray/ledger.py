@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wml_ray.checkpoint import write_json
+from wml_ray.lock import Claim
+from wml_ray.storage import patiently, remove_tree, write_json
 from wml_ray.study import State
 
 
@@ -48,21 +48,30 @@ class Trial:
 class Ledger:
     """The trials of a study in its folder: `trials/0007/trial.json`, beside the folder of that trial's run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, claim: Claim | None = None) -> None:
+        """`claim` is what allows to write there."""
+        self.folder, self.claim = folder, claim
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        paths = self.folder.glob("trials/*/trial.json")
-        return sorted((Trial(**json.loads(path.read_text())) for path in paths), key=lambda trial: trial.number)
+        texts = patiently(lambda: [path.read_text() for path in self.folder.glob("trials/*/trial.json")], self.folder)
+        return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:
+        """Raises:
+        Replaced: another process has taken the study over.
+        """
+        if self.claim:
+            patiently(self.claim.check, self.folder)
         write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
     def drop_checkpoints(self, number: int) -> None:
+        patiently(lambda: self._drop_checkpoints(number), self.folder)
+
+    def _drop_checkpoints(self, number: int) -> None:
         for name in ("checkpoints", ".ray"):
             for folder in self.trial_folder(number).glob(f"*/{name}"):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)

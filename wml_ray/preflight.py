@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import uuid
@@ -17,8 +18,8 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from wml_ray import ray_room, ray_train, readers, tracking
-from wml_ray.config import Config, DataConfig, UserError
+from wml_ray import ray_room, ray_train, readers, storage, tracking
+from wml_ray.config import Config, DataConfig, UserError, place
 from wml_ray.delivery import first_cause
 
 ANSWER_S = 120.0  # how long a node may take to start a process that imports torch, and to look
@@ -82,8 +83,7 @@ def _places(config: Config, searching: bool) -> Iterator[Finding]:
     uri = tracking.tracking_uri()
     others = _other_nodes(config, searching) if _on_cluster(config, searching) else []
     try:
-        with _marker(Path(config.run.storage_path).resolve(), bool(others)) as marker:
-            answers = _ask(others, config, str(marker), "" if searching else uri)
+        answers = _ask(others, config, "" if searching else uri) if others else []
     except UserError as error:
         yield Finding("nodes", False, str(error))
         return
@@ -135,8 +135,8 @@ def _cluster() -> str:
 
 
 def _writable(config: Config) -> str:
-    folder = Path(config.run.storage_path).resolve()
-    with _marker(folder, True):
+    folder = _folder(config)
+    with _marker(folder):
         return f"{folder} can be written"
 
 
@@ -178,30 +178,31 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def _marker(folder: Path, wanted: bool) -> Iterator[Path]:
+def _marker(folder: Path) -> Iterator[Path]:
     """A file in the storage for others to see, gone afterwards with all folders made for it.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    storage.check(folder)
     marker = folder / f".preflight-{uuid.uuid4().hex}"
-    if not wanted:
-        yield marker
-        return
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    made = [] if storage.is_remote(folder) else [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+        storage.put_text(marker, "")
+    except Exception as error:  # whatever a client library raises: it is reported, not hidden
+        raise storage.unusable(folder, error) from None
+    try:
         yield marker
-    except OSError as error:
-        raise UserError(
-            f"run.storage_path = '{folder}' cannot be written ({error.strerror}); name a folder that can"
-        ) from None
     finally:
         with suppress(OSError):  # somebody else may have begun to use the folder
             marker.unlink(missing_ok=True)
             for parent in made:
                 parent.rmdir()
+
+
+def _folder(config: Config) -> Path:
+    folder = place(config.run.storage_path)
+    return folder if storage.is_remote(folder) else folder.resolve()
 
 
 def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
@@ -212,42 +213,50 @@ def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
     return [node for node in nodes if ray_train.places_of(node["Resources"], wanted)]
 
 
-def _ask(nodes: list[dict[str, Any]], config: Config, marker: str, uri: str) -> list[Answer]:
+def _ask(nodes: list[dict[str, Any]], config: Config, uri: str) -> list[Answer]:
     """Raises:
-    UserError: a node does not answer.
+    UserError: a node does not answer, or there is nothing to ask it about.
     """
     data = config.data.model_dump(mode="json")
     data["root"] = str(Path(config.data.root).resolve())
-    asked = []
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(answer)
-        asked.append((node["NodeManagerHostname"], task.remote(marker, uri, data)))
-    answers = []
-    for host, future in asked:
-        try:
-            answers.append(ray.get(future, timeout=ANSWER_S))
-        except ray.exceptions.RayError as error:
-            raise UserError(
-                f"node {host} cannot run a worker ({first_cause(error)}); install the same requirements.lock on every "
-                "node, or submit with --packages"
-            ) from None
-    return answers
+    with _marker(_folder(config)) as marker:
+        asked = []
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(answer)
+            asked.append((node["NodeManagerHostname"], task.remote(str(marker), uri, data, storage.environment())))
+        return [_answer(host, future) for host, future in asked]
 
 
-def answer(marker: str, uri: str, data: dict[str, Any]) -> Answer:
-    """What the node this runs on says of itself."""
-    folder = Path(marker).parent
-    storage = f"run.storage_path = '{folder}' is not the folder the driver sees; give a path that all nodes share"
+def _answer(host: str, future: Any) -> Answer:
+    try:
+        return ray.get(future, timeout=ANSWER_S)  # type: ignore[no-any-return]
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"node {host} cannot run a worker ({first_cause(error)}); install the same requirements.lock on every "
+            "node, or submit with --packages"
+        ) from None
+
+
+def answer(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> Answer:
+    """What the node this runs on says of itself; `environment` is what the storage's client reads."""
+    os.environ.update(environment)
     log = partial(tracking.check_reachable, uri) if uri and not tracking.is_local(uri) else lambda: None
-    config = DataConfig.model_validate(data)
     return Answer(
         socket.gethostname(),
         versions(),
-        "" if Path(marker).exists() else storage,
+        _complaint(partial(_seen, place(marker))),
         _complaint(log),
-        _complaint(partial(readers.check, config)),
+        _complaint(partial(readers.check, DataConfig.model_validate(data))),
     )
+
+
+def _seen(marker: Path) -> None:
+    storage.check(marker.parent)
+    if not marker.exists():
+        raise UserError(
+            f"run.storage_path = '{marker.parent}' is not the folder the driver sees; give a path that all nodes share"
+        )
 
 
 def _complaint(look_at: Callable[[], object]) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,14 @@ from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from wml_ray.checkpoint import write_json
-from wml_ray.config import Config, UserError, parse
+from wml_ray import storage
+from wml_ray.config import Config, UserError, parse, place
 from wml_ray.data import Shard
+from wml_ray.lock import Claim, Replaced
 from wml_ray.loop import Diverged, EpochEnd, Report, Tick
 from wml_ray.ray_metrics import Gauges
 from wml_ray.session import from_rank_0, ignore_log, run_worker
+from wml_ray.storage import patiently, read_json, write_json
 from wml_ray.tracking import TrackedRun, Tracker
 
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
@@ -66,10 +68,10 @@ def join_cluster(verbose: bool = False) -> None:
         ) from None
 
 
-def fit(config: Config, tracked: TrackedRun | None, on_event: Report) -> int:
+def fit(config: Config, tracked: TrackedRun | None, on_event: Report, claim: Claim | None = None) -> int:
     """Train to the end on the cluster that was joined; returns the steps MLflow could not be told of.
 
-    Metrics go to the MLflow run `tracked`, progress to `on_event` in this process.
+    Metrics go to the MLflow run `tracked`, progress to `on_event` in this process. `claim` is on the run's folder.
 
     Raises:
         Diverged: training turned non-finite.
@@ -77,9 +79,9 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: Report) -> int:
     """
     settings: dict[str, Any] = {"tracked": asdict(tracked) if tracked else None}
     if config.scale.workers == 0:
-        return _train(config, settings | {"send": on_event}, uuid.uuid4().hex)
+        return _train(config, settings | {"send": on_event}, uuid.uuid4().hex, claim)
     with _Mailbox({"event": on_event}, pause_s=POLL_S) as mailbox:
-        return _train(config, settings | {"send": mailbox.sender("event")}, uuid.uuid4().hex)
+        return _train(config, settings | {"send": mailbox.sender("event")}, uuid.uuid4().hex, claim)
 
 
 class TrialListener(Protocol):
@@ -94,10 +96,10 @@ class TrialListener(Protocol):
         """The workers have taken their places; again after a restart."""
 
 
-def fit_trial(config: Config, listener: TrialListener, name: str) -> None:
+def fit_trial(config: Config, listener: TrialListener, name: str, claim: Claim | None = None) -> None:
     """Train as a trial: until the end, or until `listener` ends it; then the workers have given back what they held.
 
-    `name` is Ray Train's for the run.
+    `name` is Ray Train's for the run; `claim` is on the study's folder.
 
     Raises:
         Diverged, UserError: as for `fit`.
@@ -105,20 +107,46 @@ def fit_trial(config: Config, listener: TrialListener, name: str) -> None:
     """
     with _Mailbox({"log": listener.log, "placed": listener.placed}) as mailbox:
         senders = {"log": mailbox.sender("log"), "placed": mailbox.sender("placed")}
-        _train(config, senders, name)
+        _train(config, senders, name, claim)
 
 
-def _train(config: Config, settings: dict[str, Any], name: str) -> int:
-    (config.run_folder / OUTCOME).unlink(missing_ok=True)
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker, perhaps on another node, takes over from the process that started it."""
+
+    import_path: list[str]  # where the user's own backbone may lie
+    environment: dict[str, str] = field(repr=False)  # secrets among it
+    claim: Claim | None
+
+    @classmethod
+    def here(cls, folder: Path, claim: Claim | None) -> Surroundings:
+        """Of this process, for a worker that writes into `folder`."""
+        environment = storage.environment() if storage.is_remote(folder) else {}
+        return cls([path for path in sys.path if path], environment, claim)
+
+    def take(self) -> None:
+        sys.path.extend(path for path in self.import_path if path not in sys.path)
+        os.environ.update(self.environment)
+
+
+def ray_folder(folder: Path) -> Path:
+    """Where Ray may keep what nobody reads: among a run's files, or on each node if those are in remote storage."""
+    if storage.is_remote(folder):
+        return Path(tempfile.gettempdir()) / f"wml_ray-{uuid.uuid4().hex}"
+    return folder.resolve() / ".ray"
+
+
+def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | None) -> int:
+    patiently(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if isinstance(config.scale.workers, list):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_S))
-    ray_folder = config.run_folder.resolve() / ".ray"
+    of_ray = ray_folder(config.run_folder)
     settings |= {
         "config": _with_absolute_paths(config),
         "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
-        "import_path": [path for path in sys.path if path],  # where the user's own backbone may lie
+        "surroundings": Surroundings.here(config.run_folder, claim),
     }
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -126,19 +154,23 @@ def _train(config: Config, settings: dict[str, Any], name: str) -> int:
         scaling_config=_scaling(config),
         run_config=RunConfig(
             name=name,  # our checkpoints are what a run resumes from, never Ray's
-            storage_path=str(ray_folder),
+            storage_path=str(of_ray),
             failure_config=FailureConfig(max_failures=config.scale.max_failures),
         ),
     )
     try:
         _fit(trainer)
-    except (Diverged, UserError, ray.train.TrainingFailedError):
+    except (Diverged, UserError):
+        _raise_what_the_worker_said(config)
+        raise
+    except ray.train.TrainingFailedError as error:
+        _raise_what_the_storage_did(error)
         _raise_what_the_worker_said(config)
         raise
     finally:
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        shutil.rmtree(of_ray, ignore_errors=True)
     _raise_what_the_worker_said(config)
-    return int(json.loads((config.run_folder / OUTCOME).read_text())["undelivered"])
+    return int(_outcome(config)["undelivered"])
 
 
 def _fit(trainer: Any) -> None:
@@ -156,10 +188,11 @@ def _fit(trainer: Any) -> None:
 
 def _worker(settings: dict[str, Any]) -> None:
     """What Ray Train runs on each worker."""
+    surroundings: Surroundings = settings["surroundings"]
+    surroundings.take()
     config = parse(settings["config"])
-    sys.path.extend(path for path in settings["import_path"] if path not in sys.path)
     outcome = config.run_folder / OUTCOME
-    if outcome.exists():  # Ray started the workers again after an error that another start cannot mend
+    if _outcome(config):  # Ray started the workers again after an error that another start cannot mend
         return
     context = ray.train.get_context()
     shard = Shard(context.get_world_rank(), context.get_world_size())
@@ -190,10 +223,12 @@ def _worker(settings: dict[str, Any]) -> None:
     patience_s = INTERRUPTED_DELIVERY_S
     undelivered = 0
     try:
-        run_worker(config, shard, device, report, log, _Notices(shard).leaving)
+        run_worker(config, shard, device, report, log, surroundings.claim, _Notices(shard).leaving)
         patience_s = DELIVERY_S
+    except (Replaced, storage.Unanswered):
+        raise  # the file is another's now, or cannot be written
     except (Diverged, UserError) as error:
-        if not outcome.exists():  # the worker that saw it first says what it was
+        if not _outcome(config):  # the worker that saw it first says what it was
             write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
         raise
     except _Stopped:
@@ -227,10 +262,22 @@ class _Stopped(Exception):
 
 def _raise_what_the_worker_said(config: Config) -> None:
     """Turn an error a worker wrote down into the same error here, without Ray's layers around it."""
-    outcome = config.run_folder / OUTCOME
-    said = json.loads(outcome.read_text()) if outcome.exists() else {}
+    said = _outcome(config)
     if "error" in said:
         raise {"Diverged": Diverged, "UserError": UserError}[said["kind"]](said["error"]) from None
+
+
+def _raise_what_the_storage_did(error: Any) -> None:
+    """Turn an error that a worker could not write down into the same error here."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, (Replaced, storage.Unanswered)):
+            raise cause from None
+
+
+def _outcome(config: Config) -> dict[str, Any]:
+    """How the latest attempt ended; nothing while it goes on."""
+    return read_json(config.run_folder / OUTCOME) or {}
 
 
 class _Mailbox:
@@ -330,7 +377,7 @@ def _scaling(config: Config) -> ScalingConfig:
 def _with_absolute_paths(config: Config) -> dict[str, Any]:
     """Settings for a worker, whose working directory is one that Ray made."""
     raw = config.model_dump(mode="json")
-    raw["run"]["storage_path"] = str(Path(config.run.storage_path).resolve())
+    raw["run"]["storage_path"] = str(place(config.run.storage_path).resolve())
     raw["data"]["root"] = str(Path(config.data.root).resolve())
     return raw
 

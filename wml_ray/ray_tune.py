@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import threading
 import time
 import uuid
@@ -40,7 +39,7 @@ from wml_ray.tracking import shown
 STORAGE_S = 60.0  # how long a study waits for a storage that went away
 END_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
 REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
-TrialFunction = Callable[..., None]  # takes settings and import_path
+TrialFunction = Callable[..., None]  # takes settings and surroundings
 
 
 def search(
@@ -64,8 +63,9 @@ def search(
     searcher = _Searcher(sweep, storage, start_points, earlier)
     scheduler = make_scheduler(settings, space, searcher.stopped)
     replay(scheduler, sweep)
-    ray_folder = sweep.folder.resolve() / ".ray"
-    function = partial(trial_function or train_trial, import_path=list(sys.path))
+    of_ray = ray_train.ray_folder(sweep.folder)
+    surroundings = ray_train.Surroundings.here(sweep.folder, sweep.claim)
+    function = partial(trial_function or train_trial, surroundings=surroundings)
     # Ray Tune refuses to start an actor that asks for nothing
     resources = {"memory": 2.0**20} if several_workers(space.base) else trial_resources(space.base)
     tuner = ray.tune.Tuner(
@@ -80,7 +80,7 @@ def search(
         ),
         run_config=ray.tune.RunConfig(
             name=uuid.uuid4().hex,  # the ledger is what a study resumes from, never Ray's state
-            storage_path=str(ray_folder),
+            storage_path=str(of_ray),
             failure_config=ray.tune.FailureConfig(max_failures=space.base.scale.max_failures),
             callbacks=[_Events(sweep)],
             verbose=2 if verbose else 0,
@@ -93,7 +93,7 @@ def search(
             raise UserError(searcher.storage_error) from None
         raise
     finally:
-        shutil.rmtree(ray_folder, ignore_errors=True)
+        shutil.rmtree(of_ray, ignore_errors=True)
 
 
 class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
@@ -281,16 +281,16 @@ class _Reporter:
         self.sizes = {}
 
 
-def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
+def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) -> None:
     """What Ray Tune runs in a trial's actor: the whole training, or the start of one on several workers."""
-    sys.path.extend(path for path in import_path if path not in sys.path)  # where the user's own backbone may lie
+    surroundings.take()
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_S)  # Ray Tune fails the next trial if this one takes longer
     try:
         config = parse(json.loads(settings["config"]))
         reporter = _Reporter(config.optim.epochs)
         if several_workers(config):
             name = ray.tune.get_context().get_trial_id()
-            ray_train.fit_trial(config, reporter, name)
+            ray_train.fit_trial(config, reporter, name, surroundings.claim)
         else:
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
@@ -300,7 +300,7 @@ def train_trial(settings: dict[str, Any], import_path: list[str]) -> None:
                 if isinstance(event, EpochEnd):
                     gauges.set(event.epoch, event.metrics)
 
-            run_worker(config, Shard(), device, show, reporter.log)
+            run_worker(config, Shard(), device, show, reporter.log, surroundings.claim)
     except Exception as error:
         ray.tune.report({"failed": _in_one_line(error)})
         raise

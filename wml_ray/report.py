@@ -165,7 +165,8 @@ def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=120)
+        with paths[-1].open("wb") as file:
+            figure.savefig(file, format="png", dpi=120)
     return paths
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,17 @@ from typing import Any
 
 import torch
 
-from wml_ray import preflight, ray_train, report, session, tracking
-from wml_ray.checkpoint import Checkpoints, write_json
+from wml_ray import preflight, ray_train, report, session, storage, tracking
+from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import Config, DataMissing, UserError
 from wml_ray.costs import count_params
 from wml_ray.data import Dataset, ResidentDataset, generator_for, load
-from wml_ray.lock import only_one
+from wml_ray.lock import Claim, only_one
 from wml_ray.loop import Diverged, Report, check_shares
 from wml_ray.memory import training_memory_bytes
 from wml_ray.pruning import apply_plan
 from wml_ray.readers import image_spec
+from wml_ray.storage import patiently, read_json, write_json, write_text
 from wml_ray.tracking import TrackedRun
 
 
@@ -51,6 +51,7 @@ def plan(config: Config) -> Plan:
     Raises:
         UserError: as `train`, but for the data: where it is missing, noise stands in for it.
     """
+    storage.check(config.run_folder)
     dataset, images = _data_or_noise(config)
     start = session.beginning(config, dataset)
     tree = session.fresh_tree(config, dataset.spec)
@@ -70,23 +71,23 @@ def train(config: Config, on_event: Report) -> Outcome:
         UserError: the user's mistake, found before anything is written.
         Diverged: training turned non-finite; the MLflow run is FAILED and the last good checkpoint stays.
     """
-    folder = config.run_folder
-    if (folder / session.RESULT).exists():
-        return _finished(config)
-    with only_one(folder):
-        return _train(config, on_event)
+    storage.check(config.run_folder)
+    if result := _result(config):
+        return _finished(config, result)
+    with only_one(config.run_folder) as claim:
+        return _train(config, on_event, claim)
 
 
-def _train(config: Config, on_event: Report) -> Outcome:
+def _train(config: Config, on_event: Report, claim: Claim) -> Outcome:
     folder = config.run_folder
     tracking.check_reachable(tracking.tracking_uri())
     preflight.check(config)
-    session.prepare(config, max(ray_train.worker_range(config)[1], 1))
-    (folder / "config.yaml").write_text(config.to_yaml())
+    session.prepare(config, max(ray_train.worker_range(config)[1], 1), claim)
+    write_text(folder / "config.yaml", config.to_yaml())
     tracked = _open(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
     try:
-        undelivered = ray_train.fit(config, tracked, on_event)
+        undelivered = ray_train.fit(config, tracked, on_event, claim)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -94,16 +95,16 @@ def _train(config: Config, on_event: Report) -> Outcome:
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
         raise
-    result = json.loads((folder / session.RESULT).read_text())
+    result = _result(config)
+    assert result is not None
     if undelivered == 0:
         undelivered = _publish(folder, tracked, result)
     return Outcome(result, folder, tracked, True, undelivered)
 
 
-def _finished(config: Config) -> Outcome:
+def _finished(config: Config, result: dict[str, Any]) -> Outcome:
     """The result a run has; what MLflow missed when it finished is delivered now."""
     folder = config.run_folder
-    result = json.loads((folder / session.RESULT).read_text())
     identity = _identity(folder)
     tracked = TrackedRun(**identity["tracked"])
     undelivered = 0
@@ -126,7 +127,7 @@ def _open(config: Config, token: str) -> TrackedRun:
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
     """Artifacts and final status; 0, or 1 if MLflow did not take them."""
-    files = report.write_files(result, folder / "report")
+    files = patiently(lambda: report.write_files(result, folder / "report"), folder)
     if not tracking.close_run(tracked, "FINISHED", [folder / "config.yaml", *files]):
         return 1
     _remember(folder, tracked, delivered=True)
@@ -136,9 +137,11 @@ def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
 def _identity(folder: Path) -> dict[str, Any]:
     """A token drawn when the folder was made: the MLflow run that carries it is this folder's run."""
     path = folder / "run.json"
-    if not path.exists():
-        write_json(path, {"token": uuid.uuid4().hex, "tracked": None, "delivered": False})
-    return dict(json.loads(path.read_text()))
+    identity = read_json(path)
+    if identity is None:
+        identity = {"token": uuid.uuid4().hex, "tracked": None, "delivered": False}
+        write_json(path, identity)
+    return identity
 
 
 def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
@@ -146,8 +149,12 @@ def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
     write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
 
 
+def _result(config: Config) -> dict[str, Any] | None:
+    return read_json(config.run_folder / session.RESULT)
+
+
 def _state(config: Config) -> str:
-    if (config.run_folder / session.RESULT).exists():
+    if _result(config):
         return "finished"
     epochs = Checkpoints(config.run_folder / "checkpoints", 1).epochs()
     return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"

@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from wml_ray.backbones import ImageSpec, build
-from wml_ray.checkpoint import Checkpoint, Checkpoints, Damaged, best_epoch, write_json
+from wml_ray.checkpoint import Checkpoint, Checkpoints, Damaged, best_epoch
 from wml_ray.config import Config, UserError
 from wml_ray.costs import count_macs, count_params, layer_costs
 from wml_ray.data import Dataset, Shard, load, seed_for
+from wml_ray.lock import Claim
 from wml_ray.loop import EpochEnd, Leaving, MidEpoch, Report, Tick, Trainer, check_shares, initial_state
 from wml_ray.metrics import latency_ms
 from wml_ray.pruning import apply_plan, prune
+from wml_ray.storage import patiently, write_json
 from wml_ray.tree import PeerTree
+from wml_ray.uploads import open_checkpoints
 
 Log = Callable[[int, Mapping[str, float], int], None]  # step, metrics, milliseconds since the epoch of Unix
 T = TypeVar("T")
@@ -41,7 +45,7 @@ def fresh_tree(config: Config, spec: ImageSpec) -> PeerTree:
         return PeerTree(lambda: build(config.model.backbone, spec), config.model.sharing)
 
 
-def prepare(config: Config, num_workers: int = 1) -> Checkpoint:
+def prepare(config: Config, num_workers: int = 1, claim: Claim | None = None) -> Checkpoint:
     """Where the run starts: its newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
 
     Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other. `num_workers` is
@@ -50,20 +54,21 @@ def prepare(config: Config, num_workers: int = 1) -> Checkpoint:
     Raises:
         UserError: in the backbone, the sharing, the ratios or the data, before anything is written.
     """
-    checkpoints = _checkpoints(config)
-    newest = checkpoints.latest()
-    if newest is None:
-        dataset = load(config)
-        check_shares(config, dataset, num_workers)
-        newest = beginning(config, dataset)
-        try:
-            checkpoints.save(newest)
-        except OSError as error:
-            raise UserError(
-                f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
-                f"({error.strerror}); name a folder that can"
-            ) from error
-    return newest
+    with closing(_checkpoints(config, claim)) as checkpoints:
+        newest = checkpoints.latest()
+        if newest is None:
+            dataset = load(config)
+            check_shares(config, dataset, num_workers)
+            newest = beginning(config, dataset)
+            try:
+                checkpoints.save(newest)
+            except OSError as error:
+                raise UserError(
+                    f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
+                    f"({error.strerror}); name a folder that can"
+                ) from error
+            checkpoints.settle()
+        return newest
 
 
 def beginning(config: Config, dataset: Dataset) -> Checkpoint:
@@ -93,19 +98,40 @@ def beginning(config: Config, dataset: Dataset) -> Checkpoint:
 
 
 def run_worker(
-    config: Config, shard: Shard, device: torch.device, report: Report, log: Log, leaving: Leaving | None = None
+    config: Config,
+    shard: Shard,
+    device: torch.device,
+    report: Report,
+    log: Log,
+    claim: Claim | None = None,
+    leaving: Leaving | None = None,
 ) -> dict[str, Any] | None:
     """Train from the newest checkpoint to the end; the result on rank 0, None elsewhere.
 
     `report` hears every epoch on every worker. `log` receives metrics on rank 0, after a resume the whole history
-    again: what it has had before is the receiver's to know. When `leaving` says that the machine may soon be gone, a
-    checkpoint is written in the middle of the epoch.
+    again: what it has had before is the receiver's to know. `claim` is what allows to write into the run's folder.
+    When `leaving` says that the machine may soon be gone, a checkpoint is written in the middle of the epoch.
 
     Raises:
         Diverged: training turned non-finite; the last good checkpoint stays.
+        Replaced: another process has taken the run over.
+        Unanswered: the storage failed for ten minutes.
     """
-    checkpoints, partial = _checkpoints(config), _partial(config)
-    epoch, mid_epoch = from_rank_0(shard, lambda: _where_to_start(config))
+    with closing(_checkpoints(config, claim)) as checkpoints, closing(_partial(config, claim)) as partial:
+        return _run_worker(config, shard, device, report, log, checkpoints, partial, leaving)
+
+
+def _run_worker(
+    config: Config,
+    shard: Shard,
+    device: torch.device,
+    report: Report,
+    log: Log,
+    checkpoints: Checkpoints,
+    partial: Checkpoints,
+    leaving: Leaving | None,
+) -> dict[str, Any] | None:
+    epoch, mid_epoch = from_rank_0(shard, lambda: _where_to_start(config, checkpoints.claim, partial))
     start = (partial if mid_epoch else checkpoints).load(epoch)
     dataset = load(config, device)
     tree = fresh_tree(config, dataset.spec)
@@ -122,7 +148,8 @@ def run_worker(
             entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
             plan.update(epoch=event.epoch, metrics=metrics, history=[*plan["history"], entry])
             if shard.rank == 0:  # the checkpoint first: what is logged is then never trained again under another number
-                checkpoints.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
+                checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
+                patiently(lambda: checkpoints.save(checkpoint), checkpoints.folder)
             log_on_rank_0(event.epoch, metrics, timestamp_ms)
         report(event)
 
@@ -131,6 +158,7 @@ def run_worker(
             partial.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
 
     trainer.fit(on_event, leaving, save)
+    checkpoints.settle()
     _select(config, trainer, checkpoints, plan, shard)
     test = _with_smallest_peer(trainer.evaluate("test"), "test", plan["peers"])
     if shard.rank:
@@ -236,19 +264,19 @@ def _log_past(record: Mapping[str, Any], log: Log) -> None:
         log(entry["epoch"], entry["metrics"], entry["timestamp_ms"])
 
 
-def _checkpoints(config: Config) -> Checkpoints:
-    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints)
+def _checkpoints(config: Config, claim: Claim | None) -> Checkpoints:
+    return open_checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, claim)
 
 
-def _partial(config: Config) -> Checkpoints:
+def _partial(config: Config, claim: Claim | None) -> Checkpoints:
     """Of the middle of an epoch, written when the machine was about to go."""
-    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1)
+    return open_checkpoints(config.run_folder / "checkpoints" / "partial", 1, claim)
 
 
-def _where_to_start(config: Config) -> tuple[int, bool]:
+def _where_to_start(config: Config, claim: Claim | None, partial: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether one of the middle of the next epoch goes on from there."""
-    newest, partial = prepare(config), _partial(config).latest()
-    return newest.epoch, partial is not None and partial.plan["history"] == newest.plan["history"]
+    newest, further = prepare(config, claim=claim), partial.latest()
+    return newest.epoch, further is not None and further.plan["history"] == newest.plan["history"]
 
 
 def from_rank_0(shard: Shard, decide: Callable[[], T]) -> T:

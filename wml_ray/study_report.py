@@ -23,7 +23,7 @@ def write_study(study: Study, folder: Path) -> list[Path]:
     shares = importances(study)
     pictures = save(draw(study, shares), folder)
     csv, page = folder / "trials.csv", folder / "report.html"
-    study.trials.drop(columns="peers").to_csv(csv, index=False)
+    csv.write_text(study.trials.drop(columns="peers").to_csv(index=False), encoding="utf-8")
     page.write_text(_page(study, {path.stem: path for path in pictures}, shares), encoding="utf-8")
     return [csv, *pictures, page]
 

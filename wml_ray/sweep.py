@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import Counter
@@ -15,8 +14,10 @@ from wml_ray import report, session, tracking
 from wml_ray.config import Config, UserError, with_values
 from wml_ray.delivery import Deliveries
 from wml_ray.ledger import Ledger, Trial
+from wml_ray.lock import Claim
 from wml_ray.records import EPOCHS_TAG, PARENT_TAG, STATE_TAG, TRIAL_TAG
 from wml_ray.space import SearchConfig, Space
+from wml_ray.storage import read_json, write_text
 from wml_ray.study import Known, State
 from wml_ray.tracking import REASON_TAG, Sender, TrackedRun
 
@@ -34,10 +35,11 @@ class Sweep:
         folder: Path,
         token: str,
         on_change: Callable[[Sweep], None] | None = None,
+        claim: Claim | None = None,
     ) -> None:
-        """`token` is that of the study, which MLflow and Optuna know it by."""
+        """`token` is that of the study, which MLflow and Optuna know it by; `claim` is on its folder."""
         self.space, self.search, self.folder, self.token = space, search, folder, token
-        self.ledger = Ledger(folder)
+        self.ledger, self.claim = Ledger(folder, claim), claim
         self.trials = {trial.number: trial for trial in self.ledger.trials()}
         self.waiting = [trial for trial in self.trials.values() if trial.state == "RUNNING"]
         self.publisher: Publisher | None = None
@@ -204,7 +206,7 @@ class Publisher:
 
     def __init__(self, experiment: str, parent: TrackedRun, token: str) -> None:
         self.experiment, self.parent, self.token = experiment, parent, token
-        self._deliveries = Deliveries()
+        self._deliveries = Deliveries(tracking.SILENT)
         self._senders: dict[int, Sender] = {}
         self._sent: dict[int, int] = {}  # trial -> last epoch queued
 
@@ -250,10 +252,9 @@ class Publisher:
 
     def _close(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
         folder = run_folder.parent
-        (folder / "config.yaml").write_text(config.to_yaml())
+        write_text(folder / "config.yaml", config.to_yaml())
         files = [folder / "config.yaml"]
-        if trial.state == "COMPLETE" and (run_folder / session.RESULT).exists():
-            result = json.loads((run_folder / session.RESULT).read_text())
+        if trial.state == "COMPLETE" and (result := read_json(run_folder / session.RESULT)):
             files += report.write_files(result, folder / "report")
         tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
         if trial.state == "STOPPED":

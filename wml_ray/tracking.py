@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from wml_ray.config import UserError
 from wml_ray.delivery import Deliveries, first_cause
+from wml_ray.storage import local_files
 
 DEFAULT_STORE = "mlflow.db"
 ANSWER_S = 8  # how long a server may take to answer before the run starts
@@ -25,6 +26,7 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 _LOCAL_SCHEMES = ("sqlite", "databricks")
 REASON_TAG = "wml_ray.reason"
 TOKEN_TAG = "wml_ray.token"
+SILENT = "MLflow does not answer ({}); training goes on, metrics wait"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def finish_run(
     """Log files and tags, and set the status FINISHED, FAILED or KILLED."""
     client = client_of(tracked.uri)
     for path in artifacts:
-        client.log_artifact(tracked.run_id, str(path), "pictures" if path.suffix == ".png" else None)
+        _log_file(client, tracked, path, "pictures" if path.suffix == ".png" else None)
     for key, value in (tags or {}).items():
         client.set_tag(tracked.run_id, key, value[:5000])
     client.set_terminated(tracked.run_id, status)
@@ -150,7 +152,12 @@ def log_files(tracked: TrackedRun, files: Sequence[Path], folder: str | None = N
     """Log files, under `folder` among the run's artifacts."""
     client = client_of(tracked.uri)
     for path in files:
-        client.log_artifact(tracked.run_id, str(path), folder)
+        _log_file(client, tracked, path, folder)
+
+
+def _log_file(client: Any, tracked: TrackedRun, path: Path, folder: str | None) -> None:
+    with local_files(path.parent, [path.name]) as here:
+        client.log_artifact(tracked.run_id, str(here / path.name), folder)
 
 
 def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), reason: str = "") -> bool:
@@ -200,7 +207,7 @@ class Tracker:
 
     def __init__(self, tracked: TrackedRun, system_metrics: bool = False) -> None:
         self._sender = Sender(tracked)
-        self._deliveries = Deliveries()
+        self._deliveries = Deliveries(SILENT)
         self._monitor = _system_monitor(tracked) if system_metrics else None
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:

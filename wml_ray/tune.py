@@ -11,14 +11,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from wml_ray import preflight, ray_train, ray_tune, records, session, study_report, tracking
-from wml_ray.checkpoint import write_json
-from wml_ray.config import UserError, with_values
+from wml_ray import preflight, ray_train, ray_tune, records, session, storage, study_report, tracking
+from wml_ray.config import UserError, place, with_values
 from wml_ray.data import load
 from wml_ray.lock import only_one
 from wml_ray.preflight import Finding
 from wml_ray.records import KIND_TAG, STUDY_TAG
 from wml_ray.space import Increasing, SearchConfig, Space, bounds, check_stop_metric
+from wml_ray.storage import patiently, read_json, write_json, write_text
 from wml_ray.study import Known, Study, open_storage
 from wml_ray.sweep import Sweep
 from wml_ray.tracking import TrackedRun
@@ -54,15 +54,16 @@ def tune(
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
-    folder = Path(space.base.run.storage_path) / search.study
+    folder = place(space.base.run.storage_path) / search.study
     check_stop_metric(search, space)
+    storage.check(folder)
     tracking.check_reachable(tracking.tracking_uri())
-    with only_one(folder):
+    with only_one(folder) as claim:
         begun = _identity(folder)
         _check_same_study(folder, begun, space)
-        storage = open_storage(search.storage, search.study, begun.get("token"))
+        optuna_storage = open_storage(search.storage, search.study, begun.get("token"))
         earlier = [known for name in dict.fromkeys(warm_start) for known in _earlier_trials(name, search, space)]
-        sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change)
+        sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change, claim)
         if sweep.to_do:
             ray_train.join_cluster(verbose)
             preflight.check(space.base, searching=True)
@@ -73,7 +74,7 @@ def tune(
         sweep.publish_to(parent)
         try:
             if sweep.to_do:
-                ray_tune.search(sweep, storage, start, earlier, verbose)
+                ray_tune.search(sweep, optuna_storage, start, earlier, verbose)
         except BaseException as error:
             _give_up(sweep, parent, error)
             raise
@@ -112,10 +113,10 @@ def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
     files = []
     if best is not None:
         files = [sweep.folder / "config.yaml"]
-        files[0].write_text(sweep.config(best).to_yaml())
+        write_text(files[0], sweep.config(best).to_yaml())
     try:
         study = records.study(sweep.search.study, parent.run_id)
-        pictures = study_report.write_study(study, sweep.folder / "report")
+        pictures = patiently(lambda: study_report.write_study(study, sweep.folder / "report"), sweep.folder)
         tracking.log_files(parent, pictures, "report")
         tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
         tracking.finish_run(parent, "FINISHED", files, tags)
@@ -137,15 +138,14 @@ def _open(sweep: Sweep) -> TrackedRun:
     tags = {KIND_TAG: "study", STUDY_TAG: json.dumps(about)}
     parent = tracking.open_run(search.study, search.study, sweep.token, params, tags)
     source = sweep.folder / "space.py"
-    source.write_text(space.source)
+    write_text(source, space.source)
     tracking.log_files(parent, [source])
     return parent
 
 
 def _identity(folder: Path) -> dict[str, Any]:
     """What makes a study this one, and the token by which MLflow and Optuna know it; nothing before it begins."""
-    path = folder / IDENTITY
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return read_json(folder / IDENTITY) or {}
 
 
 def _check_same_study(folder: Path, begun: Mapping[str, Any], space: Space) -> None:
