@@ -14,12 +14,21 @@ LAYERS = [
     *("batchnorm", "loop", "delivery", "storage", "lock", "checkpoint", "uploads", "session"),
     *("tracking", "study", "records", "ledger"),
     *("report", "study_tables", "study_pictures", "study_report", "space", "sweep"),
-    *("ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune", "preflight"),
+    *("ray_mailbox", "ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune", "preflight"),
     *("run", "tune", "progress", "cli"),
     *("job_entry", "job_package", "submission"),
 ]
 HOMES = {
-    "ray": {"ray_metrics", "ray_train", "ray_room", "preflight", "ray_schedulers", "ray_tune", "submission"},
+    "ray": {
+        "ray_mailbox",
+        "ray_metrics",
+        "ray_train",
+        "ray_room",
+        "preflight",
+        "ray_schedulers",
+        "ray_tune",
+        "submission",
+    },
     "mlflow": {"tracking"},
     "optuna": {"study"},
     "torch_pruning": {"pruning"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import os
@@ -13,9 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,13 +24,13 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wml_ray import storage
 from wml_ray.config import Config, UserError, parse, place
 from wml_ray.data import Shard
 from wml_ray.lock import Claim, Replaced
 from wml_ray.loop import Diverged, EpochEnd, Report, Tick
+from wml_ray.ray_mailbox import Mailbox
 from wml_ray.ray_metrics import Gauges
 from wml_ray.session import from_rank_0, ignore_log, run_worker
 from wml_ray.storage import patiently, read_json, write_json
@@ -40,7 +38,6 @@ from wml_ray.tracking import TrackedRun, Tracker
 
 DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
-LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
 BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 ROOM_S = 10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
@@ -80,7 +77,7 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: Report, claim: Cla
     settings: dict[str, Any] = {"tracked": asdict(tracked) if tracked else None}
     if config.scale.workers == 0:
         return _train(config, settings | {"send": on_event}, uuid.uuid4().hex, claim)
-    with _Mailbox({"event": on_event}, pause_s=POLL_S) as mailbox:
+    with Mailbox({"event": on_event}, pause_s=POLL_S) as mailbox:
         return _train(config, settings | {"send": mailbox.sender("event")}, uuid.uuid4().hex, claim)
 
 
@@ -105,7 +102,7 @@ def fit_trial(config: Config, listener: TrialListener, name: str, claim: Claim |
         Diverged, UserError: as for `fit`.
         SystemExit: as `listener` did.
     """
-    with _Mailbox({"log": listener.log, "placed": listener.placed}) as mailbox:
+    with Mailbox({"log": listener.log, "placed": listener.placed}) as mailbox:
         senders = {"log": mailbox.sender("log"), "placed": mailbox.sender("placed")}
         _train(config, senders, name, claim)
 
@@ -278,89 +275,6 @@ def _raise_what_the_storage_did(error: Any) -> None:
 def _outcome(config: Config) -> dict[str, Any]:
     """How the latest attempt ended; nothing while it goes on."""
     return read_json(config.run_folder / OUTCOME) or {}
-
-
-class _Mailbox:
-    """Carries calls from the workers to this process, which has no other way to hear of them."""
-
-    def __init__(self, receivers: Mapping[str, Callable[..., None]], pause_s: float = 0) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Letters).remote()  # no other node's loss ends it
-        self._receivers, self._pause_s = receivers, pause_s
-        self._closing = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._receive, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> _Mailbox:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._closing.set()
-        ray.get(self.actor.close.remote())
-        self._thread.join(LAST_LETTERS_S)
-        ray.kill(self.actor)
-        if self._error and not error:
-            raise self._error
-
-    def sender(self, receiver: str) -> Callable[..., Any]:
-        """A stand-in for `receivers[receiver]` on any node; a reference to whether the call was taken."""
-        return partial(_send, self.actor, receiver)
-
-    def _receive(self) -> None:
-        """Until the workers have sent all, or a receiver wants no more."""
-        try:
-            while letters := ray.get(self.actor.take.remote()):
-                for receiver, arguments in letters:
-                    self._receivers[receiver](*arguments)
-                    self.actor.acknowledge.remote()
-                self._closing.wait(self._pause_s)
-        except BaseException as error:  # raised again where the mailbox closes
-            self._error = error
-            self.actor.close.remote()
-
-
-def _send(actor: Any, receiver: str, *arguments: Any) -> Any:
-    return actor.deliver.remote(receiver, arguments)
-
-
-class _Letters:
-    """An asyncio actor, in which a call may wait for another."""
-
-    def __init__(self) -> None:
-        self.letters: list[tuple[str, tuple[Any, ...]]] = []
-        self.sent = self.acknowledged = 0
-        self.closed = False
-        self.changed = asyncio.Condition()
-
-    async def deliver(self, receiver: str, arguments: tuple[Any, ...]) -> bool:
-        """Whether the letter was taken, once it is known."""
-        async with self.changed:
-            self.letters.append((receiver, arguments))
-            self.sent += 1
-            number = self.sent
-            self.changed.notify_all()
-            await self.changed.wait_for(lambda: self.acknowledged >= number or self.closed)
-            return self.acknowledged >= number
-
-    async def take(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """All letters there are, as soon as there are any; none when no more will come."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.letters or self.closed)
-            taken, self.letters = self.letters, []
-            return taken
-
-    async def acknowledge(self) -> None:
-        """The oldest letter that was not yet."""
-        async with self.changed:
-            self.acknowledged += 1
-            self.changed.notify_all()
-
-    async def close(self) -> None:
-        """Nothing will be taken that is not in the box now."""
-        async with self.changed:
-            self.closed = True
-            self.changed.notify_all()
 
 
 def _scaling(config: Config) -> ScalingConfig:
