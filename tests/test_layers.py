@@ -20,14 +20,8 @@ LAYERS = [
 ]
 HOMES = {
     "ray": {
-        "ray_mailbox",
-        "ray_metrics",
-        "ray_train",
-        "ray_room",
-        "preflight",
-        "ray_schedulers",
-        "ray_tune",
-        "submission",
+        *("ray_mailbox", "ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune"),
+        *("preflight", "submission"),
     },
     "mlflow": {"tracking"},
     "optuna": {"study"},
