@@ -93,6 +93,15 @@ def gone_is_a_sentence() -> Iterator[None]:
         raise
 
 
+def is_gone() -> bool:
+    """Whether the server has stopped to answer."""
+    try:
+        check_reachable(tracking_uri())
+    except UserError:
+        return True
+    return False
+
+
 def _check_file(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not os.access(path if path.exists() else path.parent, os.W_OK):

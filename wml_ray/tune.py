@@ -99,17 +99,19 @@ def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
         files = [sweep.folder / "config.yaml"]
         files[0].write_text(sweep.config(best).to_yaml())
     try:
-        with tracking.gone_is_a_sentence():
-            study = records.study(sweep.search.study, parent.run_id)
-            pictures = study_report.write_study(study, sweep.folder / "report")
-            tracking.log_files(parent, pictures, "report")
-            tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
-            tracking.finish_run(parent, "FINISHED", files, tags)
-    except UserError:  # it was there a moment ago
-        return Outcome(None, sweep.folder, files, parent, 1)
+        study = records.study(sweep.search.study, parent.run_id)
+        pictures = study_report.write_study(study, sweep.folder / "report")
+        tracking.log_files(parent, pictures, "report")
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
+        tracking.finish_run(parent, "FINISHED", files, tags)
+    except Exception as error:
+        if isinstance(error, UserError) or tracking.is_gone():  # it was there a moment ago
+            return Outcome(None, sweep.folder, files, parent, 1)
+        raise
     return Outcome(study, sweep.folder, [*files, *pictures], parent, 0)
 
 
+@tracking.gone_is_a_sentence()
 def _open(sweep: Sweep) -> TrackedRun:
     """The study's own run in MLflow, with all that its report will need."""
     space, search = sweep.space, sweep.search
@@ -121,11 +123,10 @@ def _open(sweep: Sweep) -> TrackedRun:
         **{f"search.{key}": value for key, value in settings.items()},
     }
     tags = {KIND_TAG: "study", STUDY_TAG: json.dumps(about)}
+    parent = tracking.open_run(search.study, search.study, sweep.token, params, tags)
     source = sweep.folder / "space.py"
     source.write_text(space.source)
-    with tracking.gone_is_a_sentence():
-        parent = tracking.open_run(search.study, search.study, sweep.token, params, tags)
-        tracking.log_files(parent, [source])
+    tracking.log_files(parent, [source])
     return parent
 
 
