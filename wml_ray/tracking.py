@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,27 @@ def check_reachable(uri: str) -> None:
             f"MLFLOW_TRACKING_URI = '{shown(uri)}': the MLflow server does not answer ({first_cause(error)}); start "
             f"it, mend the address, or unset MLFLOW_TRACKING_URI to log to ./{DEFAULT_STORE}"
         ) from None
+
+
+@contextmanager
+def gone_is_a_sentence() -> Iterator[None]:
+    """What a client raises is the sentence of `check_reachable`, if the server has gone away since that was called."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        check_reachable(tracking_uri())
+        raise
+
+
+def is_gone() -> bool:
+    """Whether the server has stopped to answer."""
+    try:
+        check_reachable(tracking_uri())
+    except UserError:
+        return True
+    return False
 
 
 def _check_file(uri: str) -> None:

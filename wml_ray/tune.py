@@ -120,11 +120,14 @@ def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
         tracking.log_files(parent, pictures, "report")
         tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
         tracking.finish_run(parent, "FINISHED", files, tags)
-    except UserError:  # it was there a moment ago
-        return Outcome(None, sweep.folder, files, parent, 1)
+    except Exception as error:
+        if isinstance(error, UserError) or tracking.is_gone():  # it was there a moment ago
+            return Outcome(None, sweep.folder, files, parent, 1)
+        raise
     return Outcome(study, sweep.folder, [*files, *pictures], parent, 0)
 
 
+@tracking.gone_is_a_sentence()
 def _open(sweep: Sweep) -> TrackedRun:
     """The study's own run in MLflow, with all that its report will need."""
     space, search = sweep.space, sweep.search
