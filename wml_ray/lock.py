@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from wml_ray.config import UserError
 from wml_ray.delivery import first_cause
-from wml_ray.storage import is_remote, put_text, unusable
+from wml_ray.storage import Unanswered, is_remote, put_text, unusable
 
 OWNER = "owner.json"
 RENEW_S = 10.0  # between two signs of life in a claim
@@ -93,13 +93,15 @@ def _claimed(folder: Path) -> Iterator[Claim]:
     try:
         yield claim
     except Exception as error:
-        if not isinstance(error, Replaced):
+        if not isinstance(error, (Replaced, Unanswered)):
             _blame_replacement(claim)
         raise
     finally:
         ended.set()
         renewal.join(SETTLE_S)
-        _give_back(claim, made)
+        leaving = threading.Thread(target=_give_back, args=(claim, made), daemon=True)
+        leaving.start()
+        leaving.join(RENEW_S)  # a storage that hangs holds nobody up
 
 
 def _take(claim: Claim) -> None:
