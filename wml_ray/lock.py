@@ -27,6 +27,7 @@ OWNER = "owner.json"
 RENEW_S = 10.0  # between two signs of life in a claim
 STALE_S = 60.0  # a claim that was not renewed for so long is that of a dead process
 SETTLE_S = 1.0  # in which two processes that claim a folder at once see each other
+LEAVE_S = 10.0  # how long a process that ends waits to remove its claim
 
 
 class Replaced(UserError):
@@ -101,7 +102,7 @@ def _claimed(folder: Path) -> Iterator[Claim]:
         renewal.join(SETTLE_S)
         leaving = threading.Thread(target=_give_back, args=(claim, made), daemon=True)
         leaving.start()
-        leaving.join(RENEW_S)  # a storage that hangs holds nobody up
+        leaving.join(LEAVE_S)  # a storage that hangs holds nobody up
 
 
 def _take(claim: Claim) -> None:
