@@ -21,12 +21,13 @@ from filelock import FileLock, Timeout
 
 from wml_ray.config import UserError
 from wml_ray.delivery import first_cause
-from wml_ray.storage import is_remote, put_text, unusable
+from wml_ray.storage import Unanswered, is_remote, put_text, unusable
 
 OWNER = "owner.json"
 RENEW_S = 10.0  # between two signs of life in a claim
 STALE_S = 60.0  # a claim that was not renewed for so long is that of a dead process
 SETTLE_S = 1.0  # in which two processes that claim a folder at once see each other
+LEAVE_S = 10.0  # how long a process that ends waits to remove its claim
 
 
 class Replaced(UserError):
@@ -93,13 +94,15 @@ def _claimed(folder: Path) -> Iterator[Claim]:
     try:
         yield claim
     except Exception as error:
-        if not isinstance(error, Replaced):
+        if not isinstance(error, (Replaced, Unanswered)):
             _blame_replacement(claim)
         raise
     finally:
         ended.set()
         renewal.join(SETTLE_S)
-        _give_back(claim, made)
+        leaving = threading.Thread(target=_give_back, args=(claim, made), daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_S)  # a storage that hangs holds nobody up
 
 
 def _take(claim: Claim) -> None:
