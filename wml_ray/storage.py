@@ -22,6 +22,7 @@ VARIABLES = (  # where a storage is and who may write there; profiles and roles 
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
 PATIENCE_S = 600.0  # how long a run waits for a storage that went away
+LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # of a file system
 T = TypeVar("T")
 
 
@@ -63,16 +64,19 @@ def patiently(call: Callable[[], T], path: Path) -> T:
     """A call that the storage may refuse for a while.
 
     Raises:
-        FileNotFoundError: as `call` does.
+        OSError: as `call` does, if waiting does not help.
         Unanswered: the storage refused it for ten minutes.
     """
     failures = Exception if is_remote(path) else OSError  # whatever a client library raises
+    lasting = FileNotFoundError if is_remote(path) else LASTING
     deadline_s = time.monotonic() + PATIENCE_S
     warned = False
     while True:
         try:
             return call()
-        except (UserError, FileNotFoundError):
+        except UserError:
+            raise
+        except lasting:
             raise
         except failures as error:
             if time.monotonic() > deadline_s:
@@ -125,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     try:
         return dict(json.loads(patiently(path.read_text, path)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
