@@ -71,7 +71,7 @@ def worker(settings: dict) -> None:
 def watched(place: Place) -> Iterator[None]:
     plain_fit, plain_step = Trainer.fit, Trainer._train_step
 
-    def fit(trainer, report):
+    def fit(trainer, report, *on_leaving):
         def reported(event):
             if isinstance(event, EpochEnd):
                 shard = trainer.shard
@@ -79,7 +79,7 @@ def watched(place: Place) -> Iterator[None]:
                 place.write({**line, "digest": digest(trainer)})
             report(event)
 
-        plain_fit(trainer, reported)
+        plain_fit(trainer, reported, *on_leaving)
 
     def step(trainer, number, batch):
         epoch, within = divmod(number, trainer.dataset.steps_per_epoch)
