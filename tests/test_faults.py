@@ -291,7 +291,7 @@ def log_a_trial(number, together, logging):
         tracker.log(step, dict.fromkeys(METRICS, step / (number + 1)), step)
     logging.release()
     assert tracker.close(WITHIN_S) == 0
-    last = Deliveries()
+    last = Deliveries(tracking.SILENT)
     last.put(lambda: tracking.finish_run(tracked, "FINISHED"))
     assert last.close(WITHIN_S) == 0
 
