@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.lock import Claim
-from wml_ray.storage import patiently, remove_tree, write_json
+from wml_ray.storage import get_text, patiently, remove_tree, write_json
 from wml_ray.study import State
 
 
@@ -54,7 +54,7 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        texts = patiently(lambda: [path.read_text() for path in self.folder.glob("trials/*/trial.json")], self.folder)
+        texts = patiently(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
         return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:

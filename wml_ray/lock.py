@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from wml_ray.config import UserError
 from wml_ray.delivery import first_cause
-from wml_ray.storage import Unanswered, is_remote, put_text, unusable
+from wml_ray.storage import Unanswered, get_text, is_remote, missing, put_text, remove_empty, unusable
 
 OWNER = "owner.json"
 RENEW_S = 10.0  # between two signs of life in a claim
@@ -82,7 +82,7 @@ def only_one(folder: Path) -> Iterator[Claim]:
 def _claimed(folder: Path) -> Iterator[Claim]:
     claim = Claim(folder, uuid.uuid4().hex)
     try:
-        made = [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
+        made = missing(folder)
         _take(claim)
     except UserError:
         raise
@@ -178,16 +178,14 @@ def _give_back(claim: Claim, made: list[Path]) -> None:
         owner = _owner(claim.folder)
         if owner and owner["token"] == claim.token:
             (claim.folder / OWNER).unlink()
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        remove_empty(made)
     except Exception as error:  # of any client library
         warnings.warn(f"the claim on {claim.folder} stays for a minute ({first_cause(error)})", stacklevel=1)
 
 
 def _owner(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads((folder / OWNER).read_text()))
+        return dict(json.loads(get_text(folder / OWNER)))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a damaged claim is nobody's
         return None
 

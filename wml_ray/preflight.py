@@ -54,8 +54,8 @@ def check(config: Config, searching: bool = False) -> None:
     """
     for finding in _room(config, searching):
         _insist(finding)
-    if _on_cluster(config, searching) and _other_nodes(config, searching):
-        for finding in _places(config, searching):
+    if others := _other_nodes(config, searching):
+        for finding in _places(config, searching, others):
             _insist(finding)
 
 
@@ -63,7 +63,7 @@ def look(config: Config, searching: bool = False) -> Iterator[Finding]:
     """Everything `check` insists on, and what else would stop the run; good and bad, and nothing is left behind."""
     yield from _room(config, searching)
     if not _on_cluster(config, searching) or ray.is_initialized():
-        yield from _places(config, searching)
+        yield from _places(config, searching, _other_nodes(config, searching))
 
 
 def _room(config: Config, searching: bool) -> Iterator[Finding]:
@@ -74,14 +74,12 @@ def _room(config: Config, searching: bool) -> Iterator[Finding]:
     yield joined
     if joined.fine:
         workers = max(ray_train.worker_range(config)[0], 1)
-        wanted = ray_room.trial_resources(config) if searching else ray_train.worker_resources(config)
-        yield _found("resources", partial(ray_room.check_room, workers, wanted))
+        yield _found("resources", partial(ray_room.check_room, workers, _wanted(config, searching)))
 
 
-def _places(config: Config, searching: bool) -> Iterator[Finding]:
+def _places(config: Config, searching: bool, others: list[dict[str, Any]]) -> Iterator[Finding]:
     """What must be at hand wherever a worker may run: on this node, then on all others."""
     uri = tracking.tracking_uri()
-    others = _other_nodes(config, searching) if _on_cluster(config, searching) else []
     try:
         answers = _ask(others, config, "" if searching else uri) if others else []
     except UserError as error:
@@ -107,6 +105,11 @@ def _places(config: Config, searching: bool) -> Iterator[Finding]:
 
 def _on_cluster(config: Config, searching: bool) -> bool:
     return searching or config.scale.workers != 0
+
+
+def _wanted(config: Config, searching: bool) -> dict[str, float]:
+    """What each worker takes of a node."""
+    return ray_room.trial_resources(config) if searching else ray_train.worker_resources(config)
 
 
 def _found(subject: str, look_at: Callable[[], str]) -> Finding:
@@ -186,7 +189,7 @@ def _marker(folder: Path) -> Iterator[Path]:
     """
     storage.check(folder)
     marker = folder / f".preflight-{uuid.uuid4().hex}"
-    made = [] if storage.is_remote(folder) else [one for one in (folder, *folder.parents) if not one.exists()]
+    made = storage.missing(folder)
     try:
         storage.put_text(marker, "")
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
@@ -196,18 +199,18 @@ def _marker(folder: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # somebody else may have begun to use the folder
             marker.unlink(missing_ok=True)
-            for parent in made:
-                parent.rmdir()
+            storage.remove_empty(made)
 
 
 def _folder(config: Config) -> Path:
-    folder = place(config.run.storage_path)
-    return folder if storage.is_remote(folder) else folder.resolve()
+    return place(config.run.storage_path).resolve()
 
 
 def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
-    """Nodes besides this one that may run a worker."""
-    wanted = ray_room.trial_resources(config) if searching else ray_train.worker_resources(config)
+    """Nodes besides this one that may run a worker; none without a cluster."""
+    if not _on_cluster(config, searching):
+        return []
+    wanted = _wanted(config, searching)
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
     return [node for node in nodes if ray_train.places_of(node["Resources"], wanted)]
@@ -217,8 +220,7 @@ def _ask(nodes: list[dict[str, Any]], config: Config, uri: str) -> list[Answer]:
     """Raises:
     UserError: a node does not answer, or there is nothing to ask it about.
     """
-    data = config.data.model_dump(mode="json")
-    data["root"] = str(Path(config.data.root).resolve())
+    data = ray_train.with_absolute_paths(config)["data"]
     with _marker(_folder(config)) as marker:
         asked = []
         for node in nodes:

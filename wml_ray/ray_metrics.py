@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import ray
 from ray.util.metrics import Gauge
+
+from wml_ray.loop import EpochEnd, Tick
 
 _MODEL = re.compile(r"(.+)/(peer\d+|tree|smallest_peer|ensemble_\w+)")
 
@@ -18,11 +19,11 @@ class Gauges:
         self.run = run
         self._gauges: dict[str, Gauge] = {}
 
-    def set(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Show these; without a cluster there is nobody to show them to."""
-        if not ray.is_initialized():
+    def show(self, event: Tick | EpochEnd) -> None:
+        """Show an epoch's metrics; without a cluster there is nobody to show them to."""
+        if not isinstance(event, EpochEnd) or not ray.is_initialized():
             return
-        for name, value in {"epoch": float(epoch), **metrics}.items():
+        for name, value in {"epoch": float(event.epoch), **event.metrics}.items():
             match = _MODEL.fullmatch(name)
             self._gauge(match[1] if match else name).set(value, {"run": self.run, "model": match[2] if match else ""})
 

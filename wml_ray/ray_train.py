@@ -141,7 +141,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_S))
     of_ray = ray_folder(config.run_folder)
     settings |= {
-        "config": _with_absolute_paths(config),
+        "config": with_absolute_paths(config),
         "threads": _cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
         "surroundings": Surroundings.here(config.run_folder, claim),
     }
@@ -209,7 +209,7 @@ def _worker(settings: dict[str, Any]) -> None:
             settings["send"](event)
         if isinstance(event, EpochEnd):
             if shard.rank == 0:
-                gauges.set(event.epoch, event.metrics)
+                gauges.show(event)
             ray.train.report({"epoch": event.epoch, **event.metrics})
             if "log" in settings and not from_rank_0(shard, lambda: trial_goes_on):
                 raise _Stopped
@@ -288,7 +288,7 @@ def _scaling(config: Config) -> ScalingConfig:
     )
 
 
-def _with_absolute_paths(config: Config) -> dict[str, Any]:
+def with_absolute_paths(config: Config) -> dict[str, Any]:
     """Settings for a worker, whose working directory is one that Ray made."""
     raw = config.model_dump(mode="json")
     raw["run"]["storage_path"] = str(place(config.run.storage_path).resolve())

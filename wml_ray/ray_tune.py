@@ -26,7 +26,7 @@ from wml_ray.config import UserError, parse
 from wml_ray.data import Shard
 from wml_ray.delivery import first_cause
 from wml_ray.ledger import Trial
-from wml_ray.loop import Diverged, EpochEnd, Tick
+from wml_ray.loop import Diverged
 from wml_ray.ray_metrics import Gauges
 from wml_ray.ray_room import several_workers, trial_resources, trials_at_a_time
 from wml_ray.ray_schedulers import make_scheduler, replay
@@ -294,13 +294,7 @@ def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) 
         else:
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
-            gauges = Gauges(config.run_id)
-
-            def show(event: Tick | EpochEnd) -> None:
-                if isinstance(event, EpochEnd):
-                    gauges.set(event.epoch, event.metrics)
-
-            run_worker(config, Shard(), device, show, reporter.log, surroundings.claim)
+            run_worker(config, Shard(), device, Gauges(config.run_id).show, reporter.log, surroundings.claim)
     except Exception as error:
         ray.tune.report({"failed": _in_one_line(error)})
         raise

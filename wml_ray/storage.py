@@ -68,14 +68,12 @@ def patiently(call: Callable[[], T], path: Path) -> T:
         Unanswered: the storage refused it for ten minutes.
     """
     failures = Exception if is_remote(path) else OSError  # whatever a client library raises
-    lasting = FileNotFoundError if is_remote(path) else LASTING
+    lasting = (UserError, FileNotFoundError) if is_remote(path) else (UserError, *LASTING)
     deadline_s = time.monotonic() + PATIENCE_S
     warned = False
     while True:
         try:
             return call()
-        except UserError:
-            raise
         except lasting:
             raise
         except failures as error:
@@ -121,6 +119,14 @@ def put_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def get_text(path: Path) -> str:
+    """What a file says at one moment, tried once: an object is read by one request, as it may be replaced meanwhile."""
+    if is_remote(path):
+        remote: Any = path
+        return bytes(remote.fs.cat_file(remote.path)).decode()
+    return path.read_text()
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """What a file says, None where there is none.
 
@@ -128,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         Unanswered: the storage did not answer for ten minutes.
     """
     try:
-        return dict(json.loads(patiently(path.read_text, path)))
+        return dict(json.loads(patiently(lambda: get_text(path), path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -163,6 +169,18 @@ def remove_tree(folder: Path) -> None:
     elif folder.exists():
         remote: Any = folder
         remote.fs.rm(remote.path, recursive=True)
+
+
+def missing(folder: Path) -> list[Path]:
+    """The folder and its parents that a file in it will need, innermost first; remote storage needs none."""
+    return [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders, innermost first, that nobody has begun to use."""
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def scratch(folder: Path) -> Path:
