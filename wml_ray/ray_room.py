@@ -71,7 +71,9 @@ def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
     try:
         deadline_s = time.monotonic() + GROWTH_S
         heard_of = None  # the state of the cluster that was the first with this demand
-        while time.monotonic() < deadline_s and not asked.wait(1):
+        while time.monotonic() < deadline_s:
+            if asked.wait(1):
+                return True
             cluster, autoscaler = _cluster_state()
             if _among(asked, autoscaler.infeasible_gang_resource_requests):
                 continue  # for ever, or until nodes that are going have gone
@@ -80,7 +82,7 @@ def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
             answered = heard_of is not None and autoscaler.last_seen_cluster_resource_state_version >= heard_of
             if answered and (autoscaler.pending_instance_requests or autoscaler.pending_instances):
                 return True
-        return bool(asked.wait(0))
+        return False
     finally:
         remove_placement_group(asked)
 
