@@ -15,7 +15,7 @@ def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> T
     """A scheduler that adds the trials it stops to `stopped`."""
     mode = check_stop_metric(settings, space)
     metric, budget = settings.stop_metric, space.base.optim.epochs
-    grace = min(settings.grace_epochs, budget)
+    grace = settings.grace(budget)
     if settings.scheduler == "asha":
         scheduler: Any = _Asha(
             "epoch", metric, mode, max_t=budget, grace_period=grace, reduction_factor=settings.reduction_factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,9 @@ class SearchConfig(Section):
     sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="who suggests points: Optuna's sampler")
     scheduler: Literal["asha", "median", "none"] = Field("asha", description="who stops trials early")
     stop_metric: str = Field("val/accuracy/ensemble_weighted", description="metric that decides who is stopped")
-    grace_epochs: Count = Field(1, description="epochs every trial is given before it can be stopped")
+    grace_epochs: Count | None = Field(
+        None, description="epochs every trial is given before it can be stopped; none is the square root of all epochs"
+    )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         3, description="ASHA keeps one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
     )
@@ -43,6 +46,10 @@ class SearchConfig(Section):
     concurrent: Count | None = Field(None, description="trials at a time; none is as many as the cluster holds")
     keep_stopped: bool = Field(False, description="keep the checkpoints of trials that were stopped early")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the sampler")
+
+    def grace(self, budget: int) -> int:
+        """`grace_epochs` for trials of `budget` epochs: the first ones say little about the last."""
+        return min(self.grace_epochs or round(math.sqrt(budget)), budget)
 
 
 def search_config(**settings: Any) -> SearchConfig:

@@ -23,6 +23,7 @@ State = Literal["COMPLETE", "STOPPED", "FAILED", "RUNNING"]
 
 LABEL = "wml_ray.trial"  # user attribute of Optuna's trials: study and number
 OWNER = "wml_ray.token"  # user attribute of Optuna's studies: whose it is
+STARTUP_TRIALS = 5  # drawn at random before TPE: half of Optuna's, for here a trial is a training
 LIAR_TRIALS = 200  # up to so many trials, TPE looks at those that still run
 IMPORTANCE_TRIALS = 4
 """Fewer trials of the full budget say nothing about importance."""
@@ -197,7 +198,9 @@ def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampl
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(max(trials // 5, 4), 50))
         # constant_liar: trials that still run count as bad, so that those beside them look elsewhere; it reads the
         # whole history anew for every suggestion, which in a long study costs more than it gives
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=trials <= LIAR_TRIALS)
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=trials <= LIAR_TRIALS
+        )
 
 
 def open_storage(url: str | None, name: str, token: str | None) -> optuna.storages.BaseStorage:

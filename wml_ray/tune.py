@@ -132,6 +132,7 @@ def _open(sweep: Sweep) -> TrackedRun:
     """The study's own run in MLflow, with all that its report will need."""
     space, search = sweep.space, sweep.search
     settings = {key: str(value) for key, value in search.model_dump(exclude={"study", "storage", "trials"}).items()}
+    settings["grace_epochs"] = str(search.grace(space.base.optim.epochs))
     about = {"objectives": space.objectives, "searched": space.searched, "settings": settings}
     params = {
         **{f"space.{key}": domain for key, domain in space.describe().items()},
