@@ -42,6 +42,7 @@ class Nodes:
         self.folder = Path(tempfile.mkdtemp(prefix="wn-", dir="/tmp"))  # paths of sockets must be short
         self.address = f"127.0.0.1:{free_port()}"
         self.workers: list[psutil.Process] = []
+        self.ids: list[str] = []  # of the workers
         self.head: psutil.Process | None = None
 
     def start_head(self, cpus: int = 0) -> None:
@@ -49,8 +50,8 @@ class Nodes:
         self.head = self._start("--head", "--temp-dir", self.folder, "--include-dashboard", "false", *options)
         self._wait(1)
 
-    def add(self, cpus: int = 1, hidden: Sequence[Path] = (), **variables: str) -> str:
-        """One more node; its id. One after the other: two that start at once take the same socket.
+    def add(self, cpus: int = 1, hidden: Sequence[Path] = (), **variables: str) -> None:
+        """One more node. One after the other: two that start at once take the same socket.
 
         With `hidden` folders, which are empty to it, it is a machine of its own, named other.
         """
@@ -58,13 +59,19 @@ class Nodes:
         options = ["--address", self.address, "--num-cpus", cpus]
         self.workers.append(self._start(*options, hidden=hidden, **variables))
         self._wait(len(joined) + 1)
-        (new,) = self._joined() - joined
-        return new
+        self.ids += self._joined() - joined
 
-    def announce_preemption(self, node: str, seconds: int) -> None:
+    def announce_preemption(self, index: int, seconds: int) -> None:
         """What a cloud's agent does when it hears that a spot machine is to go."""
         options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot machine reclaimed"]
-        options += ["--deadline-remaining-seconds", str(seconds), "--node-id", node, "--address", self.address]
+        options += [
+            "--deadline-remaining-seconds",
+            str(seconds),
+            "--node-id",
+            self.ids[index],
+            "--address",
+            self.address,
+        ]
         subprocess.run([RAY, "drain-node", *options], env=self.environment(), capture_output=True, check=True)
 
     def _wait(self, count: int) -> None:
@@ -85,15 +92,14 @@ class Nodes:
         """As a power cut: all processes of a node at once; returns when the head knows."""
         joined = self._joined()
         kill_family(self.workers.pop(index))
+        del self.ids[index]
         while self._joined() >= joined:  # a superset, or the same
             time.sleep(0.1)
 
-    def index_of(self, name: str) -> int:
-        """The node that runs a process of this name; the first if none does."""
-        for index, node in enumerate(self.workers):
-            if any(name in " ".join(process.cmdline()) for process in node.children(recursive=True)):
-                return index
-        return 0
+    def hosts(self, name: str) -> list[int]:
+        """Indices of the nodes that run a process of this name."""
+        running = [[" ".join(process.cmdline()) for process in node.children(recursive=True)] for node in self.workers]
+        return [index for index, lines in enumerate(running) if any(name in line for line in lines)]
 
     def environment(self, **more: str) -> dict[str, str]:
         """For a driver that joins."""

@@ -29,6 +29,7 @@ from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import UserError, load
 from wml_ray.delivery import Deliveries
 from wml_ray.ledger import Ledger
+from wml_ray.loop import STEPS_BETWEEN_LOOKS
 from wml_ray.run import train
 from wml_ray.space import load_space, search_config
 from wml_ray.tracking import Tracker
@@ -129,7 +130,7 @@ def test_an_elastic_run_loses_and_gains_nodes_in_mid_epoch_and_is_the_run_it_wou
     lost, *_ = (place.close_gate(*at) for at in ((3, 2), (6, 1), (6, 2)))  # the latter open for three workers
     process = start("witness", "train", "c.yaml", **two_nodes.environment())
     wait_until(lambda: len(place.waiting(3, 2)) == 2, process)
-    two_nodes.kill(two_nodes.index_of("ray::_Letters"))
+    two_nodes.kill(next(iter(two_nodes.hosts("ray::_Letters")), 0))
     lost.unlink()
     wait_until(lambda: len(place.waiting(6, 1)) == 1, process)
     two_nodes.add()
@@ -254,6 +255,35 @@ def test_a_study_that_loses_a_node_loses_no_epoch_that_had_a_checkpoint(server, 
         kept = plans.get(trial.number, {"history": []})["history"]
         assert trial.history[: len(kept)] == kept
         assert [entry["epoch"] for entry in trial.history] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("words", "process_name"),
+    [
+        (("train", "c.yaml", "scale.workers=1"), "ray::RayTrainWorker"),
+        (("tune", "c.yaml", "--space", "alpha.py", "--trials", "1"), "ray::ResourceTrainable"),
+    ],
+    ids=["run", "trial"],
+)
+def test_training_on_a_machine_that_is_to_go_continues_in_the_middle_of_its_epoch(
+    words, process_name, server, two_nodes, workplace
+):
+    """The machine is announced to go, and goes when the checkpoint is there: the next one begins behind it."""
+    write_study(
+        workplace, tiny_config("optim.epochs=2", "data.batch_size=2", "scale.cpus_per_worker=1", "run.name=spot")
+    )
+    place = Place("results")
+    process = start("witness", *words, **two_nodes.environment(RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1"))
+    wait_until(place.begun, process)
+    (machine,) = two_nodes.hosts(process_name)
+    two_nodes.announce_preemption(machine, seconds=120)
+    wait_until(lambda: any(Path("results").glob("**/partial/epoch-*")), process)
+    two_nodes.kill(machine)
+    ended(process)
+    first, (epoch, step) = place.begun()
+    assert (first, epoch) == ((0, 0), 0)
+    assert step >= STEPS_BETWEEN_LOOKS
+    assert whole(2) in logged("spot" if words[0] == "train" else "spot-alpha").values()
 
 
 def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(workplace, monkeypatch):

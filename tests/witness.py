@@ -1,4 +1,4 @@
-"""`wml-ray` with witnesses in its Ray Train workers: they write down what each rank holds, and wait at gates.
+"""`wml-ray` with witnesses in its workers and trials: they write down what each rank holds, and wait at gates.
 
 python -m witness train c.yaml
 """
@@ -16,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from wml_ray import cli, ray_train
+from wml_ray import cli, ray_train, ray_tune
 from wml_ray.loop import EpochEnd, Trainer
 
 RESIZE_S = 2  # between two looks for nodes that have come
 GATE_S = 120
-plain_worker = ray_train._worker
+plain_worker, plain_trial = ray_train._worker, ray_tune.train_trial
 
 
 class Place:
@@ -46,6 +46,10 @@ class Place:
         """What each rank held at the end of each epoch: epoch, workers, rank, digest."""
         return [json.loads(line) for path in self.folder.glob("seen-*") for line in path.read_text().splitlines()]
 
+    def begun(self) -> list[tuple[int, int]]:
+        """Where training began, each time a process did: whole epochs done, and steps of the next."""
+        return sorted(tuple(json.loads(path.read_text())) for path in self.folder.glob("begun-*"))
+
     def pass_gate(self, epoch: int, workers: int, rank: int) -> None:
         gate = self.folder / f"gate-{epoch}-{workers}"
         if not gate.exists():
@@ -67,11 +71,19 @@ def worker(settings: dict) -> None:
         plain_worker(settings)
 
 
+def trial(settings: dict, **surroundings: object) -> None:
+    """What Ray Tune runs for each trial."""
+    with watched(Place(Path(json.loads(settings["config"])["run"]["storage_path"]).parent.parent)):
+        plain_trial(settings, **surroundings)
+
+
 @contextmanager
 def watched(place: Place) -> Iterator[None]:
     plain_fit, plain_step = Trainer.fit, Trainer._train_step
 
     def fit(trainer, report, *on_leaving):
+        (place.folder / f"begun-{os.getpid()}").write_text(json.dumps([trainer.epoch, trainer.step]))
+
         def reported(event):
             if isinstance(event, EpochEnd):
                 shard = trainer.shard
@@ -103,6 +115,7 @@ def digest(trainer: Trainer) -> str:
 def main() -> int:
     ray_train.ScalingConfig = partial(ray_train.ScalingConfig, elastic_resize_monitor_interval_s=RESIZE_S)
     ray_train._worker = worker
+    ray_tune.train_trial = trial
     return cli.main(sys.argv[1:])
 
 

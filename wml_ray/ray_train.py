@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -220,7 +220,8 @@ def _worker(settings: dict[str, Any]) -> None:
     patience_s = INTERRUPTED_DELIVERY_S
     undelivered = 0
     try:
-        run_worker(config, shard, device, report, log, surroundings.claim, _Notices(shard).leaving)
+        notices = Notices(shard, lambda: ray.train.get_preemption_info() is not None)
+        run_worker(config, shard, device, report, log, surroundings.claim, notices.leaving)
         patience_s = DELIVERY_S
     except (Replaced, storage.Unanswered):
         raise  # the file is another's now, or cannot be written
@@ -237,15 +238,15 @@ def _worker(settings: dict[str, Any]) -> None:
         write_json(outcome, {"undelivered": undelivered})
 
 
-class _Notices:
-    """What Ray Train hears of nodes that are about to be taken away."""
+class Notices:
+    """What is heard of nodes that are about to be taken away: `announced` says whether one of this training's is."""
 
-    def __init__(self, shard: Shard) -> None:
-        self._shard, self._last_s = shard, -math.inf
+    def __init__(self, shard: Shard, announced: Callable[[], bool]) -> None:
+        self._shard, self._announced, self._last_s = shard, announced, -math.inf
 
     def leaving(self) -> bool:
-        """Whether a worker's node is to go, and it is time for another checkpoint; the same on all workers."""
-        if ray.train.get_preemption_info() is None:
+        """Whether a node is to go, and it is time for another checkpoint; the same on all workers."""
+        if not self._announced():
             return False
         if not from_rank_0(self._shard, lambda: time.monotonic() - self._last_s > BETWEEN_CHECKPOINTS_S):
             return False

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.tune
 import torch
+from ray._private.state import state
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -294,10 +295,16 @@ def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) 
         else:
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
-            run_worker(config, Shard(), device, Gauges(config.run_id).show, reporter.log, surroundings.claim)
+            gauges, notices = Gauges(config.run_id), ray_train.Notices(Shard(), _node_is_to_go)
+            run_worker(config, Shard(), device, gauges.show, reporter.log, surroundings.claim, notices.leaving)
     except Exception as error:
         ray.tune.report({"failed": _in_one_line(error)})
         raise
+
+
+def _node_is_to_go() -> bool:
+    """Whether this trial's machine is about to be taken away, which Ray Train tells none but its own workers."""
+    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
 
 
 def _in_one_line(error: Exception) -> str:

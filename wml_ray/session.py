@@ -155,7 +155,8 @@ def _run_worker(
 
     def save(event: MidEpoch) -> None:
         if shard.rank == 0:
-            partial.save(Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan))
+            checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
+            patiently(lambda: partial.save(checkpoint), partial.folder)
 
     trainer.fit(on_event, leaving, save)
     checkpoints.settle()

@@ -22,7 +22,7 @@ from wml_ray.delivery import Deliveries, first_cause
 from wml_ray.storage import local_files
 
 DEFAULT_STORE = "mlflow.db"
-ANSWER_S = 8  # how long a server may take to answer before the run starts
+CONNECT_S, ANSWER_S = 3, 6  # how long a server may take to be there, and to answer, before the run starts
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _LOCAL_SCHEMES = ("sqlite", "databricks")
 REASON_TAG = "wml_ray.reason"
@@ -78,9 +78,10 @@ def check_reachable(uri: str) -> None:
     if kind in _LOCAL_SCHEMES:
         _check_file(uri)
         return
+    _client_class()  # its import can take as long as an answer
     try:
-        socket.create_connection((address.hostname, port or _PORTS[kind]), timeout=ANSWER_S / 2).close()
-        _within(ANSWER_S / 2, lambda: client_of(uri).search_experiments(max_results=1))
+        socket.create_connection((address.hostname, port or _PORTS[kind]), timeout=CONNECT_S).close()
+        _within(ANSWER_S, lambda: client_of(uri).search_experiments(max_results=1))
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
         raise UserError(
             f"MLFLOW_TRACKING_URI = '{shown(uri)}': the MLflow server does not answer ({first_cause(error)}); start "
@@ -245,8 +246,12 @@ class Tracker:
 
 def client_of(uri: str) -> Any:
     """An MLflow client that fails within seconds instead of retrying for minutes: Tracker does its own retrying."""
+    return _client_class()(uri)
+
+
+def _client_class() -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S // 2))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would tear the live table
     from mlflow import MlflowClient
@@ -254,7 +259,7 @@ def client_of(uri: str) -> Any:
     for noisy in ("mlflow", "mlflow.store.db.utils", "alembic"):  # after the import, which sets them to INFO
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
-    return MlflowClient(uri)
+    return MlflowClient
 
 
 def shown(uri: str) -> str:
