@@ -269,7 +269,7 @@ def start_tune():
 
 
 def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
-    space, search = small_space("optim.epochs=9"), search_config(study="asha", trials=9)
+    space, search = small_space("optim.epochs=9"), search_config(study="asha", trials=9, grace_epochs=1)
     ledger = Ledger(workplace / "asha")
     for number, last in enumerate([9, 3, 1, 9]):
         history = [

@@ -1,6 +1,7 @@
 """Backbones: a name to an ordered dict of stages whose composition is the network.
 
 A stage is any module from one tensor to one tensor; the last stage ends in the linear layer that gives the logits.
+torchvision is imported where it is used: its import takes as long as that of torch, in every process of Ray's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torchvision.models as tv
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
-from torchvision.ops import Conv2dNormActivation
 
 from wml_ray.config import UserError
 
@@ -87,6 +85,9 @@ def _kaiming(stages: Stages) -> Stages:
 
 def _cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
     """He et al. 2016, section 4.2, with 1x1 convolution shortcuts (option B) where the width changes."""
+    from torchvision.models.resnet import BasicBlock
+    from torchvision.ops import Conv2dNormActivation
+
     blocks = (depth - 2) // 6
     stages: Stages = {"stem": Conv2dNormActivation(spec.channels, 16, 3)}
     width_in = 16
@@ -104,8 +105,11 @@ def _cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
     return _kaiming(stages)
 
 
-def _resnet(spec: ImageSpec, *, factory: Callable[..., tv.ResNet], cifar_stem: bool) -> Stages:
-    network = factory(weights=None, num_classes=spec.num_classes)
+def _resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
+    from torchvision.models import get_model
+    from torchvision.ops import Conv2dNormActivation
+
+    network = get_model(name, weights=None, num_classes=spec.num_classes)
     if cifar_stem:
         stem: nn.Module = Conv2dNormActivation(spec.channels, 64, 3)
     else:
@@ -119,13 +123,16 @@ def _resnet(spec: ImageSpec, *, factory: Callable[..., tv.ResNet], cifar_stem: b
 
 def _mobilenet_v2(spec: ImageSpec) -> Stages:
     """Under 64 pixels the first three reductions are left out, as is usual on CIFAR."""
+    from torchvision.models import MobileNetV2
+    from torchvision.ops import Conv2dNormActivation
+
     small = spec.resolution < SMALL_IMAGE
     stride = 1 if small else 2
     settings = [  # expansion, channels, blocks, stride of the first (Sandler et al. 2018, table 2)
         *([1, 16, 1, 1], [6, 24, 2, stride], [6, 32, 3, stride], [6, 64, 4, 2]),
         *([6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]),
     ]
-    network = tv.MobileNetV2(num_classes=spec.num_classes, inverted_residual_setting=settings)
+    network = MobileNetV2(num_classes=spec.num_classes, inverted_residual_setting=settings)
     features = list(network.features)
     features[0] = Conv2dNormActivation(spec.channels, 32, 3, stride=stride, activation_layer=nn.ReLU6)
     stages: Stages = {"stem": nn.Sequential(*features[:2])}
@@ -138,6 +145,8 @@ def _mobilenet_v2(spec: ImageSpec) -> Stages:
 
 def _vgg16_bn(spec: ImageSpec) -> Stages:
     """Five blocks of 3x3 convolutions; a block halves the image unless it has a single pixel left."""
+    from torchvision.ops import Conv2dNormActivation
+
     stages: Stages = {}
     channels, side = spec.channels, spec.resolution
     for index, (width, convs) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
@@ -165,10 +174,10 @@ def _vgg_classifier(spec: ImageSpec) -> nn.Module:
 
 def _densenet_bc(spec: ImageSpec, *, depth: int) -> Stages:
     """Huang et al. 2017 for CIFAR: growth rate 12, bottlenecks, compression 0.5, three dense blocks."""
+    from torchvision.models import DenseNet
+
     layers = (depth - 4) // 6
-    network = tv.DenseNet(
-        growth_rate=12, block_config=(layers,) * 3, num_init_features=24, num_classes=spec.num_classes
-    )
+    network = DenseNet(growth_rate=12, block_config=(layers,) * 3, num_init_features=24, num_classes=spec.num_classes)
     features = network.features
     stem = nn.Conv2d(spec.channels, 24, 3, padding=1, bias=False)
     stages: Stages = {"stem": stem}
@@ -216,8 +225,8 @@ def _wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
 BACKBONES: dict[str, Callable[[ImageSpec], Stages]] = {
     **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 56, 110)},
     **{
-        f"resnet{depth}{suffix}": partial(_resnet, factory=factory, cifar_stem=bool(suffix))
-        for depth, factory in ((18, tv.resnet18), (50, tv.resnet50), (101, tv.resnet101))
+        f"resnet{depth}{suffix}": partial(_resnet, name=f"resnet{depth}", cifar_stem=bool(suffix))
+        for depth in (18, 50, 101)
         for suffix in ("", "_cifar")
     },
     "mobilenet_v2": _mobilenet_v2,

@@ -41,6 +41,7 @@ INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 ROOM_S = 10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
+LOOK_S = 0.5  # how often Ray Train looks at its workers: so long goes unnoticed that they have ended, or died
 POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
 
 
@@ -137,6 +138,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
     patiently(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_S))
     if isinstance(config.scale.workers, list):
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_S))
     of_ray = ray_folder(config.run_folder)
@@ -205,14 +207,13 @@ def _worker(settings: dict[str, Any]) -> None:
         trial_goes_on = ray.get(settings["log"](step, metrics, timestamp_ms))
 
     def report(event: Tick | EpochEnd) -> None:
-        if shard.rank == 0 and "send" in settings:
-            settings["send"](event)
-        if isinstance(event, EpochEnd):
-            if shard.rank == 0:
-                gauges.show(event)
-            ray.train.report({"epoch": event.epoch, **event.metrics})
-            if "log" in settings and not from_rank_0(shard, lambda: trial_goes_on):
-                raise _Stopped
+        # never to Ray Train, which takes one report at a look: epochs that are shorter would wait for it
+        if shard.rank == 0:
+            gauges.show(event)
+            if "send" in settings:
+                settings["send"](event)
+        if "log" in settings and isinstance(event, EpochEnd) and not from_rank_0(shard, lambda: trial_goes_on):
+            raise _Stopped
 
     if shard.rank == 0 and "placed" in settings:
         settings["placed"](get_current_placement_group())
