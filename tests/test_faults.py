@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 WITHIN_S = 180
-OUTAGE_S = 15
+HUNG_S, AWAY_S = 10, 60
 METRICS = ("train/loss", "val/accuracy/peer3", "weights/peer0")
 
 
@@ -328,22 +328,22 @@ def log_a_trial(number, together, logging):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_study_misses_nothing_of_a_server_that_hangs_and_of_one_that_dies(server, workplace):
-    """Hung as trial 1 is being made known to it, killed in trial 2, and back after a while both times."""
+    """Hung as trial 1 is being made known to it, killed in trial 2, and back after a minute."""
     write_study(workplace, tiny_config("optim.epochs=25", "scale.cpus_per_worker=1", "run.name=outage"))
     pending = []
 
-    def later(call):
-        pending.append(threading.Timer(OUTAGE_S, call))
+    def later(seconds, call):
+        pending.append(threading.Timer(seconds, call))
         pending[-1].start()
 
     def break_server(sweep):
         if not pending and len(sweep.trials) > 1:
             server.signal(signal.SIGSTOP)
-            later(lambda: server.signal(signal.SIGCONT))
+            later(HUNG_S, lambda: server.signal(signal.SIGCONT))
         if len(pending) == 1 and len(sweep.trials) > 2 and sweep.trials[2].epochs == 5:
             pending[0].join()
             server.kill()
-            later(server.start)
+            later(AWAY_S, server.start)
 
     space = load_space(Path("alpha.py"), load("c.yaml"))
     outcome = tune(space, search_config(study="outage-alpha", trials=4, scheduler="none"), break_server)
