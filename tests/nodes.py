@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -59,7 +59,8 @@ class Nodes:
         options = ["--address", self.address, "--num-cpus", cpus]
         self.workers.append(self._start(*options, hidden=hidden, **variables))
         self._wait(len(joined) + 1)
-        self.ids += self._joined() - joined
+        (new,) = self._joined() - joined
+        self.ids.append(new)
 
     def announce_preemption(self, index: int, seconds: int) -> None:
         """What a cloud's agent does when it hears that a spot machine is to go."""
@@ -98,8 +99,7 @@ class Nodes:
 
     def hosts(self, name: str) -> list[int]:
         """Indices of the nodes that run a process of this name."""
-        running = [[" ".join(process.cmdline()) for process in node.children(recursive=True)] for node in self.workers]
-        return [index for index, lines in enumerate(running) if any(name in line for line in lines)]
+        return [index for index, node in enumerate(self.workers) if any(name in line for line in _commands(node))]
 
     def environment(self, **more: str) -> dict[str, str]:
         """For a driver that joins."""
@@ -140,6 +140,13 @@ class Nodes:
 
     def _said(self) -> str:
         return (self.folder / "nodes.log").read_text()
+
+
+def _commands(process: psutil.Process) -> Iterator[str]:
+    """The command lines of all its descendants."""
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            yield " ".join(child.cmdline())
 
 
 def kill_family(process: psutil.Process) -> None:

@@ -40,6 +40,7 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
             [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=300
         )
         refusal, _ = too_large.communicate(timeout=120)
+        assert too_large.returncode == 2
         counts = []
         deadline_s = time.monotonic() + 90
         for line in counter.stdout:

@@ -273,6 +273,7 @@ def test_training_on_a_machine_that_is_to_go_continues_in_the_middle_of_its_epoc
         workplace, tiny_config("optim.epochs=2", "data.batch_size=2", "scale.cpus_per_worker=1", "run.name=spot")
     )
     place = Place("results")
+    place.await_notice()
     process = start("witness", *words, **two_nodes.environment(RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1"))
     wait_until(place.begun, process)
     (machine,) = two_nodes.hosts(process_name)

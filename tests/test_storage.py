@@ -91,7 +91,10 @@ def test_a_run_in_object_storage_is_the_run_of_a_local_folder(bucket, workplace)
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the claim on")
-def test_training_goes_on_while_the_storage_is_away_and_nothing_is_lost(bucket, server, workplace, stop, go_on, away_s):
+def test_training_goes_on_while_the_storage_is_away_and_nothing_is_lost(
+    bucket, server, workplace, monkeypatch, stop, go_on, away_s
+):
+    monkeypatch.setattr(storage, "PATIENCE_S", 180.0)
     epochs = 8
     since_s = []
     whole = train(tiny_config(f"optim.epochs={epochs}", "run.name=whole"), ignore)

@@ -30,6 +30,7 @@ class Place:
     def __init__(self, storage_path: str | Path) -> None:
         self.folder = Path(storage_path).resolve() / "witness"
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.notice = self.folder / "await-notice"
 
     def close_gate(self, epoch: int, workers: int) -> Path:
         """A group of so many workers is to wait in the middle of that epoch until the returned file is gone."""
@@ -45,6 +46,15 @@ class Place:
     def seen(self) -> list[dict]:
         """What each rank held at the end of each epoch: epoch, workers, rank, digest."""
         return [json.loads(line) for path in self.folder.glob("seen-*") for line in path.read_text().splitlines()]
+
+    def await_notice(self) -> None:
+        """Training is to stand still where it first looks for a notice of preemption, until there is one."""
+        self.notice.touch()
+
+    def begin(self, epoch: int, step: int) -> None:
+        beside = self.folder / f".begun-{os.getpid()}"
+        beside.write_text(json.dumps([epoch, step]))
+        beside.rename(self.folder / f"begun-{os.getpid()}")
 
     def begun(self) -> list[tuple[int, int]]:
         """Where training began, each time a process did: whole epochs done, and steps of the next."""
@@ -81,8 +91,16 @@ def trial(settings: dict, **surroundings: object) -> None:
 def watched(place: Place) -> Iterator[None]:
     plain_fit, plain_step = Trainer.fit, Trainer._train_step
 
-    def fit(trainer, report, *on_leaving):
-        (place.folder / f"begun-{os.getpid()}").write_text(json.dumps([trainer.epoch, trainer.step]))
+    def fit(trainer, report, leaving, save):
+        place.begin(trainer.epoch, trainer.step)
+
+        def noticed():
+            while place.notice.exists():  # stands still until it has come
+                if leaving():
+                    place.notice.unlink()
+                    return True
+                time.sleep(0.02)
+            return leaving()
 
         def reported(event):
             if isinstance(event, EpochEnd):
@@ -91,7 +109,7 @@ def watched(place: Place) -> Iterator[None]:
                 place.write({**line, "digest": digest(trainer)})
             report(event)
 
-        plain_fit(trainer, reported, *on_leaving)
+        plain_fit(trainer, reported, noticed, save)
 
     def step(trainer, number, batch):
         epoch, within = divmod(number, trainer.dataset.steps_per_epoch)

@@ -37,9 +37,12 @@ class Mailbox:
         if self._error and not error:
             raise self._error
 
-    def sender(self, receiver: str) -> Callable[..., Any]:
-        """A stand-in for `receivers[receiver]` on any node; a reference to whether the call was taken."""
-        return partial(_send, self.actor, receiver)
+    def sender(self, receiver: str, answered: bool = True) -> Callable[..., Any]:
+        """A stand-in for `receivers[receiver]` on any node; if `answered`, a reference to whether the call was taken.
+
+        Calls that wait for an answer are at most a thousand: Ray lets no more run in an actor at a time.
+        """
+        return partial(_send, self.actor, receiver, answered)
 
     def _receive(self) -> None:
         """Until the workers have sent all, or a receiver wants no more."""
@@ -54,8 +57,8 @@ class Mailbox:
             self.actor.close.remote()
 
 
-def _send(actor: Any, receiver: str, *arguments: Any) -> Any:
-    return actor.deliver.remote(receiver, arguments)
+def _send(actor: Any, receiver: str, answered: bool, *arguments: Any) -> Any:
+    return actor.deliver.remote(receiver, arguments, answered)
 
 
 class _Letters:
@@ -67,13 +70,15 @@ class _Letters:
         self.closed = False
         self.changed = asyncio.Condition()
 
-    async def deliver(self, receiver: str, arguments: tuple[Any, ...]) -> bool:
-        """Whether the letter was taken, once it is known."""
+    async def deliver(self, receiver: str, arguments: tuple[Any, ...], answered: bool) -> bool:
+        """Whether the letter was taken, once it is known; if nobody waits for that, whether it may be."""
         async with self.changed:
             self.letters.append((receiver, arguments))
             self.sent += 1
             number = self.sent
             self.changed.notify_all()
+            if not answered:
+                return not self.closed
             await self.changed.wait_for(lambda: self.acknowledged >= number or self.closed)
             return self.acknowledged >= number
 

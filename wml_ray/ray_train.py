@@ -12,7 +12,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,13 +37,13 @@ from wml_ray.session import from_rank_0, ignore_log, run_worker
 from wml_ray.storage import patiently, read_json, write_json
 from wml_ray.tracking import TrackedRun, Tracker
 
-DELIVERY_S = 60.0  # how long a finished run waits for a tracking server that went away
+DELIVERY_S = 120.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 ROOM_S = 10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
 LOOK_S = 0.5  # how often Ray Train looks at its workers: so long goes unnoticed that they have ended, or died
-POLL_S = 1.0  # between two looks for progress: each takes time from the workers, of which there may be as many as cores
+POLL_S = 1.0  # between two looks of the driver for progress: the workers, which may be as many as cores, wait for none
 
 
 def join_cluster(verbose: bool = False) -> None:
@@ -79,7 +80,8 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: Report, claim: Cla
     if config.scale.workers == 0:
         return _train(config, settings | {"send": on_event}, uuid.uuid4().hex, claim)
     with Mailbox({"event": on_event}, pause_s=POLL_S) as mailbox:
-        return _train(config, settings | {"send": mailbox.sender("event")}, uuid.uuid4().hex, claim)
+        send = mailbox.sender("event", answered=False)
+        return _train(config, settings | {"send": send}, uuid.uuid4().hex, claim)
 
 
 class TrialListener(Protocol):
@@ -138,9 +140,9 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
     patiently(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_S))
+    timing = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(LOOK_S)}
     if isinstance(config.scale.workers, list):
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(ROOM_S))
+        timing["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ROOM_S)
     of_ray = ray_folder(config.run_folder)
     settings |= {
         "config": with_absolute_paths(config),
@@ -158,7 +160,8 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
         ),
     )
     try:
-        _fit(trainer)
+        with _unless_set(timing):
+            _fit(trainer)
     except (Diverged, UserError):
         _raise_what_the_worker_said(config)
         raise
@@ -170,6 +173,18 @@ def _train(config: Config, settings: dict[str, Any], name: str, claim: Claim | N
         shutil.rmtree(of_ray, ignore_errors=True)
     _raise_what_the_worker_said(config)
     return int(_outcome(config)["undelivered"])
+
+
+@contextmanager
+def _unless_set(variables: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment for Ray, those that the user has set aside."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _fit(trainer: Any) -> None:

@@ -9,7 +9,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from wml_ray.tracking import shown
 
 STORAGE_S = 60.0  # how long a study waits for a storage that went away
 END_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
+NOTICE_S = 5.0  # between two looks whether a trial's machine is to go, as often as Ray Train looks
 REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
 TrialFunction = Callable[..., None]  # takes settings and surroundings
 
@@ -295,16 +297,35 @@ def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) 
         else:
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
-            gauges, notices = Gauges(config.run_id), ray_train.Notices(Shard(), _node_is_to_go)
-            run_worker(config, Shard(), device, gauges.show, reporter.log, surroundings.claim, notices.leaving)
+            gauges = Gauges(config.run_id)
+            with _watched_node() as is_to_go:
+                notices = ray_train.Notices(Shard(), is_to_go)
+                run_worker(config, Shard(), device, gauges.show, reporter.log, surroundings.claim, notices.leaving)
     except Exception as error:
         ray.tune.report({"failed": _in_one_line(error)})
         raise
 
 
-def _node_is_to_go() -> bool:
-    """Whether this trial's machine is about to be taken away, which Ray Train tells none but its own workers."""
-    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+@contextmanager
+def _watched_node() -> Iterator[Callable[[], bool]]:
+    """Whether this trial's machine is about to be taken away, which Ray Train tells none but its own workers.
+
+    A thread asks, for the answer of a head that is away can take as long as it likes.
+    """
+    is_to_go, ended = threading.Event(), threading.Event()
+    here = ray.get_runtime_context().get_node_id()
+
+    def watch() -> None:
+        while not ended.wait(NOTICE_S):
+            with suppress(ray.exceptions.RayError):  # a head that is away; others say so
+                if here in state.get_draining_nodes():
+                    is_to_go.set()
+
+    threading.Thread(target=watch, name="notices", daemon=True).start()
+    try:
+        yield is_to_go.is_set
+    finally:
+        ended.set()
 
 
 def _in_one_line(error: Exception) -> str:

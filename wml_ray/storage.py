@@ -120,7 +120,10 @@ def put_text(path: Path, text: str) -> None:
 
 
 def get_text(path: Path) -> str:
-    """What a file says at one moment, tried once: an object is read by one request, as it may be replaced meanwhile."""
+    """What a file says at one moment, tried once.
+
+    Opened, an object would be read in two steps, and refused in the second if it was replaced between them.
+    """
     if is_remote(path):
         remote: Any = path
         return bytes(remote.fs.cat_file(remote.path)).decode()

@@ -62,7 +62,8 @@ def is_local(uri: str) -> bool:
 
 def check_reachable(uri: str) -> None:
     """Raises:
-    UserError: the address is none, or the tracking server does not answer within ten seconds.
+    UserError: the address is none, or the tracking server does not answer within ten seconds, its client's import
+        not counted.
     """
     try:
         address = urlsplit(uri)
@@ -78,8 +79,8 @@ def check_reachable(uri: str) -> None:
     if kind in _LOCAL_SCHEMES:
         _check_file(uri)
         return
-    _client_class()  # its import can take as long as an answer
     try:
+        _client_class()  # its import can take as long as an answer, and is not the server's time
         socket.create_connection((address.hostname, port or _PORTS[kind]), timeout=CONNECT_S).close()
         _within(ANSWER_S, lambda: client_of(uri).search_experiments(max_results=1))
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
