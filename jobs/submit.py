@@ -14,6 +14,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wml_ray import submission
+from wml_ray.cli import reader_has_left
 from wml_ray.config import UserError
 from wml_ray.job_package import work_of
 
@@ -24,12 +25,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb in ("stop", "status"):
             if words:
                 raise UserError(f"unrecognized arguments: {' '.join(words)}; see jobs/submit.py {options.verb} --help")
-            act = submission.stop if options.verb == "stop" else submission.status
-            return act(submission.connect(options.address), options.job)
+            client = submission.connect(options.address)
+            if options.job is None:
+                return submission.list_jobs(client)
+            return (submission.stop if options.verb == "stop" else submission.status)(client, options.job)
         return _submit(options, words)
     except UserError as error:
         print(f"submit: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+        return 1
 
 
 def _submit(options: argparse.Namespace, words: list[str]) -> int:
@@ -63,8 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         environment.add_argument("--packages", action="store_true", help="install requirements.lock on the nodes first")
         one.add_argument("--exclude", metavar="NAME", action="append", default=[], help="file or folder not to send")
         one.add_argument("--detach", action="store_true", help="do not follow the log")
-    for verb, text in (("stop", "end a job as Ctrl-C would"), ("status", "say how a job is doing")):
-        verbs.add_parser(verb, help=text, description=text).add_argument("job", help="run id, study, or job id")
+    text = "end a job as Ctrl-C would"
+    verbs.add_parser("stop", help=text, description=text).add_argument("job", help="run id, study, or job id")
+    text = "say how a job is doing, or list the newest jobs"
+    status = verbs.add_parser("status", help=text, description=text)
+    status.add_argument("job", nargs="?", help="run id, study, or job id (all, if none is given)")
     for one in verbs.choices.values():
         one.add_argument("--address", metavar="URL", help="Ray dashboard ($RAY_API_SERVER_ADDRESS, $RAY_ADDRESS)")
     return parser

@@ -3,14 +3,17 @@
 import os
 import signal
 import subprocess
+import threading
 
 import pytest
+import ray
 from family import tiny_config
 from test_run import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 
 from wml_ray.checkpoint import Checkpoints
 from wml_ray.config import UserError
 from wml_ray.loop import Diverged, EpochEnd
+from wml_ray.ray_mailbox import Mailbox
 from wml_ray.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -48,6 +51,21 @@ def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
     with pytest.raises(Diverged, match=r"loss of peers? .* learning rate 1e\+30"):
         train(tiny_config("scale.workers=1", "optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
     assert only_run().info.status == "FAILED"
+
+
+def test_letters_that_nobody_waits_for_arrive_in_order_and_are_not_held_up_by_the_receiver():
+    """More than the thousand calls of an actor that Ray runs at a time; none is taken before all are sent."""
+    all_sent, received = threading.Event(), []
+
+    def receive(number):
+        all_sent.wait(30)
+        received.append(number)
+
+    with Mailbox({"numbers": receive}) as mailbox:
+        send = mailbox.sender("numbers", answered=False)
+        ray.get([send(number) for number in range(1500)], timeout=30)
+        all_sent.set()
+    assert received == list(range(1500))
 
 
 def test_ctrl_c_while_ray_workers_train_says_how_to_continue(workplace):

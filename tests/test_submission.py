@@ -165,6 +165,8 @@ def test_the_same_run_submitted_twice_at_once_is_one_job_that_both_follow_to_its
         assert f"job         {name} SUCCEEDED" in out
     assert sum("nothing was submitted" in out for out, _ in ended) == 1
     assert f"newest jobs there: {name}\n" in head.run("status", "nobody").stderr
+    assert head.run("status").stdout.split()[:2] == [name, "SUCCEEDED"]
+    assert head.run("stop", name).stdout == f"job         {name} had ended before: SUCCEEDED\n"
     assert (tmp_path / "results" / "wml" / name / "result.json").exists()
     assert [run.info.status for run in runs(f"sqlite:///{tmp_path}/mlflow.db", "wml")] == ["FINISHED"]
 
@@ -185,6 +187,9 @@ def test_a_stopped_run_is_killed_in_mlflow_keeps_its_checkpoint_and_gives_its_co
     checkpoints = Checkpoints(tmp_path / "results" / "wml" / name / "checkpoints", 2)
     wait_until(lambda: checkpoints.epochs() and checkpoints.epochs()[-1] > 0)
 
+    read_no_more = head.start("train", *words, folder=tmp_path)
+    assert "nothing was submitted" in read_no_more.stdout.readline()
+    read_no_more.stdout.close()
     follower = head.start("train", *words, folder=tmp_path)
     while not follower.stdout.readline().startswith(f"{name} epoch "):
         assert follower.poll() is None, follower.stderr.read()
@@ -196,6 +201,9 @@ def test_a_stopped_run_is_killed_in_mlflow_keeps_its_checkpoint_and_gives_its_co
     assert f"{name} goes on" in errors
     assert f"jobs/submit.py stop {name}" in out
     assert "Traceback" not in errors
+    assert read_no_more.wait(60) == 1
+    with read_no_more.stderr as errors:
+        assert errors.read() == ""
 
     assert f"job         {name} RUNNING" in head.run("status", name).stdout
     with head.watched_cores() as wait_for_cores:

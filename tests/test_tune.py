@@ -19,7 +19,7 @@ from postgres import postgres
 from ray import tune as ray_tune_api
 from servers import free_port
 
-from wml_ray import records
+from wml_ray import records, tracking
 from wml_ray.cli import main
 from wml_ray.config import UserError, load
 from wml_ray.ledger import Ledger, Trial
@@ -280,6 +280,17 @@ def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
     replay(scheduler, Sweep(space, search, workplace / "asha", "token"))
     rungs = {milestone: len(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
     assert rungs == {1: 4, 3: 3, 9: 2}
+
+
+def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_none_yet(workplace):
+    sweep = Sweep(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
+    sweep.publish_to(tracking.open_run("halted", "halted", "token", {}, {}))
+    _, started = (sweep.begin({"wml.alpha": alpha}) for alpha in (0.1, 0.2))
+    sweep.started(started)
+    sweep.interrupted()
+    assert sweep.close(2.0) == 0
+    (run,) = children("halted")
+    assert (run.data.tags["wml_ray.trial"], run.info.status) == (str(started.number), "KILLED")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wml-ray: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        if not reader_has_left():
+            raise
+        return FAILED
     except RuntimeError as error:
         from wml_ray.loop import Diverged
 
@@ -48,6 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"wml-ray: {error}", file=sys.stderr)
         return FAILED
+
+
+def reader_has_left() -> bool:
+    """Whether what we print is a pipe that nobody reads any more (`| head`); if so, the rest is not kept for it."""
+    import select
+
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

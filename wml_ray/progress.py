@@ -31,7 +31,7 @@ class TrainingProgress:
         self.plain = not console.is_terminal
         self.accuracy = ""
         self.first: tuple[float, int] | None = None
-        self.last_line_s = time.monotonic()
+        self.last_line_s = 0.0
 
     def __enter__(self) -> TrainingProgress:
         if not self.plain:
@@ -51,12 +51,17 @@ class TrainingProgress:
         if self.first is None:  # the ETA counts from here: a resumed run has not done its first steps just now
             self.first = (now_s, event.step)
             self.bar.reset(self.task, description=text, completed=event.step, total=event.total_steps)
+            self._line(now_s, text)
         self.bar.update(self.task, description=text, completed=event.step)
-        first_s, first_step = self.first
-        if self.plain and now_s - self.last_line_s >= PLAIN_LINE_S and event.step > first_step:
-            self.last_line_s = now_s
-            left_s = (now_s - first_s) / (event.step - first_step) * (event.total_steps - event.step)
-            print(f"{self.run_id} {text}, ETA {_clock(left_s)}", flush=True)
+        if now_s - self.last_line_s >= PLAIN_LINE_S:
+            first_s, first_step = self.first
+            left_s = (now_s - first_s) / max(event.step - first_step, 1) * (event.total_steps - event.step)
+            self._line(now_s, f"{text}, ETA {_clock(left_s)}")
+
+    def _line(self, now_s: float, text: str) -> None:
+        self.last_line_s = now_s
+        if self.plain:
+            print(f"{self.run_id} {text}", flush=True)
 
 
 class StudyProgress:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import ray
@@ -38,11 +37,11 @@ class Mailbox:
             raise self._error
 
     def sender(self, receiver: str, answered: bool = True) -> Callable[..., Any]:
-        """A stand-in for `receivers[receiver]` on any node; if `answered`, a reference to whether the call was taken.
+        """A stand-in for `receivers[receiver]` on any node, whose calls arrive in order.
 
-        Calls that wait for an answer are at most a thousand: Ray lets no more run in an actor at a time.
+        It returns a reference to whether the call was taken; if `answered`, the next call waits for that.
         """
-        return partial(_send, self.actor, receiver, answered)
+        return _Sender(self.actor, receiver, answered)
 
     def _receive(self) -> None:
         """Until the workers have sent all, or a receiver wants no more."""
@@ -57,8 +56,15 @@ class Mailbox:
             self.actor.close.remote()
 
 
-def _send(actor: Any, receiver: str, answered: bool, *arguments: Any) -> Any:
-    return actor.deliver.remote(receiver, arguments, answered)
+class _Sender:
+    def __init__(self, actor: Any, receiver: str, answered: bool) -> None:
+        self._actor, self._receiver, self._answered = actor, receiver, answered
+        self._before: Any = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        # the call before is an argument of this one, for Ray keeps no order among the coroutines of an actor
+        self._before = self._actor.deliver.remote(self._receiver, arguments, self._answered, self._before)
+        return self._before
 
 
 class _Letters:
@@ -70,7 +76,7 @@ class _Letters:
         self.closed = False
         self.changed = asyncio.Condition()
 
-    async def deliver(self, receiver: str, arguments: tuple[Any, ...], answered: bool) -> bool:
+    async def deliver(self, receiver: str, arguments: tuple[Any, ...], answered: bool, _before: bool | None) -> bool:
         """Whether the letter was taken, once it is known; if nobody waits for that, whether it may be."""
         async with self.changed:
             self.letters.append((receiver, arguments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # The average is dashed and drawn last, so that both are seen where they coincide.
@@ -95,6 +97,8 @@ def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
         peers = sorted(run["peers"], key=lambda peer: peer["macs"])
         axes.plot([p["macs"] for p in peers], [100 * p["test"] for p in peers], marker="o", label=run["run"])
     axes.set_xscale("log")
+    log_ticks(axes.xaxis)
+    count_labels(axes.xaxis)
     axes.legend(fontsize="small", frameon=False)
     rows = [{"run": run["run"], **peer} for _, run in runs.iterrows() for peer in run["peers"]]
     return [_write_csv(rows, folder / "peers.csv"), *save({"accuracy_macs": figure}, folder)]
@@ -151,6 +155,22 @@ def dress(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def log_ticks(axis: Axis) -> None:
+    """As many ticks on a logarithmic axis as their labels have room for."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=6))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def count_labels(axis: Axis) -> None:
+    """Labels such as 200k and 2.5M."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0", "", count(value))))
 
 
 def colours(number: int) -> list[Any]:

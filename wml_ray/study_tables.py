@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from wml_ray.report import count, new_table, percent
+from wml_ray.report import count, count_labels, log_ticks, new_table, percent
 from wml_ray.study import Study, front
 
 if TYPE_CHECKING:
@@ -66,13 +66,11 @@ class Quantity:
 
     def dress(self, axis: Axis) -> None:
         """Ticks of an axis of this quantity."""
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+        from matplotlib.ticker import MaxNLocator
 
         if self.kind == "count":
             axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(
-                FuncFormatter(lambda value, _: re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0", "", count(value)))
-            )
+            count_labels(axis)
         if self.kind == "choice":
             labels = [_short(choice, 18).replace("$", r"\$") for choice in self.choices]
             axis.set_ticks(range(len(labels)), labels, fontsize="small")
@@ -82,10 +80,8 @@ class Quantity:
             axis.axes.set_xlim(-0.5, max(len(labels), 1) - 0.5)
         if self.log:
             axis.axes.set_xscale("log")
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=6))
+            log_ticks(axis)
             axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter(NullFormatter())
         elif self.kind == "number":
             axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=self == TRIAL, min_n_ticks=1))
         low, high = axis.get_view_interval()

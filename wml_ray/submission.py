@@ -30,6 +30,7 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 STOP_S = 30  # Ray kills a job that has not ended this long after it was asked to
 ANSWER_S = 8.0
 SILENCE_S = 60.0  # how long a follower bears a cluster that does not answer
+NEWEST = 20  # jobs in a list
 NAME_KEY, FOLDER_KEY = "wml_ray.job", "wml_ray.folder"
 
 
@@ -99,6 +100,8 @@ def _cluster_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError:
         raise UserError(_token_sentence(address)) from None
+    except BrokenPipeError:  # nobody reads what we print
+        raise
     except (OSError, aiohttp.ClientError) as error:  # what `requests` raises is an OSError
         raise _unreachable(address, error) from None
     except (RuntimeError, ValueError, TypeError) as error:
@@ -232,6 +235,8 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
             printed = asyncio.run(_tail(client, job_id, printed))
             job = client.get_job_info(job_id)
             answered_s = time.monotonic()
+        except BrokenPipeError:  # nobody reads what we print
+            raise
         except (OSError, RuntimeError, aiohttp.ClientError):
             if time.monotonic() - answered_s > SILENCE_S:
                 raise UserError(_what_remains(client.get_address(), job)) from None
@@ -289,6 +294,9 @@ def find(client: JobSubmissionClient, name: str) -> JobDetails:
 def stop(client: JobSubmissionClient, name: str) -> int:
     """Ask a job to end as Ctrl-C would, and wait until it has."""
     job = find(client, name)
+    if job.status.is_terminal():
+        _print(f"job         {job.submission_id} had ended before: {job.status}")
+        return cli.OK
     with _cluster_errors(client.get_address()):
         client.stop_job(job.submission_id)
         deadline_s = time.monotonic() + STOP_S + 15
@@ -302,21 +310,40 @@ def stop(client: JobSubmissionClient, name: str) -> int:
 def status(client: JobSubmissionClient, name: str) -> int:
     """Say how a job is doing."""
     job = find(client, name)
-    end_s = (job.end_time or time.time() * 1000) / 1000
-    start_s = (job.start_time or end_s * 1000) / 1000
     _print(f"job         {job.submission_id} {job.status}")
-    _print(f"started     {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(start_s))}, {end_s - start_s:.0f} s")
+    _print(f"started     {_started(job)}, {_seconds(job):.0f} s")
     _print(f"command     {job.entrypoint}")
     if job.status == JobStatus.PENDING and job.message:
         _print(f"            {_last_line(job.message)}")
     return cli.OK
 
 
+def list_jobs(client: JobSubmissionClient) -> int:
+    """The newest jobs of the cluster, a line each."""
+    with _cluster_errors(client.get_address()):
+        jobs = _jobs(client)[:NEWEST]
+    width = max((len(str(job.submission_id)) for job in jobs), default=0)
+    for job in jobs:
+        _print(f"{job.submission_id:<{width}}  {job.status:<9}  {_started(job)}  {_seconds(job):>7.0f} s")
+    if not jobs:
+        _print(f"no jobs on {client.get_address()}")
+    return cli.OK
+
+
+def _started(job: JobDetails) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or time.time() * 1000) / 1000))
+
+
+def _seconds(job: JobDetails) -> float:
+    now_ms = time.time() * 1000
+    return ((job.end_time or now_ms) - (job.start_time or now_ms)) / 1000
+
+
 def how_to_go_on(job_id: str, address: str | None) -> list[str]:
     """Lines for somebody who does not follow the job (any more)."""
     behind = f" --address {address}" if address else ""
     return [
-        "follow      the same command again (without --detach)",
+        "follow      the same command again, without --detach",
         f"status      python jobs/submit.py status {job_id}{behind}",
         f"stop        python jobs/submit.py stop {job_id}{behind}",
     ]

@@ -226,7 +226,7 @@ class Publisher:
             self._put(trial.number, trial.final["epoch"], trial.final["metrics"], trial.final["timestamp_ms"])
 
     def interrupt(self, trial: Trial) -> None:
-        self._deliveries.put(lambda: tracking.finish_run(self._senders[trial.number].tracked, "KILLED"))
+        self._deliveries.put(partial(self._interrupt, trial.number))
 
     def close_trial(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
         """Queue all that MLflow may lack of an ended trial; `remember` is called when it has it."""
@@ -249,6 +249,10 @@ class Publisher:
         name, token = f"trial {trial.number}", f"{self.token}-{trial.number}"
         tracked = tracking.open_run(self.experiment, name, token, config.flatten(), tags)
         self._senders[trial.number] = Sender(tracked)
+
+    def _interrupt(self, number: int) -> None:
+        if number in self._senders:  # else it was still to start
+            tracking.finish_run(self._senders[number].tracked, "KILLED")
 
     def _close(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
         folder = run_folder.parent
