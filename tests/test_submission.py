@@ -325,6 +325,13 @@ def test_an_address_without_a_cluster_is_one_sentence(address, monkeypatch):
     assert address in str(raised.value)
 
 
+def test_jobs_go_to_the_host_whose_cluster_would_be_joined(monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets it
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:6379")
+    with pytest.raises(UserError, match=r"no Ray cluster answers at http://127\.0\.0\.2:8265"):
+        submission.connect(None)
+
+
 @pytest.fixture
 def repository(workplace):
     """A small one, with all that must not be sent."""

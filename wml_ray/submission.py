@@ -25,8 +25,8 @@ from wml_ray.config import UserError
 from wml_ray.job_entry import PLACE
 from wml_ray.job_package import Package, Work, pack
 
-DASHBOARD = "http://127.0.0.1:8265"
-ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+DASHBOARD_PORT = 8265
+API_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STOP_S = 30  # Ray kills a job that has not ended this long after it was asked to
 ANSWER_S = 8.0
 SILENCE_S = 60.0  # how long a follower bears a cluster that does not answer
@@ -55,14 +55,13 @@ def connect(address: str | None) -> JobSubmissionClient:
         UserError: no such address, nobody answers there, or the cluster does not accept our token.
     """
     logging.disable(logging.WARNING)  # Ray's remarks on addresses and tokens: what matters becomes a sentence
-    where = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), DASHBOARD)
-    where = DASHBOARD if where == "auto" else where
+    where = address or os.environ.get(API_VARIABLE) or _dashboard_of(os.environ.get("RAY_ADDRESS", ""))
     if "://" not in where:
         raise UserError(
             f"'{where}' is no address of a Ray dashboard; give --address http://HOST:8265 (jobs do not go to the port "
             "that nodes join)"
         )
-    os.environ[ADDRESS_VARIABLES[0]] = where  # it would win over an address that the client is given
+    os.environ[API_VARIABLE] = where  # it would win over an address that the client is given
     _check_answers(where)
     with _cluster_errors(where):
         try:
@@ -72,6 +71,12 @@ def connect(address: str | None) -> JobSubmissionClient:
             if not token:
                 raise
             return JobSubmissionClient(where, headers={"Authorization": f"Bearer {token}"})
+
+
+def _dashboard_of(cluster: str) -> str:
+    """Of the address by which `wml-ray` joins a cluster: the same host's, or this machine's where it names none."""
+    host = cluster.rpartition(":")[0]
+    return cluster if "://" in cluster else f"http://{host or '127.0.0.1'}:{DASHBOARD_PORT}"
 
 
 def _check_answers(address: str) -> None:
