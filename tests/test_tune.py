@@ -100,8 +100,8 @@ def test_a_study_is_whole_in_mlflow(workplace):
 def test_more_trials_add_the_difference_and_fewer_add_none(workplace):
     tune(small_space(), search_config(study="grows", trials=2))
     before = {path: path.read_bytes() for path in Path("results/grows/trials").glob("*/trial.json")}
-    tune(small_space(), search_config(study="grows", trials=3))
-    tune(small_space(), search_config(study="grows", trials=1))
+    assert tune(small_space(), search_config(study="grows", trials=3)).trained_now
+    assert not tune(small_space(), search_config(study="grows", trials=1)).trained_now
     assert {path: path.read_bytes() for path in before} == before
     assert [run.data.tags["wml_ray.trial"] for run in children("grows")] == ["0", "1", "2"]
     assert len({run.data.params["wml.alpha"] for run in children("grows")}) == 3
@@ -287,6 +287,7 @@ def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_non
     sweep.publish_to(tracking.open_run("halted", "halted", "token", {}, {}))
     _, started = (sweep.begin({"wml.alpha": alpha}) for alpha in (0.1, 0.2))
     sweep.started(started)
+    assert sweep.running() == [started]
     sweep.interrupted()
     assert sweep.close(2.0) == 0
     (run,) = children("halted")

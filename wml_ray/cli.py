@@ -226,6 +226,8 @@ def _tune(options: argparse.Namespace) -> int:
     if outcome.study is None:
         _say_undelivered(outcome.folder)
         return FAILED
+    if not outcome.trained_now:
+        _print("this study has finished before; here is its result (a larger --trials adds the difference)")
     _show_study(outcome.study)
     for path in outcome.files:
         _print(f"wrote {path}")

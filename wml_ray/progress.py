@@ -106,10 +106,12 @@ def ending(sweep: Sweep, trial: Trial) -> str:
 def summary(sweep: Sweep) -> str:
     """Where a study stands, in a line."""
     counts, best, left_s = sweep.counts(), sweep.best(), sweep.left_s()
-    done = sum(counts.values()) - counts["RUNNING"]
+    done, running = counts.total() - counts["RUNNING"], len(sweep.running())
     states = {"complete": counts["COMPLETE"], "stopped early": counts["STOPPED"], "failed": counts["FAILED"]}
     words = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-    line = f"{done} of {sweep.search.trials} trials done{f' ({words})' if words else ''}, {counts['RUNNING']} running"
+    line = f"{done} of {sweep.search.trials} trials done{f' ({words})' if words else ''}, {running} running"
+    if waiting := counts["RUNNING"] - running:
+        line += f", {waiting} waiting for a place"
     if best is not None:
         metric = next(iter(sweep.space.objectives))
         line += f", best {_value(metric, sweep.values(best)[0])} (trial {best.number})"
@@ -121,7 +123,7 @@ def _running(sweep: Sweep) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("trial", "epoch", metric, *searched):
         table.add_column(heading, justify="right", no_wrap=True)
-    for trial in [trial for trial in sweep.trials.values() if trial.state == "RUNNING"][-20:]:
+    for trial in sweep.running()[-20:]:
         metrics, flat = trial.metrics(), sweep.config(trial).flatten()
         reached = _value(metric, metrics[metric]) if metric in metrics else ""
         values = [_short(flat.get(key, "")) for key in searched]

@@ -44,6 +44,7 @@ class Sweep:
         self.waiting = [trial for trial in self.trials.values() if trial.state == "RUNNING"]
         self.publisher: Publisher | None = None
         self._on_change = on_change or (lambda sweep: None)
+        self._started: set[int] = set()
         self._started_s: float | None = None
         self._epochs_before = self.epochs
 
@@ -94,6 +95,7 @@ class Sweep:
 
     def started(self, trial: Trial) -> None:
         """It is about to run, for the first time or again."""
+        self._started.add(trial.number)
         self._started_s = self._started_s or time.monotonic()
         if self.publisher:
             self.publisher.open(trial, self.config(trial))
@@ -157,6 +159,10 @@ class Sweep:
 
     def counts(self) -> Counter[State]:
         return Counter(trial.state for trial in self.trials.values())
+
+    def running(self) -> list[Trial]:
+        """Trials that train now; others of that state wait for a place in the cluster."""
+        return [trial for trial in self.trials.values() if trial.state == "RUNNING" and trial.number in self._started]
 
     def best(self) -> Trial | None:
         """The complete trial with the best first objective; on ties the later objectives decide, then the number."""

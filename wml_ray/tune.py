@@ -35,6 +35,7 @@ class Outcome:
     files: list[Path]
     tracked: TrackedRun
     undelivered: int
+    trained_now: bool
 
 
 def tune(
@@ -70,15 +71,15 @@ def tune(
             check_ratios(space)
         if not begun:
             write_json(folder / IDENTITY, {"token": sweep.token, **_determinants(space)})
-        parent = _open(sweep)
+        parent, trains_now = _open(sweep), sweep.to_do > 0
         sweep.publish_to(parent)
         try:
-            if sweep.to_do:
+            if trains_now:
                 ray_tune.search(sweep, optuna_storage, start, earlier, verbose)
         except BaseException as error:
             _give_up(sweep, parent, error)
             raise
-        return _conclude(sweep, parent)
+        return _conclude(sweep, parent, trains_now)
 
 
 def dry_run(space: Space, search: SearchConfig) -> Iterator[Finding]:
@@ -104,11 +105,11 @@ def _give_up(sweep: Sweep, parent: TrackedRun, error: BaseException) -> None:
     tracking.close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
 
 
-def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
+def _conclude(sweep: Sweep, parent: TrackedRun, trained_now: bool) -> Outcome:
     """The study's best config and its report, in its folder and in MLflow."""
     undelivered = sweep.close(ray_train.DELIVERY_S)
     if undelivered:
-        return Outcome(None, sweep.folder, [], parent, undelivered)
+        return Outcome(None, sweep.folder, [], parent, undelivered, trained_now)
     best = sweep.best()
     files = []
     if best is not None:
@@ -122,9 +123,9 @@ def _conclude(sweep: Sweep, parent: TrackedRun) -> Outcome:
         tracking.finish_run(parent, "FINISHED", files, tags)
     except Exception as error:
         if isinstance(error, UserError) or tracking.is_gone():  # it was there a moment ago
-            return Outcome(None, sweep.folder, files, parent, 1)
+            return Outcome(None, sweep.folder, files, parent, 1, trained_now)
         raise
-    return Outcome(study, sweep.folder, [*files, *pictures], parent, 0)
+    return Outcome(study, sweep.folder, [*files, *pictures], parent, 0, trained_now)
 
 
 @tracking.gone_is_a_sentence()
