@@ -23,7 +23,8 @@ install: .venv/installed
 	@touch $@
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,39 @@ class Server:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+
+@contextmanager
+def guarded(server, user, password):
+    """The address of a proxy that lets those through to `server` who know the password."""
+    token = base64.b64encode(f"{user}:{password}".encode()).decode()
+
+    class Guard(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.headers.get("Authorization") != f"Basic {token}":
+                self.send_error(401)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+            types = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+            request = urllib.request.Request(server.uri + self.path, body, types, method=self.command)
+            try:
+                answer = urllib.request.urlopen(request)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                self.send_response(answer.status)
+                self.end_headers()
+                self.wfile.write(answer.read())
+
+        do_POST = do_PUT = do_PATCH = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{proxy.server_port}"
+        proxy.shutdown()
 
 
 class ObjectStore(Server):

@@ -8,6 +8,8 @@ import threading
 import pytest
 import ray
 from family import tiny_config
+from mlflow import MlflowClient
+from servers import Server, guarded
 from test_run import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 
 from wml_ray.checkpoint import Checkpoints
@@ -51,6 +53,25 @@ def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
     with pytest.raises(Diverged, match=r"loss of peers? .* learning rate 1e\+30"):
         train(tiny_config("scale.workers=1", "optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
     assert only_run().info.status == "FAILED"
+
+
+def test_a_password_of_mlflow_reaches_the_workers_of_a_cluster_that_was_there_before(workplace, tmp_path, monkeypatch):
+    server = Server(tmp_path)
+    server.start()
+    try:
+        server.wait()
+        with guarded(server, "ann", "secret") as address:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+            with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
+                train(tiny_config("scale.workers=1"), ignore)
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+            assert train(tiny_config("scale.workers=1"), ignore).undelivered == 0
+        client = MlflowClient(server.uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("wml").experiment_id])
+        assert "val/accuracy/peer3" in run.data.metrics
+    finally:
+        server.kill()
 
 
 def test_letters_that_nobody_waits_for_arrive_in_order_and_are_not_held_up_by_the_receiver():

@@ -325,6 +325,14 @@ def test_an_address_without_a_cluster_is_one_sentence(address, monkeypatch):
     assert address in str(raised.value)
 
 
+def test_a_config_at_an_address_is_read_there_and_not_sent(tmp_path):
+    (tmp_path / "best.yaml").write_text(Path(QUICKSTART).read_text())
+    work = work_of("train", [f"local://{tmp_path}/best.yaml", "optim.epochs=1"])
+    assert work.words == [f"local://{tmp_path}/best.yaml", "optim.epochs=1"]
+    assert work.files == {}
+    assert work.config.optim.epochs == 1
+
+
 def test_jobs_go_to_the_host_whose_cluster_would_be_joined(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets it
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:6379")

@@ -19,12 +19,13 @@ from postgres import postgres
 from ray import tune as ray_tune_api
 from servers import free_port
 
-from wml_ray import records, tracking
+from wml_ray import ray_tune, records, tracking
 from wml_ray.cli import main
 from wml_ray.config import UserError, load
 from wml_ray.ledger import Ledger, Trial
 from wml_ray.ray_schedulers import Seen, make_scheduler, replay
 from wml_ray.space import make_space, search_config
+from wml_ray.storage import Unanswered
 from wml_ray.study import open_storage
 from wml_ray.sweep import DIED, Sweep, start_points
 from wml_ray.tune import tune
@@ -180,6 +181,38 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(workplace):
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_process_that_dies_between_two_trials_fails_neither(workplace):
+    """Ray Tune keeps it for the next trial, and tells its death twice."""
+    killed = []
+
+    def kill_once(sweep):
+        if sweep.counts()["COMPLETE"] == 1 and not killed:
+            killed.append(max(trial_processes(sweep, 0)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    tune(small_space(), search_config(study="between", trials=3, scheduler="none", concurrent=1), kill_once)
+    assert killed
+    assert [trial.state for trial in Ledger(Path("results/between")).trials()] == ["COMPLETE"] * 3
+    assert [run.info.status for run in children("between")] == ["FINISHED"] * 3
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_storage_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
+    def out_of_storage(settings, surroundings):
+        def run_worker(*_):
+            raise Unanswered("the storage does not answer")
+
+        ray_tune.run_worker = run_worker
+        ray_tune.train_trial(settings, surroundings)
+
+    monkeypatch.setattr(ray_tune, "train_trial", out_of_storage)
+    with pytest.raises(UserError, match=r"^the storage does not answer$"):
+        tune(small_space(), search_config(study="away", trials=2, scheduler="none"))
+    assert {trial.state for trial in Ledger(Path("results/away")).trials()} == {"RUNNING"}
+    assert {run.info.status for run in [parent("away"), *children("away")]} <= {"FAILED", "KILLED"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_the_scheduler_stops_bad_trials_whose_checkpoints_go(workplace):
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 0.1, 0.1, 1e-6)]
@@ -285,7 +318,7 @@ def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
 def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_none_yet(workplace):
     sweep = Sweep(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
     sweep.publish_to(tracking.open_run("halted", "halted", "token", {}, {}))
-    _, started = (sweep.begin({"wml.alpha": alpha}) for alpha in (0.1, 0.2))
+    _, started = (sweep.begin({"wml.alpha": alpha}, {}) for alpha in (0.1, 0.2))
     sweep.started(started)
     assert sweep.running() == [started]
     sweep.interrupted()
@@ -355,6 +388,30 @@ def test_a_study_in_postgresql_outlives_the_restart_of_its_database(workplace):
         path.read_text(errors="replace") for path in workplace.rglob("*") if path.is_file() and path.suffix != ".png"
     ]
     assert not [text for text in said if secret in text], "the database's password was written down"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_database_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
+    monkeypatch.setattr(ray_tune, "STORAGE_S", 1.0)
+    space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})  # Optuna hears of a trial at its end
+    with postgres() as database:
+        search = search_config(study="gone", trials=2, storage=database.url, scheduler="none", concurrent=1)
+
+        def kill(sweep):
+            if sweep.trials[0].epochs == 2 and (database.data / "postmaster.pid").exists():
+                database.kill()
+                (database.data / "postmaster.pid").unlink()
+
+        with pytest.raises(UserError, match=r"storage .* does not answer .* run the same command again"):
+            tune(space, search, kill)
+        (finished,) = Ledger(Path("results/gone")).trials()
+        assert finished.state == "COMPLETE"
+        database.start()
+        tune(space, search)
+        stored = optuna.load_study(study_name="gone", storage=database.url)
+        assert [trial.state.name for trial in stored.trials] == ["COMPLETE"] * 2
+    assert Ledger(Path("results/gone")).trials()[0].history == finished.history
+    assert [run.info.status for run in children("gone")] == ["FINISHED"] * 2
 
 
 def test_a_storage_that_does_not_open_is_one_line_without_its_password(workplace):

@@ -12,14 +12,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from wml_ray import cli, storage
+from wml_ray import cli, storage, tracking
 from wml_ray.config import Config, UserError, load, place
 from wml_ray.job_entry import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 PASSED_ON = (
-    *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
-    *("MLFLOW_TRACKING_INSECURE_TLS", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
+    *("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
+    *tracking.VARIABLES,
     *storage.VARIABLES,
 )
 LEFT_OUT = (
@@ -61,7 +61,8 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
     environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     command, files = list(words), {}
     for kind in ("config", "space", "start"):
-        if given := getattr(options, kind, None):
+        given = getattr(options, kind, None)
+        if given and "://" not in given:
             path = Path(given).resolve()
             name = str(path.relative_to(root)) if path.is_relative_to(root) else f"submitted/{kind}/{path.name}"
             files[name] = path

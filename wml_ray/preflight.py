@@ -220,13 +220,13 @@ def _ask(nodes: list[dict[str, Any]], config: Config, uri: str) -> list[Answer]:
     """Raises:
     UserError: a node does not answer, or there is nothing to ask it about.
     """
-    data = ray_train.with_absolute_paths(config)["data"]
+    data, environment = ray_train.with_absolute_paths(config)["data"], tracking.environment() | storage.environment()
     with _marker(_folder(config)) as marker:
         asked = []
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(answer)
-            asked.append((node["NodeManagerHostname"], task.remote(str(marker), uri, data, storage.environment())))
+            asked.append((node["NodeManagerHostname"], task.remote(str(marker), uri, data, environment)))
         return [_answer(host, future) for host, future in asked]
 
 
@@ -241,7 +241,7 @@ def _answer(host: str, future: Any) -> Answer:
 
 
 def answer(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> Answer:
-    """What the node this runs on says of itself; `environment` is what the storage's client reads."""
+    """What the node this runs on says of itself; `environment` is what clients of MLflow and the storage read."""
     os.environ.update(environment)
     log = partial(tracking.check_reachable, uri) if uri and not tracking.is_local(uri) else lambda: None
     return Answer(

@@ -26,7 +26,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from wml_ray import storage
+from wml_ray import storage, tracking
 from wml_ray.config import Config, UserError, parse, place
 from wml_ray.data import Shard
 from wml_ray.lock import Claim, Replaced
@@ -42,6 +42,7 @@ INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
 OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
 ROOM_S = 10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
+GROW_S = 30.0  # between two looks of an elastic run for nodes that came; to grow is to start the workers again
 LOOK_S = 0.5  # how often Ray Train looks at its workers: so long goes unnoticed that they have ended, or died
 POLL_S = 1.0  # between two looks of the driver for progress: the workers, which may be as many as cores, wait for none
 
@@ -121,8 +122,8 @@ class Surroundings:
     @classmethod
     def here(cls, folder: Path, claim: Claim | None) -> Surroundings:
         """Of this process, for a worker that writes into `folder`."""
-        environment = storage.environment() if storage.is_remote(folder) else {}
-        return cls([path for path in sys.path if path], environment, claim)
+        of_storage = storage.environment() if storage.is_remote(folder) else {}
+        return cls([path for path in sys.path if path], tracking.environment() | of_storage, claim)
 
     def take(self) -> None:
         sys.path.extend(path for path in self.import_path if path not in sys.path)
@@ -302,6 +303,7 @@ def _scaling(config: Config) -> ScalingConfig:
         num_workers=tuple(workers) if isinstance(workers, list) else workers,
         use_gpu=config.scale.gpu,
         resources_per_worker=worker_resources(config),
+        elastic_resize_monitor_interval_s=GROW_S,
     )
 
 

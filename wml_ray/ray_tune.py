@@ -28,12 +28,14 @@ from wml_ray.config import UserError, parse
 from wml_ray.data import Shard
 from wml_ray.delivery import first_cause
 from wml_ray.ledger import Trial
+from wml_ray.lock import Replaced
 from wml_ray.loop import Diverged
 from wml_ray.ray_metrics import Gauges
 from wml_ray.ray_room import several_workers, trial_resources, trials_at_a_time
 from wml_ray.ray_schedulers import make_scheduler, replay
 from wml_ray.session import run_worker
 from wml_ray.space import Space, encoded
+from wml_ray.storage import Unanswered
 from wml_ray.study import LABEL, Known, enqueue, fail, make_sampler, notes_of, remember, storage_errors, tell
 from wml_ray.sweep import Sweep
 from wml_ray.tracking import shown
@@ -59,25 +61,37 @@ def search(
     `trial_function` takes the place of `train_trial` in the trials' actors.
 
     Raises:
-        UserError: the cluster cannot hold one trial, or the storage cannot be opened.
+        UserError: the cluster cannot hold one trial, or Optuna's storage or that of the results does not answer.
     """
     _quieten(verbose)
-    space, settings = sweep.space, sweep.search
-    searcher = _Searcher(sweep, storage, start_points, earlier)
+    while sweep.to_do:  # a second time for a trial that Ray Tune gave up sooner than it may
+        _search(sweep, storage, start_points, earlier, verbose, trial_function or train_trial)
+
+
+def _search(
+    sweep: Sweep,
+    storage: Any,
+    start_points: Sequence[Mapping[str, Any]],
+    earlier: Sequence[Known],
+    verbose: bool,
+    trial_function: TrialFunction,
+) -> None:
+    space, settings, halt = sweep.space, sweep.search, _Halt()
+    searcher = _Searcher(sweep, storage, start_points, earlier, halt)
     scheduler = make_scheduler(settings, space, searcher.stopped)
     replay(scheduler, sweep)
     of_ray = ray_train.ray_folder(sweep.folder)
     surroundings = ray_train.Surroundings.here(sweep.folder, sweep.claim)
-    function = partial(trial_function or train_trial, surroundings=surroundings)
+    function, several = partial(trial_function, surroundings=surroundings), several_workers(space.base)
     # Ray Tune refuses to start an actor that asks for nothing
-    resources = {"memory": 2.0**20} if several_workers(space.base) else trial_resources(space.base)
+    resources = {"memory": 2.0**20} if several else trial_resources(space.base)
     tuner = ray.tune.Tuner(
         _trainable(function, resources),
         tune_config=ray.tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=sweep.to_do,
-            reuse_actors=True,
+            reuse_actors=not several,  # an actor that is kept would keep the places of its workers
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -85,27 +99,42 @@ def search(
             name=uuid.uuid4().hex,  # the ledger is what a study resumes from, never Ray's state
             storage_path=str(of_ray),
             failure_config=ray.tune.FailureConfig(max_failures=space.base.scale.max_failures),
-            callbacks=[_Events(sweep)],
+            callbacks=[_Events(sweep, halt)],
             verbose=2 if verbose else 0,
         ),
     )
     try:
         tuner.fit()
-    except ray.tune.TuneError:
-        if searcher.storage_error:
-            raise UserError(searcher.storage_error) from None
-        raise
     finally:
         shutil.rmtree(of_ray, ignore_errors=True)
+
+
+class _Halt:
+    """What ends the study: kept until the end of a step, for before Ray Tune blames what we raise on the trial."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # raised again by `_Events.on_step_end`
+            self.error = self.error or error
 
 
 class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
     """OptunaSearch on the trials of a sweep: interrupted ones first, then start points, then what Optuna asks for."""
 
     def __init__(
-        self, sweep: Sweep, storage: Any, start_points: Sequence[Mapping[str, Any]], earlier: Sequence[Known]
+        self,
+        sweep: Sweep,
+        storage: Any,
+        start_points: Sequence[Mapping[str, Any]],
+        earlier: Sequence[Known],
+        halt: _Halt,
     ) -> None:
-        self.sweep, self.start_points = sweep, list(start_points)
+        self.sweep, self.start_points, self.halt = sweep, list(start_points), halt
         space, settings = sweep.space, sweep.search
         modes, metrics = list(space.objectives.values()), list(space.objectives)
         self.distributions = self.convert_search_space(_domains(space))
@@ -119,11 +148,12 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
             storage=storage,
         )
         known = [sweep.known(trial) for trial in sweep.trials.values()]
-        self.interrupted = remember(self._ot_study, self.distributions, [*earlier, *known], sweep.token)
+        self.interrupted = self._patiently(
+            lambda: remember(self._ot_study, self.distributions, [*earlier, *known], sweep.token)
+        )
         self.trial_of: dict[str, Trial] = {}
         self.live: set[str] = set()
         self.stopped: set[str] = set()  # by the scheduler
-        self.storage_error = ""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         if len(self.live) >= trials_at_a_time(self.sweep.space.base, self.sweep.search):
@@ -136,15 +166,21 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         metrics = list(self.sweep.space.objectives)
         if len(metrics) == 1 and metrics[0] in result and not result.get("past"):
-            self._patiently(lambda: self._ot_trials[trial_id].report(result[metrics[0]], result["epoch"]))
+            with self.halt.kept():
+                self._patiently(lambda: self._ot_trials[trial_id].report(result[metrics[0]], result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         trial, asked = self.trial_of[trial_id], self._ot_trials[trial_id]
         self.live.discard(trial_id)
-        failed = error or bool(trial.reason)
-        trial.sampler_notes = self._patiently(lambda: notes_of(self._ot_study, asked))
-        self.sweep.ended(trial, "failed" if failed else "stopped" if trial_id in self.stopped else "returned")
-        self._patiently(lambda: tell(self._ot_study, asked, self.sweep.known(trial)))
+        with self.halt.kept():
+            if error and not trial.reason and self.sweep.may_die_again(trial):
+                # the death of a process that was kept for this trial is told twice, and the second ends the trial
+                self.interrupted[self.sweep.label(trial)] = asked
+                self.sweep.waiting.append(trial)
+                return
+            failed = error or bool(trial.reason)
+            self.sweep.ended(trial, "failed" if failed else "stopped" if trial_id in self.stopped else "returned")
+            self._patiently(lambda: tell(self._ot_study, asked, self.sweep.known(trial)))
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()
@@ -166,18 +202,23 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
                 self._patiently(lambda: enqueue(self._ot_study, self.start_points[number]))  # noqa: B023  called at once
             asked = self._patiently(lambda: self._ot_study.ask(fixed_distributions=self.distributions))
             try:
-                trial = self.sweep.begin(asked.params)
+                self.sweep.space.config(asked.params)
             except UserError as error:
                 refused = str(error)
                 self._patiently(lambda: fail(self._ot_study, asked))  # noqa: B023
                 continue
+            trial = self.sweep.begin(asked.params, self._patiently(lambda: notes_of(self._ot_study, asked)))  # noqa: B023
             self._ot_trials[trial_id] = asked
             self._patiently(lambda: asked.set_user_attr(LABEL, self.sweep.label(trial)))  # noqa: B023
             return trial
         raise UserError(f"the config refuses {REFUSED_POINTS} suggestions in a row; narrow the space: {refused}")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
-        """A call to the storage, again for a minute if its database is away; what it knows then can be mended later."""
+        """A call to the storage, again for a minute if its database is away; what it knows then can be mended later.
+
+        Raises:
+            UserError: it stays away.
+        """
         deadline_s = time.monotonic() + STORAGE_S
         while True:
             try:
@@ -185,37 +226,45 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
             except storage_errors() as error:
                 if time.monotonic() > deadline_s:
                     url = shown(self.sweep.search.storage or "memory")
-                    self.storage_error = (
+                    raise UserError(
                         f"storage '{url}' does not answer ({first_cause(error)}); "
                         "run the same command again when it does: the study continues"
-                    )
-                    raise
+                    ) from None
                 time.sleep(1)
 
 
 class _Events(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """What Ray Tune sees of its trials, told to the sweep."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    def __init__(self, sweep: Sweep, halt: _Halt) -> None:
+        self.sweep, self.halt = sweep, halt
         self.places: dict[str, PlacementGroup] = {}  # of the workers, by trial
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as that of the searcher
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self.sweep.started(self._trial(trial))
+        with self.halt.kept():
+            self.sweep.started(self._trial(trial))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "failed" in result:
             self._trial(trial).reason = result["failed"]
             trial.max_failures = 0  # it would fail again in the same way
+        elif "halted" in result:
+            self.halt.error = self.halt.error or UserError(result["halted"])
         elif "placed" in result:
             self.places[trial.trial_id] = result["placed"]
         elif "epoch" in result:
-            self.sweep.reported(self._trial(trial), result["report"])
+            with self.halt.kept():
+                self.sweep.reported(self._trial(trial), result["report"])
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        if self.halt.error:
+            raise self.halt.error
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.sweep.may_die_again(self._trial(trial))
         self._free(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
@@ -241,6 +290,11 @@ def _trainable(function: Callable[[dict[str, Any]], None], resources: dict[str, 
         def _trainable_func(self, config: dict[str, Any]) -> None:
             with self.training:
                 super()._trainable_func(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            if not super().reset_config(new_config):
+                raise RuntimeError("the trial before has not ended")  # of False the searcher would never hear
+            return True
 
         def cleanup(self) -> None:
             super().cleanup()  # a report of the function now ends it
@@ -301,6 +355,11 @@ def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) 
             with _watched_node() as is_to_go:
                 notices = ray_train.Notices(Shard(), is_to_go)
                 run_worker(config, Shard(), device, gauges.show, reporter.log, surroundings.claim, notices.leaving)
+    except (Replaced, Unanswered) as error:  # nothing that another trial would not meet too
+        ray.tune.report({"halted": str(error)})
+        raise
+    except ray.exceptions.RayError:  # one of its processes died; another start may do
+        raise
     except Exception as error:
         ray.tune.report({"failed": _in_one_line(error)})
         raise

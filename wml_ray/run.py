@@ -71,11 +71,14 @@ def train(config: Config, on_event: Report) -> Outcome:
         UserError: the user's mistake, found before anything is written.
         Diverged: training turned non-finite; the MLflow run is FAILED and the last good checkpoint stays.
     """
-    storage.check(config.run_folder)
-    if result := _result(config):
-        return _finished(config, result)
-    with only_one(config.run_folder) as claim:
-        return _train(config, on_event, claim)
+    folder = config.run_folder
+    storage.check(folder)
+    result = _result(config)
+    if result and _identity(folder)["delivered"]:
+        return Outcome(result, folder, TrackedRun(**_identity(folder)["tracked"]), False, 0)
+    with only_one(folder) as claim:
+        result = _result(config)
+        return _deliver(config, result) if result else _train(config, on_event, claim)
 
 
 def _train(config: Config, on_event: Report, claim: Claim) -> Outcome:
@@ -102,21 +105,18 @@ def _train(config: Config, on_event: Report, claim: Claim) -> Outcome:
     return Outcome(result, folder, tracked, True, undelivered)
 
 
-def _finished(config: Config, result: dict[str, Any]) -> Outcome:
+def _deliver(config: Config, result: dict[str, Any]) -> Outcome:
     """The result a run has; what MLflow missed when it finished is delivered now."""
     folder = config.run_folder
     identity = _identity(folder)
-    tracked = TrackedRun(**identity["tracked"])
-    undelivered = 0
-    if not identity["delivered"]:
-        try:
-            tracking.check_reachable(tracking.tracking_uri())
-        except UserError:  # the result is there all the same
-            return Outcome(result, folder, tracked, False, 1)
-        tracked = _open(config, identity["token"])
-        tracker = tracking.Tracker(tracked)
-        session.deliver(result, tracker.log)
-        undelivered = tracker.close(ray_train.DELIVERY_S) or _publish(folder, tracked, result)
+    try:
+        tracking.check_reachable(tracking.tracking_uri())
+    except UserError:  # the result is there all the same
+        return Outcome(result, folder, TrackedRun(**identity["tracked"]), False, 1)
+    tracked = _open(config, identity["token"])
+    tracker = tracking.Tracker(tracked)
+    session.deliver(result, tracker.log)
+    undelivered = tracker.close(ray_train.DELIVERY_S) or _publish(folder, tracked, result)
     return Outcome(result, folder, tracked, False, undelivered)
 
 

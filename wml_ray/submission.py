@@ -171,11 +171,20 @@ def submit(
                 _say_attached(active[0], entrypoint)
                 return str(active[0].submission_id)
             if not image and package is None:
-                package = pack(work, Path(folder) / "package.zip", exclude)
+                package = _packed(work, Path(folder) / "package.zip", exclude)
             job_id = _free_id(work.name, jobs)
             if _submitted(client, job_id, entrypoint, work, runtime_env(work, package, image, packages)):
                 _say_submitted(client, job_id, work, package)
                 return job_id
+
+
+def _packed(work: Work, target: Path, exclude: Sequence[str]) -> Package:
+    try:
+        return pack(work, target, exclude)
+    except OSError as error:
+        raise UserError(
+            f"the code cannot be packed ({error}); make it readable, or leave it out with --exclude"
+        ) from None
 
 
 def _submitted(client: Any, job_id: str, entrypoint: str, work: Work, environment: dict[str, Any]) -> bool:
@@ -233,11 +242,11 @@ def follow(client: JobSubmissionClient, job_id: str) -> int:
     Raises:
         UserError: the cluster is gone.
     """
-    printed, answered_s, job = 0, time.monotonic(), None
+    log, answered_s, job = _Log(), time.monotonic(), None
     while True:
         try:
             job = client.get_job_info(job_id)
-            printed = asyncio.run(_tail(client, job_id, printed))
+            asyncio.run(log.tail(client, job_id))
             job = client.get_job_info(job_id)
             answered_s = time.monotonic()
         except BrokenPipeError:  # nobody reads what we print
@@ -259,15 +268,21 @@ def _what_remains(address: str, job: JobDetails | None) -> str:
     )
 
 
-async def _tail(client: Any, job_id: str, printed: int) -> int:
-    """Print what comes behind the first `printed` characters of the log; returns how many it has now."""
-    seen = 0
-    async for text in client.tail_job_logs(job_id):
-        fresh = text[max(0, printed - seen) :]
-        seen += len(text)
-        if fresh:
-            print(fresh, end="", flush=True)
-    return max(seen, printed)
+class _Log:
+    """A job's log, which comes from its beginning again when the connection was lost."""
+
+    def __init__(self) -> None:
+        self.printed = 0  # characters
+
+    async def tail(self, client: Any, job_id: str) -> None:
+        """Print what was not yet."""
+        seen = 0
+        async for text in client.tail_job_logs(job_id):
+            fresh = text[max(0, self.printed - seen) :]
+            seen += len(text)
+            if fresh:
+                self.printed = seen
+                print(fresh, end="", flush=True)
 
 
 def _say_ended(job: JobDetails) -> int:

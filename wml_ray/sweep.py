@@ -45,6 +45,7 @@ class Sweep:
         self.publisher: Publisher | None = None
         self._on_change = on_change or (lambda sweep: None)
         self._started: set[int] = set()
+        self._deaths: Counter[int] = Counter()
         self._started_s: float | None = None
         self._epochs_before = self.epochs
 
@@ -77,18 +78,17 @@ class Sweep:
 
     def close(self, timeout_s: float) -> int:
         """Wait for MLflow; returns how many operations it did not take."""
-        for trial in self.trials.values():
-            self._drop_checkpoints(trial)  # workers of a stopped trial may have written one more before they ended
         return self.publisher.close(timeout_s) if self.publisher else 0
 
-    def begin(self, point: Mapping[str, Any]) -> Trial:
-        """A new trial at this point.
+    def tidy(self) -> None:
+        """When nothing runs any more: workers of a stopped trial may have written a checkpoint before they ended."""
+        for number in self._started:
+            self._drop_checkpoints(self.trials[number])
 
-        Raises:
-            UserError: the config refuses the point.
-        """
-        self.space.config(point)
-        trial = Trial(max(self.trials, default=-1) + 1, dict(point), created_ms=session.now_ms())
+    def begin(self, point: Mapping[str, Any], sampler_notes: dict[str, Any]) -> Trial:
+        """A new trial at a point that the config takes."""
+        number = max(self.trials, default=-1) + 1
+        trial = Trial(number, dict(point), created_ms=session.now_ms(), sampler_notes=sampler_notes)
         self.ledger.write(trial)
         self.trials[trial.number] = trial
         return trial
@@ -117,11 +117,20 @@ class Sweep:
         trial.state = self._state(trial, end)
         if trial.state == "FAILED":
             trial.reason = trial.reason or DIED
-        self.ledger.write(trial)
+        try:
+            self.ledger.write(trial)
+        except UserError:
+            trial.state = "RUNNING"
+            raise
         self._drop_checkpoints(trial)
         if self.publisher:
             self._deliver(trial)
         self._on_change(self)
+
+    def may_die_again(self, trial: Trial) -> bool:
+        """Count one more death of a trial's processes: whether it may be started again."""
+        self._deaths[trial.number] += 1
+        return self._deaths[trial.number] <= self.space.base.scale.max_failures
 
     def config(self, trial: Trial) -> Config:
         """The config of a trial, as `wml-ray train` takes it."""

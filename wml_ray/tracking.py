@@ -27,6 +27,7 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 _LOCAL_SCHEMES = ("sqlite", "databricks")
 REASON_TAG = "wml_ray.reason"
 TOKEN_TAG = "wml_ray.token"
+VARIABLES = tuple(f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN", "INSECURE_TLS"))
 SILENT = "MLflow does not answer ({}); training goes on, metrics wait"
 
 
@@ -53,6 +54,11 @@ def tracking_uri() -> str:
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     return uri
+
+
+def environment() -> dict[str, str]:
+    """What authenticates a client, for processes on other nodes."""
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def is_local(uri: str) -> bool:
@@ -265,7 +271,7 @@ def _client_class() -> Any:
 
 def shown(uri: str) -> str:
     """The address without user name and password."""
-    scheme, separator, rest = uri.partition("://")
+    scheme, separator, rest = uri.partition("?")[0].partition("://")  # drivers take a password behind ? too
     authority, slash, path = rest.partition("/")
     return f"{scheme}{separator}{authority.rpartition('@')[2]}{slash}{path}"
 

@@ -103,10 +103,12 @@ def _give_up(sweep: Sweep, parent: TrackedRun, error: BaseException) -> None:
     sweep.close(ray_train.INTERRUPTED_DELIVERY_S)
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
     tracking.close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
+    sweep.tidy()
 
 
 def _conclude(sweep: Sweep, parent: TrackedRun, trained_now: bool) -> Outcome:
     """The study's best config and its report, in its folder and in MLflow."""
+    sweep.tidy()
     undelivered = sweep.close(ray_train.DELIVERY_S)
     if undelivered:
         return Outcome(None, sweep.folder, [], parent, undelivered, trained_now)
