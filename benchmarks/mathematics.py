@@ -6,10 +6,11 @@ import torch
 from timing import interleaved_medians_s
 from torch import Tensor
 
-from wml_ray.backbones import ImageSpec, build
-from wml_ray.objective import ensemble_loss, inner_loss, peer_losses
-from wml_ray.tree import PeerTree, pure_forward
-from wml_ray.weights import weight_gradient
+from wml_ray.methods.hypergradient import weight_gradient
+from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
+from wml_ray.networks.backbones import build_stages
+from wml_ray.networks.peer_tree import PeerTree, functional_forward
+from wml_ray.networks.spec import ImageSpec
 
 SPEC = ImageSpec(3, 32, 10)
 BATCH = 64
@@ -23,7 +24,7 @@ def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 1
 
 def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
     torch.manual_seed(0)
-    tree = PeerTree(lambda: build("resnet20", SPEC), [1, 1, num_peers // 2, num_peers, num_peers])
+    tree = PeerTree(lambda: build_stages("resnet20", SPEC), [1, 1, num_peers // 2, num_peers, num_peers])
     tree = tree.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(tree.parameters(), 1e-6, momentum=0.9, nesterov=True)
     weights_M = torch.full((num_peers,), 1 / num_peers, dtype=torch.float64)
@@ -51,9 +52,9 @@ def by_backward_passes(
     """Eq. 5 at the same point as one would write it first: a backward pass for L2, and one for each peer's L_a."""
     parameters = dict(tree.named_parameters())
     omega_M = weights_M.clone().requires_grad_()
-    loss = ensemble_loss(pure_forward(tree, parameters, outer[0]), outer[1], omega_M)
+    loss = ensemble_loss(functional_forward(tree, parameters, outer[0]), outer[1], omega_M)
     direct_M, *v = torch.autograd.grad(loss, [omega_M, *parameters.values()])
-    losses_M = peer_losses(pure_forward(tree, parameters, inner[0]), inner[1], ALPHA)
+    losses_M = peer_losses(functional_forward(tree, parameters, inner[0]), inner[1], ALPHA)
     products = []
     for loss in losses_M:
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)

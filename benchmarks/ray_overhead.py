@@ -13,12 +13,16 @@ import numpy as np
 import ray
 import torch
 
-from wml_ray import data, session
-from wml_ray.config import Config, parse
-from wml_ray.data import Shard
-from wml_ray.loop import EpochEnd, Trainer
-from wml_ray.pruning import apply_plan
-from wml_ray.run import train
+from wml_ray.checkpoints.load import build_tree
+from wml_ray.config.load import parse_config
+from wml_ray.config.schema import Config
+from wml_ray.data.load import load_dataset
+from wml_ray.distributed import WorkerRank
+from wml_ray.pruning.prune import apply_channel_widths
+from wml_ray.training.events import EpochEnd
+from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.trainer import Trainer
+from wml_ray.verbs.train import train
 
 IMAGES = 2600
 SPEED = "train/images_per_second"
@@ -55,20 +59,20 @@ def _config(folder: Path, seed: int, *overrides: str) -> Config:
     raw: dict[str, Any] = {
         "data": {"name": "fashion_mnist", "batch_size": 256},
         "optim": {"epochs": 4},
-        "wml": {"inner_steps": 10},
+        "wml": {"update_every": 10},
     }
     raw["scale"] = {"cpus_per_worker": 1}
-    return parse(raw, [*where, *overrides])
+    return parse_config(raw, [*where, *overrides])
 
 
 def _plain(config: Config) -> list[float]:
     """The same training without Ray, MLflow or checkpoints."""
     torch.set_num_threads(1)
-    dataset = data.load(config)
-    start = session.beginning(config, dataset)
-    tree = session.fresh_tree(config, dataset.spec)
-    apply_plan(tree, start.plan["channels"])
-    trainer = Trainer(config, tree, dataset, torch.device("cpu"), Shard())
+    dataset = load_dataset(config)
+    start = initial_checkpoint(config, dataset)
+    tree = build_tree(config, dataset.spec)
+    apply_channel_widths(tree, start.plan["channels"])
+    trainer = Trainer(config, tree, dataset, torch.device("cpu"), WorkerRank())
     speeds: list[float] = []
     trainer.fit(lambda event: speeds.append(event.metrics[SPEED]) if isinstance(event, EpochEnd) else None)
     return speeds[1:]

@@ -17,14 +17,20 @@ import ray.tune
 import torch
 from optuna.storages import InMemoryStorage
 
-from wml_ray import session, tracking
-from wml_ray.config import Config, load
-from wml_ray.data import Shard
-from wml_ray.ray_train import Surroundings
-from wml_ray.ray_tune import search, train_trial
-from wml_ray.space import SearchConfig, Space, increasing, load_space, make_space, search_config
-from wml_ray.sweep import Sweep
-from wml_ray.tune import tune
+from wml_ray.cluster.connect import WorkerEnvironment
+from wml_ray.cluster.trial import train_trial
+from wml_ray.cluster.tune import run_trials
+from wml_ray.config.load import load_config
+from wml_ray.config.schema import Config
+from wml_ray.distributed import WorkerRank
+from wml_ray.search.ratios import increasing
+from wml_ray.search.settings import SearchConfig, search_config
+from wml_ray.search.space import Space, load_space, make_space
+from wml_ray.search.study import Study
+from wml_ray.tracking.runs import open_run
+from wml_ray.training.events import ignore_metrics
+from wml_ray.training.worker import run_worker
+from wml_ray.verbs.tune import tune
 
 ROOT = Path(__file__).parent.parent
 ACCURACY = "val/accuracy/ensemble_weighted"
@@ -42,7 +48,7 @@ def _workplace() -> Iterator[Path]:
 
 
 def _base(folder: Path, *overrides: str) -> Config:
-    return load(ROOT / "jobs" / "search.yaml", [f"run.storage_path={folder}", *overrides])
+    return load_config(ROOT / "jobs" / "search.yaml", [f"run.storage_path={folder}", *overrides])
 
 
 def warm_start(trials: int = 8) -> dict[str, float]:
@@ -52,19 +58,19 @@ def warm_start(trials: int = 8) -> dict[str, float]:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", base)
         asked_ms: dict[int, int] = {}
 
-        def note(sweep: Sweep) -> None:
+        def note(sweep: Study) -> None:
             asked_ms.update({number: trial.created_ms for number, trial in sweep.trials.items()})
 
         settings = search_config(study="warm", trials=trials, scheduler="none", concurrent=1)
-        sweep = Sweep(space, settings, folder / "warm", "token", note)
-        search(sweep, InMemoryStorage(), trial_function=_train_and_note_first_step)
+        sweep = Study(space, settings, folder / "warm", "token", note)
+        run_trials(sweep, InMemoryStorage(), trial_function=_train_and_note_first_step)
         first_ms = {int(path.stem): float(path.read_text()) for path in (folder / "warm").glob("trials/*.first")}
     starts_s = [(first_ms[number] - asked_ms[number]) / 1000 for number in sorted(asked_ms)]
     return {"first trial": starts_s[0], "reused actor": statistics.median(starts_s[1:])}
 
 
-def _train_and_note_first_step(settings: dict[str, Any], surroundings: Surroundings) -> None:
-    from wml_ray.loop import Trainer
+def _train_and_note_first_step(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
+    from wml_ray.training.trainer import Trainer
 
     plain = getattr(Trainer, "plain_step", Trainer._train_step)
     Trainer.plain_step = plain  # type: ignore[attr-defined]
@@ -76,7 +82,7 @@ def _train_and_note_first_step(settings: dict[str, Any], surroundings: Surroundi
         return plain(self, *arguments)
 
     Trainer._train_step = noted  # type: ignore[method-assign]
-    train_trial(settings, surroundings)
+    train_trial(settings, worker_environment)
 
 
 def tune_cost(trials: int = 20) -> dict[str, float]:
@@ -84,11 +90,11 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
     with _workplace() as folder:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", _base(folder, "optim.epochs=10"))
         settings = search_config(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
-        parent = tracking.open_run("cost", "cost", "token", {})
-        sweep = Sweep(space, settings, folder / "cost", "token")
+        parent = open_run("cost", "cost", "token", {})
+        sweep = Study(space, settings, folder / "cost", "token")
         sweep.publish_to(parent)
         start_s = time.perf_counter()
-        search(sweep, InMemoryStorage())
+        run_trials(sweep, InMemoryStorage())
         sweep.close(60)
         tuned_s = time.perf_counter() - start_s
     torch.set_num_threads(1)
@@ -97,7 +103,7 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
         for trial in sweep.trials.values():
             config = sweep.config(trial)
             config = config.model_copy(update={"run": config.run.model_copy(update={"storage_path": name})})
-            session.run_worker(config, Shard(), torch.device("cpu"), lambda event: None, session.ignore_log)
+            run_worker(config, WorkerRank(), torch.device("cpu"), lambda event: None, ignore_metrics)
     return {"Ray Tune": tuned_s, "bare loop": time.perf_counter() - start_s}
 
 
@@ -107,21 +113,21 @@ def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
         space = load_space(ROOT / "tune_spaces" / "wml.py", _base(folder, "optim.epochs=1"))
         ended_s: list[float] = []
 
-        def note(sweep: Sweep) -> None:
+        def note(sweep: Study) -> None:
             done = len(sweep.trials) - sweep.counts()["RUNNING"]
             if done > len(ended_s):
                 ended_s.append(time.perf_counter())
 
         settings = search_config(study="many", trials=trials, sampler=sampler)
-        parent = tracking.open_run("many", "many", "token", {})
-        sweep = Sweep(space, settings, folder / "many", "token", note)
+        parent = open_run("many", "many", "token", {})
+        sweep = Study(space, settings, folder / "many", "token", note)
         sweep.publish_to(parent)
-        search(sweep, InMemoryStorage(), trial_function=_report_nothing)
+        run_trials(sweep, InMemoryStorage(), trial_function=_report_nothing)
         sweep.close(600)
     return {"first 100": (ended_s[100] - ended_s[0]) / 100, "last 100": (ended_s[-1] - ended_s[-101]) / 100}
 
 
-def _report_nothing(settings: dict[str, Any], surroundings: Surroundings) -> None:
+def _report_nothing(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
     value = (settings["trial"] * 0.6180339) % 1
     metrics = {ACCURACY: value, "peers/macs/tree": value}
     entry = {"epoch": 1, "timestamp_ms": 0, "metrics": metrics}
@@ -162,7 +168,7 @@ def _epochs_until(space: Space, settings: SearchConfig, wanted: float) -> tuple[
 
     at: list[tuple[int, float]] = []
 
-    def look(sweep: Sweep) -> None:
+    def look(sweep: Study) -> None:
         best = sweep.best()
         if best is not None and sweep.values(best)[0] >= wanted:
             at.append((sweep.epochs, sweep.values(best)[0]))

@@ -24,10 +24,10 @@ from typing import Any
 
 import psutil
 
-from wml_ray import tracking
-from wml_ray.config import UserError
-from wml_ray.ledger import Ledger
-from wml_ray.records import TRIAL_TAG
+from wml_ray.errors import UserError
+from wml_ray.search.trials import TrialStore
+from wml_ray.tracking.client import check_reachable, client_of
+from wml_ray.tracking.tags import TRIAL_TAG
 
 ROOT = Path(__file__).parent.parent
 STUDY, EPOCHS, TRIALS = "soak", 8, 4  # trials asked for at first, and again whenever they are done
@@ -70,7 +70,7 @@ class Server:
             self.start()
         while True:
             try:
-                return tracking.check_reachable(self.uri)
+                return check_reachable(self.uri)
             except UserError:
                 time.sleep(0.2)
 
@@ -184,9 +184,9 @@ def _killed(victim: str, driver: Driver, server: Server, draw: random.Random) ->
 def _ledger(driver: Driver) -> dict[str, int]:
     """What was asked for, and what of it the study's folder and MLflow have."""
     os.environ["MLFLOW_TRACKING_URI"] = driver.uri
-    client = tracking.client_of(driver.uri)
+    client = client_of(driver.uri)
     experiment = client.get_experiment_by_name(STUDY).experiment_id
-    complete = {trial.number for trial in Ledger(driver.folder / "results" / STUDY).trials() if trial.final}
+    complete = {trial.number for trial in TrialStore(driver.folder / "results" / STUDY).trials() if trial.final}
     logged = Counter[tuple[int, str, int]]()
     finished = set()
     for run in client.search_runs([experiment], f"tags.`{TRIAL_TAG}` != ''"):

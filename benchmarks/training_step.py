@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from timing import interleaved_medians_s
 
-from wml_ray.backbones import ImageSpec, build
-from wml_ray.config import PruningConfig
-from wml_ray.objective import inner_loss
-from wml_ray.pruning import prune
-from wml_ray.tree import PeerTree
+from wml_ray.config.schema import PruningConfig
+from wml_ray.methods.losses import inner_loss
+from wml_ray.networks.backbones import build_stages
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.prune import prune
 
 SPEC = ImageSpec(3, 32, 100)
 BATCH = 128
@@ -36,11 +37,11 @@ def _step(kind: str) -> Callable[[], None]:
     targets = torch.randint(SPEC.num_classes, (BATCH,))
     weights_M = torch.full((4,), 0.25)
     if kind == "tree":
-        model = PeerTree(lambda: build("resnet32", SPEC), SHARING)
+        model = PeerTree(lambda: build_stages("resnet32", SPEC), SHARING)
         prune(model, PruningConfig(ratios=RATIOS), SPEC, [(images[:64], targets[:64])])
         alpha = 0.5
     else:
-        model = PeerTree(lambda: build("resnet32", SPEC), [4] * 5)
+        model = PeerTree(lambda: build_stages("resnet32", SPEC), [4] * 5)
         alpha = 0.0
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, nesterov=True)

@@ -6,16 +6,17 @@ python jobs/01_smoke.py [key=value ...]
 import sys
 from pathlib import Path
 
-from wml_ray.config import load
-from wml_ray.progress import StudyProgress
-from wml_ray.space import load_space, search_config
-from wml_ray.tune import Outcome, tune
+from wml_ray.config.load import load_config
+from wml_ray.search.settings import search_config
+from wml_ray.search.space import load_space
+from wml_ray.verbs.progress import StudyProgress
+from wml_ray.verbs.tune import StudyResult, tune
 
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int = 8) -> Outcome:
-    base = load(HERE / "search.yaml", overrides)
+def main(overrides: list[str], trials: int = 8) -> StudyResult:
+    base = load_config(HERE / "search.yaml", overrides)
     space = load_space(HERE.parent / "tune_spaces" / "smoke.py", base)
     with StudyProgress() as progress:
         outcome = tune(space, search_config(study="smoke", trials=trials), progress)

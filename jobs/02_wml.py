@@ -9,16 +9,18 @@ from pathlib import Path
 
 from ray.tune import loguniform, uniform
 
-from wml_ray.config import load, with_values
-from wml_ray.progress import StudyProgress
-from wml_ray.space import increasing, make_space, search_config
-from wml_ray.tune import Outcome, tune
+from wml_ray.config.load import load_config, with_values
+from wml_ray.search.ratios import increasing
+from wml_ray.search.settings import search_config
+from wml_ray.search.space import make_space
+from wml_ray.verbs.progress import StudyProgress
+from wml_ray.verbs.tune import StudyResult, tune
 
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int = 20) -> Outcome:
-    base = load(HERE / "search.yaml", overrides)
+def main(overrides: list[str], trials: int = 20) -> StudyResult:
+    base = load_config(HERE / "search.yaml", overrides)
     domains = {
         "pruning.ratios": increasing(0.0, 0.5),
         "wml.alpha": uniform(0.0, 1.0),

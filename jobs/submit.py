@@ -13,10 +13,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wml_ray import submission
-from wml_ray.cli import reader_has_left
-from wml_ray.config import UserError
-from wml_ray.job_package import work_of
+from wml_ray.cli.output import reader_has_left
+from wml_ray.errors import UserError
+from wml_ray.submit.client import connect
+from wml_ray.submit.jobs import follow, how_to_go_on, list_jobs, status, stop, submit
+from wml_ray.submit.package import work_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,10 +26,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.verb in ("stop", "status"):
             if words:
                 raise UserError(f"unrecognized arguments: {' '.join(words)}; see jobs/submit.py {options.verb} --help")
-            client = submission.connect(options.address)
+            client = connect(options.address)
             if options.job is None:
-                return submission.list_jobs(client)
-            return (submission.stop if options.verb == "stop" else submission.status)(client, options.job)
+                return list_jobs(client)
+            return (stop if options.verb == "stop" else status)(client, options.job)
         return _submit(options, words)
     except UserError as error:
         print(f"submit: {error}", file=sys.stderr)
@@ -41,14 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _submit(options: argparse.Namespace, words: list[str]) -> int:
     work = work_of(options.verb, words)
-    client = submission.connect(options.address)
-    job_id = submission.submit(client, work, options.image, options.packages, options.exclude)
+    client = connect(options.address)
+    job_id = submit(client, work, options.image, options.packages, options.exclude)
     try:
         if not options.detach:
-            return submission.follow(client, job_id)
+            return follow(client, job_id)
     except KeyboardInterrupt:
         print(f"\nno longer following; {job_id} goes on", file=sys.stderr)
-    print("\n".join(submission.how_to_go_on(job_id, options.address)))
+    print("\n".join(how_to_go_on(job_id, options.address)))
     return 0 if options.detach else 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def main() -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from wml_ray.job_entry import on_cluster
+    from wml_ray.submit.entry import on_cluster
 
     return on_cluster("tune", sys.argv[1:])
 

@@ -15,8 +15,9 @@ from playwright.sync_api import Page, Request, Response, expect, sync_playwright
 from ray.tune import loguniform, uniform
 from servers import installed
 
-from wml_ray.space import make_space, search_config
-from wml_ray.tune import tune
+from wml_ray.search.settings import search_config
+from wml_ray.search.space import make_space
+from wml_ray.verbs.tune import tune
 
 TIMEOUT_MS = 60_000  # two busy cores draw the MLflow UI slowly
 WIDE = {"width": 3200, "height": 1400}  # MLflow's tables leave out the columns beyond the edge of the window

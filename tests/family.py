@@ -5,11 +5,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wml_ray.backbones import ImageSpec
-from wml_ray.config import Config, PruningConfig, parse
-from wml_ray.pruning import prune
-from wml_ray.tree import PeerTree
+from wml_ray.checkpoints.checkpoint import Checkpoint
+from wml_ray.config.load import parse_config
+from wml_ray.config.schema import Config, PruningConfig
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.prune import prune
 
+SCORES = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
 SPEC = ImageSpec(1, 8, 10)
 
 
@@ -55,10 +58,10 @@ def tiny_config(*overrides: str) -> Config:
         "data": {"batch_size": 64, "crop_padding": 1},
         "model": {"backbone": "family:stages", "sharing": [1, 2, 4, 4]},
         "pruning": {"ratios": [0.0, 0.1, 0.2, 0.3], "min_channels": 2},
-        "wml": {"inner_steps": 4},
+        "wml": {"update_every": 4},
         "optim": {"epochs": 3},
     }
-    return parse(raw, overrides)
+    return parse_config(raw, overrides)
 
 
 def write_study(folder: Path, config: Config) -> None:
@@ -68,3 +71,12 @@ def write_study(folder: Path, config: Config) -> None:
         "from ray import tune\nOBJECTIVES = {'val/accuracy/ensemble_weighted': 'max'}\n"
         "def space(): return {'wml.alpha': tune.uniform(0, 0.9)}\n"
     )
+
+
+def checkpoint(epoch):
+    history = [
+        {"epoch": e + 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": score}}
+        for e, score in enumerate(SCORES[:epoch])
+    ]
+    tensors = {"layer.weight": torch.randn(64, 64), "count": torch.tensor(epoch)}
+    return Checkpoint(epoch, tensors, {"epoch": torch.tensor(epoch)}, {"epoch": epoch, "history": history})

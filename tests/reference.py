@@ -35,7 +35,7 @@ def forward(model, parameters, inputs):
     return list(functional_call(model, {**parameters, **buffers}, (inputs,)))
 
 
-def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, inner_step, **kl_options):
+def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, unroll_learning_rate, **kl_options):
     """d/domega of L2(omega, theta - gamma dL1/dtheta); each loss is the mean over the workers' shards."""
     parameters = dict(model.named_parameters())
     weights = weights.clone().requires_grad_()
@@ -45,7 +45,7 @@ def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, inner_s
         for x, y in inner_shards
     )
     gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
-    stepped = {name: p - inner_step * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    stepped = {name: p - unroll_learning_rate * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
     images = sum(len(y) for _, y in outer_shards)
     outer = sum(ensemble_loss(forward(model, stepped, x), y, weights) * len(y) / images for x, y in outer_shards)
     return torch.autograd.grad(outer, weights)[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wml_ray.config import load
+from wml_ray.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -423,7 +423,7 @@ def test_the_job_goes_with_its_cluster_and_can_be_read():
     python, script, config, *overrides = shlex.split(spec["entrypoint"])
     assert (python, script) == ("python", "jobs/train.py")
     assert (ROOT / script).exists()
-    parsed = load(ROOT / config, overrides)
+    parsed = load_config(ROOT / config, overrides)
     (group,) = ray_cluster("kuberay/rayjob.yaml")["workerGroupSpecs"]
     assert parsed.scale.workers == [1, group["maxReplicas"]]
     assert parsed.scale.gpu is True

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from wml_ray.cli import main
-from wml_ray.config import Config, known_keys, load
+from wml_ray.cli.main import main
+from wml_ray.config.load import known_keys, load_config
+from wml_ray.config.schema import Config
 
 JOBS = Path(__file__).parent.parent / "jobs"
 CONFIGS = sorted(path.stem for path in JOBS.glob("*.yaml"))
@@ -26,7 +27,7 @@ def read(name):
     path = JOBS / f"{name}.yaml"
     comment = re.match(r"(#.*\n)+", path.read_text())
     assert comment, "opens with no comment"
-    return load(path), comment.group()
+    return load_config(path), comment.group()
 
 
 def names(comment, thing):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from wml_ray.backbones import BACKBONES
-from wml_ray.cli import main
-from wml_ray.config import describe, load
-from wml_ray.space import load_space
+from wml_ray.cli.main import main
+from wml_ray.config.load import describe_keys, load_config
+from wml_ray.networks.backbones import BACKBONES
+from wml_ray.search.space import load_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ def test_both_commands_stand_by_line_20():
 
 
 def test_the_table_of_keys_is_the_schema():
-    assert describe() in README, "paste the output of: python -c 'from wml_ray.config import *; print(describe())'"
+    assert describe_keys() in README, "paste the output of: python -c 'from wml_ray.config import *; print(describe())'"
 
 
 def test_the_tree_names_every_file_of_the_package():
@@ -59,7 +59,7 @@ def test_the_commands_and_the_python_of_the_readme_run(workplace, capsys):
         assert main([*command, *faster.get(command[0], [])]) == 0, capsys.readouterr().err
     space, code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (workplace / "space.py").write_text(space)
-    assert load_space("space.py", load("jobs/search.yaml")).objectives
+    assert load_space("space.py", load_config("jobs/search.yaml")).objectives
     (checkpoint,) = Path("results").glob("*/*/checkpoints/epoch-0001")
     names: dict = {}
     exec(code.replace("CHECKPOINT", str(checkpoint)), names)

@@ -16,12 +16,15 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from wml_ray import cli, ray_train, ray_tune
-from wml_ray.loop import EpochEnd, Trainer
+from wml_ray.cli.main import main as run_command
+from wml_ray.cluster import train as ray_train
+from wml_ray.cluster import tune as ray_tune
+from wml_ray.training.events import EpochEnd
+from wml_ray.training.trainer import Trainer
 
 RESIZE_S = 2  # between two looks for nodes that have come
 GATE_S = 120
-plain_worker, plain_trial = ray_train._worker, ray_tune.train_trial
+plain_worker, plain_trial = ray_train.train_loop_per_worker, ray_tune.train_trial
 
 
 class Place:
@@ -81,31 +84,31 @@ def worker(settings: dict) -> None:
         plain_worker(settings)
 
 
-def trial(settings: dict, **surroundings: object) -> None:
+def trial(settings: dict, **worker_environment: object) -> None:
     """What Ray Tune runs for each trial."""
     with watched(Place(Path(json.loads(settings["config"])["run"]["storage_path"]).parent.parent)):
-        plain_trial(settings, **surroundings)
+        plain_trial(settings, **worker_environment)
 
 
 @contextmanager
 def watched(place: Place) -> Iterator[None]:
     plain_fit, plain_step = Trainer.fit, Trainer._train_step
 
-    def fit(trainer, report, leaving, save):
+    def fit(trainer, report, preempted, save):
         place.begin(trainer.epoch, trainer.step)
 
         def noticed():
             while place.notice.exists():  # stands still until it has come
-                if leaving():
+                if preempted():
                     place.notice.unlink()
                     return True
                 time.sleep(0.02)
-            return leaving()
+            return preempted()
 
         def reported(event):
             if isinstance(event, EpochEnd):
-                shard = trainer.shard
-                line = {"epoch": event.epoch, "workers": shard.world_size, "rank": shard.rank}
+                worker = trainer.worker
+                line = {"epoch": event.epoch, "workers": worker.world_size, "rank": worker.rank}
                 place.write({**line, "digest": digest(trainer)})
             report(event)
 
@@ -114,7 +117,7 @@ def watched(place: Place) -> Iterator[None]:
     def step(trainer, number, batch):
         epoch, within = divmod(number, trainer.dataset.steps_per_epoch)
         if within == trainer.dataset.steps_per_epoch // 2:
-            place.pass_gate(epoch + 1, trainer.shard.world_size, trainer.shard.rank)
+            place.pass_gate(epoch + 1, trainer.worker.world_size, trainer.worker.rank)
         return plain_step(trainer, number, batch)
 
     with mock.patch.object(Trainer, "fit", fit), mock.patch.object(Trainer, "_train_step", step):
@@ -132,9 +135,9 @@ def digest(trainer: Trainer) -> str:
 
 def main() -> int:
     ray_train.ScalingConfig = partial(ray_train.ScalingConfig, elastic_resize_monitor_interval_s=RESIZE_S)
-    ray_train._worker = worker
+    ray_train.train_loop_per_worker = worker
     ray_tune.train_trial = trial
-    return cli.main(sys.argv[1:])
+    return run_command(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Two objectives at once: the ensemble's accuracy up, the MACs of the whole family down."""
 
 from ray import tune
-
 from wml_ray.space import increasing
 
 OBJECTIVES = {"val/accuracy/ensemble_weighted": "max", "peers/macs/tree": "min"}

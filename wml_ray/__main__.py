@@ -2,6 +2,6 @@
 
 import sys
 
-from wml_ray.cli import main
+from wml_ray.cli.main import main
 
 sys.exit(main())

@@ -2,20 +2,9 @@ import json
 import subprocess
 
 import pytest
-import torch
+from family import SCORES, checkpoint
 
-from wml_ray.checkpoint import Checkpoint, Checkpoints, Damaged, best_epoch
-
-SCORES = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
-
-
-def checkpoint(epoch):
-    history = [
-        {"epoch": e + 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": score}}
-        for e, score in enumerate(SCORES[:epoch])
-    ]
-    tensors = {"layer.weight": torch.randn(64, 64), "count": torch.tensor(epoch)}
-    return Checkpoint(epoch, tensors, {"epoch": torch.tensor(epoch)}, {"epoch": epoch, "history": history})
+from wml_ray.checkpoints.checkpoint import Checkpoints, DamagedCheckpoint, best_epoch
 
 
 @pytest.fixture
@@ -51,7 +40,7 @@ def test_damage_is_detected_and_the_one_before_is_used(store, name, damage):
         path.write_bytes(content)
     else:
         path.unlink()
-    with pytest.raises(Damaged, match="epoch-0006"):
+    with pytest.raises(DamagedCheckpoint, match="epoch-0006"):
         store.load(6)
     with pytest.warns(UserWarning, match="epoch-0006 is damaged"):
         assert store.latest().epoch == 5

@@ -7,8 +7,8 @@ from threading import Thread
 import pytest
 import torch
 
-from wml_ray.backbones import BACKBONES
-from wml_ray.cli import main
+from wml_ray.cli.main import main
+from wml_ray.networks.backbones import BACKBONES
 
 CONFIG = "data: {name: digits}\noptim: {epochs: 1}\n"
 DATASETS = ["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"]
@@ -23,7 +23,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capfd):
-    """Run the CLI in an empty folder; the one line it refuses with, leaving nothing behind."""
+    """Run the CLI in an empty folder; the one line it refuses with, preempted nothing behind."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -72,8 +72,8 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["data.batch_size=5000"], ["data.batch_size = 5000", "training images", "smaller"]),
         (["wml.alpha=1.5"], ["wml.alpha = 1.5", "less than or equal to 1"]),
         (["wml.mirror_step_size=-0.1"], ["wml.mirror_step_size = -0.1", "greater than or equal to 0"]),
-        (["wml.inner_steps=-1"], ["wml.inner_steps = -1", "greater than or equal to 1"]),
-        (["wml.inner_step=-1"], ["wml.inner_step = -1", "greater than or equal to 0"]),
+        (["wml.update_every=-1"], ["wml.update_every = -1", "greater than or equal to 1"]),
+        (["wml.unroll_learning_rate=-1"], ["wml.unroll_learning_rate = -1", "greater than or equal to 0"]),
         (["wml.temperature=0"], ["wml.temperature = 0", "greater than 0"]),
         (["wml.outer_data=test"], ["wml.outer_data = 'test'", "'train'", "'holdout'"]),
         (["wml=0.3"], ["wml = 0.3"]),

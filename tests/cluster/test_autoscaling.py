@@ -10,8 +10,9 @@ import pytest
 from autoscaler import autoscaling_cluster
 from family import tiny_config, write_study
 
-from wml_ray.ledger import Ledger
+from wml_ray.search.trials import TrialStore
 
+TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 COUNT_NODES = """
@@ -29,7 +30,7 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
     write_study(workplace, config)
     with autoscaling_cluster(max_nodes=2) as address:
         environment = {**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-        environment["PYTHONPATH"] = os.path.dirname(__file__)
+        environment["PYTHONPATH"] = str(TESTS)
         counter = subprocess.Popen(
             [sys.executable, "-c", COUNT_NODES, address], env=environment, stdout=subprocess.PIPE, text=True
         )
@@ -52,13 +53,13 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
     assert "NO  3 workers with 1 CPU core each do not fit" in refusal
     assert "and no autoscaler that adds the rest" in refusal
     assert done.returncode == 0, done.stderr
-    assert [trial.state for trial in Ledger(Path("results/grown-alpha")).trials()] == ["COMPLETE"] * 4
+    assert [trial.state for trial in TrialStore(Path("results/grown-alpha")).trials()] == ["COMPLETE"] * 4
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
 
 
 def test_a_trial_no_node_can_hold_is_an_error_before_the_first(workplace):
     write_study(workplace, tiny_config("scale.cpus_per_worker=64"))
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2

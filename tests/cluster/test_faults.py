@@ -15,29 +15,31 @@ from pathlib import Path
 import psutil
 import pytest
 from family import tiny_config, write_study
+from head import Head
 from mlflow import MlflowClient
 from nodes import kill_family, nodes
 from postgres import postgres
+from runs import ignore
 from servers import Server
-from test_run import ignore
-from test_submission import Head
 from witness import Place
 
-from wml_ray import study_report, tracking
-from wml_ray import tune as tune_module
-from wml_ray.checkpoint import Checkpoints
-from wml_ray.config import UserError, load
-from wml_ray.delivery import Deliveries
-from wml_ray.ledger import Ledger
-from wml_ray.loop import STEPS_BETWEEN_LOOKS
-from wml_ray.run import train
-from wml_ray.space import load_space, search_config
-from wml_ray.tracking import Tracker
-from wml_ray.tune import tune
+from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.config.load import load_config
+from wml_ray.errors import UserError
+from wml_ray.search.settings import search_config
+from wml_ray.search.space import load_space
+from wml_ray.search.trials import TrialStore
+from wml_ray.storage.retry import RetryQueue
+from wml_ray.tracking.client import check_reachable, tracking_uri
+from wml_ray.tracking.runs import UNREACHABLE, MetricLogger, finish_run, open_run
+from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS
+from wml_ray.verbs import tune as tune_verb
+from wml_ray.verbs.train import train
+from wml_ray.verbs.tune import check_ratios, tune
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 WITHIN_S = 180
 HUNG_S, AWAY_S = 10, 60
@@ -165,7 +167,7 @@ def test_a_job_outlives_its_driver_and_then_its_head(server, workplace):
     """The driver is killed and the job submitted again; then all of the head is, and a new one goes on."""
     words = [str(ROOT / "jobs" / "quickstart.yaml"), "pruning.saliency_images=32", "data.batch_size=256"]
     words += ["optim.epochs=24", "scale.workers=1", "run.name=outlives"]
-    config = load(words[0], words[1:])
+    config = load_config(words[0], words[1:])
     checkpoints = Checkpoints(config.run_folder / "checkpoints", 2)
     name, tracked = config.run_id, {"MLFLOW_TRACKING_URI": server.uri}
 
@@ -229,7 +231,7 @@ def trial_plans(study):
 
 def assert_whole(study, trials, epochs):
     """Every trial is complete in the ledger, delivered, and in MLflow with each epoch once."""
-    ledger = Ledger(Path("results", study)).trials()
+    ledger = TrialStore(Path("results", study)).trials()
     assert [(trial.number, trial.state, trial.delivered) for trial in ledger] == [
         (number, "COMPLETE", True) for number in range(trials)
     ]
@@ -283,7 +285,7 @@ def test_training_on_a_machine_that_is_to_go_continues_in_the_middle_of_its_epoc
     ended(process)
     first, (epoch, step) = place.begun()
     assert (first, epoch) == ((0, 0), 0)
-    assert step >= STEPS_BETWEEN_LOOKS
+    assert step >= STEPS_BETWEEN_PREEMPTION_CHECKS
     assert whole(2) in logged("spot" if words[0] == "train" else "spot-alpha").values()
 
 
@@ -314,16 +316,16 @@ def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(work
 
 def log_a_trial(number, together, logging):
     """As a process that trains does; all eight make their experiment, and log, at the same time."""
-    tracking.check_reachable(tracking.tracking_uri())
+    check_reachable(tracking_uri())
     together.wait(WITHIN_S)
-    tracked = tracking.open_run("eight", f"trial {number}", f"token {number}", {"seed": number})
-    tracker = Tracker(tracked)
+    tracked = open_run("eight", f"trial {number}", f"token {number}", {"seed": number})
+    tracker = MetricLogger(tracked)
     for step in range(1, 51):
         tracker.log(step, dict.fromkeys(METRICS, step / (number + 1)), step)
     logging.release()
     assert tracker.close(WITHIN_S) == 0
-    last = Deliveries(tracking.SILENT)
-    last.put(lambda: tracking.finish_run(tracked, "FINISHED"))
+    last = RetryQueue(UNREACHABLE)
+    last.put(lambda: finish_run(tracked, "FINISHED"))
     assert last.close(WITHIN_S) == 0
 
 
@@ -346,7 +348,7 @@ def test_a_study_misses_nothing_of_a_server_that_hangs_and_of_one_that_dies(serv
             server.kill()
             later(AWAY_S, server.start)
 
-    space = load_space(Path("alpha.py"), load("c.yaml"))
+    space = load_space(Path("alpha.py"), load_config("c.yaml"))
     outcome = tune(space, search_config(study="outage-alpha", trials=4, scheduler="none"), break_server)
     assert len(pending) == 2
     assert outcome.undelivered == 0
@@ -356,7 +358,7 @@ def test_a_study_misses_nothing_of_a_server_that_hangs_and_of_one_that_dies(serv
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_server_that_goes_while_a_study_begins_or_concludes_costs_a_sentence(server, workplace, monkeypatch):
     write_study(workplace, tiny_config("optim.epochs=1", "scale.cpus_per_worker=1", "run.name=ends"))
-    space = load_space(Path("alpha.py"), load("c.yaml"))
+    space = load_space(Path("alpha.py"), load_config("c.yaml"))
     search = search_config(study="ends-alpha", trials=1, scheduler="none")
 
     def then_gone(function):
@@ -368,12 +370,12 @@ def test_a_server_that_goes_while_a_study_begins_or_concludes_costs_a_sentence(s
         return call
 
     with monkeypatch.context() as patched:
-        patched.setattr(tune_module, "check_ratios", then_gone(tune_module.check_ratios))
+        patched.setattr("wml_ray.verbs.tune.check_ratios", then_gone(check_ratios))
         with pytest.raises(UserError, match="the MLflow server does not answer"):
             tune(space, search)
     start_again(server)
     with monkeypatch.context() as patched:
-        patched.setattr(study_report, "write_study", then_gone(study_report.write_study))
+        patched.setattr("wml_ray.verbs.tune.write_study", then_gone(tune_verb.write_study))
         assert tune(space, search).undelivered == 1
     start_again(server)
     assert tune(space, search).undelivered == 0

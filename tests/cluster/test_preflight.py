@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from family import tiny_config, write_study
 from nodes import ENVIRONMENT, nodes
 from servers import free_port
 
-from wml_ray.preflight import answer
+from wml_ray.cluster.preflight import report_node
+
+TESTS = Path(__file__).parents[1]
 
 
 def dry_run(environment, *words):
@@ -48,7 +51,7 @@ def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(workp
 
 def test_a_dry_run_on_one_machine_leaves_nothing_behind(workplace):
     write_study(workplace, tiny_config())
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     status, found = dry_run(environment, "train", "c.yaml", "run.storage_path=deep/results", "data.name=cifar10")
     assert status == 2
     assert [subject for subject, (verdict, _) in found.items() if verdict == "NO"] == ["data"]
@@ -58,6 +61,6 @@ def test_a_dry_run_on_one_machine_leaves_nothing_behind(workplace):
 def test_a_worker_that_cannot_reach_mlflow_says_so(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
-    said = answer(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
+    said = report_node(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
     assert "does not answer (Connection refused)" in said.tracking
     assert said.storage == said.data == ""

@@ -4,19 +4,22 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 import ray
 from family import tiny_config
 from mlflow import MlflowClient
+from runs import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 from servers import Server, guarded
-from test_run import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 
-from wml_ray.checkpoint import Checkpoints
-from wml_ray.config import UserError
-from wml_ray.loop import Diverged, EpochEnd
-from wml_ray.ray_mailbox import Mailbox
-from wml_ray.run import train
+from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.cluster.messages import DriverQueue
+from wml_ray.errors import Diverged, UserError
+from wml_ray.training.events import EpochEnd
+from wml_ray.verbs.train import train
+
+TESTS = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -30,7 +33,7 @@ def training_workers():
 
 
 def test_two_workers_one_of_them_killed_end_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
     whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)
     killed = []
 
@@ -82,7 +85,7 @@ def test_letters_that_nobody_waits_for_arrive_in_order_and_are_not_held_up_by_th
         all_sent.wait(30)
         received.append(number)
 
-    with Mailbox({"numbers": receive}) as mailbox:
+    with DriverQueue({"numbers": receive}) as mailbox:
         send = mailbox.sender("numbers", answered=False)
         ray.get([send(number) for number in range(1500)], timeout=30)
         all_sent.set()

@@ -4,7 +4,8 @@ from typing import Literal, get_args, get_origin
 import pytest
 from pydantic import ValidationError
 
-from wml_ray.config import UserError, describe, known_keys, load, parse
+from wml_ray.config.load import describe_keys, known_keys, load_config, parse_config
+from wml_ray.errors import UserError
 
 SECTIONS_THAT_ARE_PLACE_OR_SPEED = ("run", "scale")
 KEYS_THAT_ARE_PLACE_OR_SPEED = ("data.root", "data.download", "data.loader_workers")
@@ -15,7 +16,7 @@ UNUSUAL = {
     "data": {"batch_size": 32, "flip": True},
     "model": {"backbone": "resnet32", "sharing": [1, 3, 3]},
     "pruning": {"ratios": [1e-05, 0.25, 0.5], "unit": "macs"},
-    "wml": {"inner_step": 1e-12, "outer_data": "holdout"},
+    "wml": {"unroll_learning_rate": 1e-12, "outer_data": "holdout"},
     "optim": {"learning_rate": 3e-4, "schedule": "multistep", "milestones": [5, 9]},
     "scale": {"workers": [1, 4], "cpus_per_worker": 2},
     "run": {"name": "a.b-c_1"},
@@ -51,12 +52,12 @@ def another(value, annotation):
 
 def with_value(key, value):
     section, _, name = key.rpartition(".")
-    return parse({**BASE, section: {**BASE.get(section, {}), name: value}} if section else {**BASE, name: value})
+    return parse_config({**BASE, section: {**BASE.get(section, {}), name: value}} if section else {**BASE, name: value})
 
 
 @pytest.mark.parametrize("key", known_keys())
 def test_the_run_id_follows_every_key_but_place_and_speed(key):
-    before = parse(BASE)
+    before = parse_config(BASE)
     value = value_at(before, key)
     after = with_value(key, another(value, known_keys()[key].annotation))
     assert value_at(after, key) != value_at(before, key)
@@ -66,33 +67,33 @@ def test_the_run_id_follows_every_key_but_place_and_speed(key):
 
 
 def test_the_run_id_names_data_and_backbone():
-    assert parse({}).run_id.startswith("digits-resnet20-")
-    assert parse({"model": {"backbone": "package.module:my_net"}}).run_id.startswith("digits-my_net-")
+    assert parse_config({}).run_id.startswith("digits-resnet20-")
+    assert parse_config({"model": {"backbone": "package.module:my_net"}}).run_id.startswith("digits-my_net-")
 
 
 @pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["defaults", "unusual"])
 def test_a_config_survives_yaml(settings, tmp_path):
-    config = parse(settings)
+    config = parse_config(settings)
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
-    again = load(path)
+    again = load_config(path)
     assert again == config
     assert again.run_id == config.run_id
 
 
 @pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["defaults", "unusual"])
 def test_flattened_names_are_the_override_keys(settings):
-    config = parse(settings)
+    config = parse_config(settings)
     flat = config.flatten()
     assert {"seed", "wml.alpha", "wml.mirror_step_size", "pruning.ratios.0", "model.sharing.2"} <= flat.keys()
     assert not any(isinstance(value, dict) or (isinstance(value, list) and value) for value in flat.values())
     for key, value in flat.items():
-        assert parse(settings, [f"{key}={'null' if value is None else value}"]) == config
+        assert parse_config(settings, [f"{key}={'null' if value is None else value}"]) == config
 
 
 @pytest.mark.parametrize("part", ["", "wml"])
 def test_a_config_is_frozen(part):
-    section = getattr(parse({}), part) if part else parse({})
+    section = getattr(parse_config({}), part) if part else parse_config({})
     with pytest.raises(ValidationError, match="frozen"):
         setattr(section, "alpha" if part else "seed", 1)
 
@@ -103,8 +104,8 @@ def test_a_config_is_frozen(part):
         ("seed=3", "seed", 3),
         ("wml.alpha=0.3", "wml.alpha", 0.3),
         ("optim.learning_rate=1e-3", "optim.learning_rate", 0.001),
-        ("wml.inner_step=1E-2", "wml.inner_step", 0.01),
-        ("wml.inner_step=null", "wml.inner_step", None),
+        ("wml.unroll_learning_rate=1E-2", "wml.unroll_learning_rate", 0.01),
+        ("wml.unroll_learning_rate=null", "wml.unroll_learning_rate", None),
         ("pruning.ratios.0=0.1", "pruning.ratios", [0.1, 0.2, 0.4, 0.6]),
         ("pruning.ratios.3=5e-1", "pruning.ratios", [0.0, 0.2, 0.4, 0.5]),
         ("pruning.ratios=[0, 0, 0, 0.5]", "pruning.ratios", [0.0, 0.0, 0.0, 0.5]),
@@ -115,22 +116,22 @@ def test_a_config_is_frozen(part):
     ],
 )
 def test_an_override_sets_its_key_and_nothing_else(override, key, value):
-    config = parse({}, [override])
+    config = parse_config({}, [override])
     assert value_at(config, key) == value
     others = {name for name in known_keys() if name != key}
-    assert all(value_at(config, name) == value_at(parse({}), name) for name in others)
+    assert all(value_at(config, name) == value_at(parse_config({}), name) for name in others)
 
 
 def test_the_last_override_wins_over_earlier_ones_and_the_file(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("wml: {alpha: 0.1, temperature: 2}")
-    config = load(path, ["wml.alpha=0.2", "wml.alpha=0.3"])
+    config = load_config(path, ["wml.alpha=0.2", "wml.alpha=0.3"])
     assert (config.wml.alpha, config.wml.temperature) == (0.3, 2.0)
 
 
 def test_overrides_leave_the_settings_they_are_applied_to_alone():
     settings = {"pruning": {"ratios": [0.0, 0.1, 0.2, 0.3]}}
-    parse(settings, ["pruning.ratios.0=0.5", "seed=1"])
+    parse_config(settings, ["pruning.ratios.0=0.5", "seed=1"])
     assert settings == {"pruning": {"ratios": [0.0, 0.1, 0.2, 0.3]}}
 
 
@@ -138,10 +139,10 @@ def test_overrides_leave_the_settings_they_are_applied_to_alone():
 def test_a_section_left_empty_in_the_file_has_its_defaults(tmp_path, overrides):
     path = tmp_path / "config.yaml"
     path.write_text("seed: 0\nwml:\n  # alpha: 0.9\n")
-    assert load(path, overrides) == parse({}, overrides)
+    assert load_config(path, overrides) == parse_config({}, overrides)
 
 
-@pytest.mark.parametrize("key", [key for key in known_keys() if isinstance(value_at(parse({}), key), float)])
+@pytest.mark.parametrize("key", [key for key in known_keys() if isinstance(value_at(parse_config({}), key), float)])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_no_setting_takes_a_number_that_is_not_finite(key, value):
     with pytest.raises(UserError, match=key):
@@ -149,6 +150,6 @@ def test_no_setting_takes_a_number_that_is_not_finite(key, value):
 
 
 def test_every_key_is_in_the_table_with_its_meaning():
-    rows = {line.split("`")[1]: line for line in describe().splitlines()[2:]}
+    rows = {line.split("`")[1]: line for line in describe_keys().splitlines()[2:]}
     assert rows.keys() == known_keys().keys()
     assert all(field.description and field.description in rows[key] for key, field in known_keys().items())

@@ -13,15 +13,17 @@ from torch.testing import assert_close
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.io import write_png
 
-from wml_ray.config import UserError, parse
-from wml_ray.data import Shard, load
+from wml_ray.config.load import parse_config
+from wml_ray.data.load import load_dataset
+from wml_ray.distributed import WorkerRank
+from wml_ray.errors import UserError
 
-ALONE = Shard()
+ALONE = WorkerRank()
 AUGMENTED = {"crop_padding": 2, "flip": True, "cutout": 3}
 
 
 def digits(**settings):
-    return load(parse({"data": {"batch_size": 64}, **settings}))
+    return load_dataset(parse_config({"data": {"batch_size": 64}, **settings}))
 
 
 def listed(batches, count=None):
@@ -35,7 +37,7 @@ def same(batches, others):
 
 def over_workers(batches_of, world_size, count):
     """What `world_size` workers see together, step by step."""
-    shares = [listed(batches_of(Shard(rank, world_size)), count) for rank in range(world_size)]
+    shares = [listed(batches_of(WorkerRank(rank, world_size)), count) for rank in range(world_size)]
     return [tuple(torch.cat(parts) for parts in zip(*step, strict=True)) for step in zip(*shares, strict=True)]
 
 
@@ -87,14 +89,14 @@ def test_the_number_of_workers_changes_no_batch(kind, world_size):
     dataset = digits(data={"batch_size": 64, **AUGMENTED}, wml={"outer_data": "holdout"})
     batches_of = {"train": dataset.train_batches, "outer": dataset.outer_batches}[kind]
     alone = listed(batches_of(2, ALONE), 5)
-    assert same(over_workers(lambda shard: batches_of(2, shard), world_size, 5), alone)
+    assert same(over_workers(lambda worker: batches_of(2, worker), world_size, 5), alone)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_every_image_is_evaluated_by_exactly_one_worker(split, world_size):
     dataset = digits()
-    shares = [listed(dataset.evaluation_batches(split, Shard(rank, world_size))) for rank in range(world_size)]
+    shares = [listed(dataset.evaluation_batches(split, WorkerRank(rank, world_size))) for rank in range(world_size)]
     inputs = torch.cat([x for share in shares for x, _ in share])
     expected = dataset.images[dataset.splits[split]].float()
     assert_close(inputs * dataset.std[0] + dataset.mean[0], expected, atol=1e-4, rtol=0)
@@ -237,7 +239,7 @@ def make_fashion_mnist(folder, train=200, test=50, compress=False, pixels_of=Non
 
 
 def fashion_mnist(root, **data):
-    return load(parse({"data": {"name": "fashion_mnist", "root": str(root), "batch_size": 16, **data}}))
+    return load_dataset(parse_config({"data": {"name": "fashion_mnist", "root": str(root), "batch_size": 16, **data}}))
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "gz"])
@@ -284,7 +286,7 @@ def test_a_missing_companion_is_named_with_the_mend(tmp_path):
 def test_a_missing_folder_is_named_with_the_mend(tmp_path, name):
     root = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"data\.root") as caught:
-        load(parse({"data": {"name": name, "root": str(root)}}))
+        load_dataset(parse_config({"data": {"name": name, "root": str(root)}}))
     assert str(root) in one_line(caught)
     assert ("train/<class>" if name == "imagefolder" else "data.download=true") in one_line(caught)
     assert not root.exists()
@@ -323,7 +325,7 @@ def make_cifar(kind, root, monkeypatch, images_a_file=20):
 
 
 def cifar(kind, root):
-    return load(parse({"data": {"name": kind.__name__.lower(), "root": str(root), "batch_size": 8}}))
+    return load_dataset(parse_config({"data": {"name": kind.__name__.lower(), "root": str(root), "batch_size": 8}}))
 
 
 @pytest.mark.parametrize("kind", [CIFAR10, CIFAR100])
@@ -376,7 +378,7 @@ def make_image_folder(root, parts=("train", "val"), images_a_class=12):
 
 def image_folder(root, **data):
     settings = {"name": "imagefolder", "root": str(root), "batch_size": 5, "resolution": 8, "loader_workers": 0}
-    return load(parse({"data": {**settings, "flip": True, **data}}))
+    return load_dataset(parse_config({"data": {**settings, "flip": True, **data}}))
 
 
 @pytest.mark.parametrize("kind", ["train", "outer", "validation"])
@@ -398,7 +400,7 @@ def test_loader_processes_change_no_batch(tmp_path, kind):
 def test_the_number_of_workers_changes_no_streamed_batch(tmp_path, world_size):
     dataset = image_folder(make_image_folder(tmp_path))
     alone = listed(dataset.train_batches(1, ALONE))
-    assert same(over_workers(lambda shard: dataset.train_batches(1, shard), world_size, None), alone)
+    assert same(over_workers(lambda worker: dataset.train_batches(1, worker), world_size, None), alone)
 
 
 def test_streamed_training_images_are_cropped_anew_each_epoch(tmp_path):

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from wml_ray.batchnorm import synchronise
-from wml_ray.objective import ensemble_loss, peer_losses
-from wml_ray.tree import PeerTree, pure_forward
-from wml_ray.weights import log_mirror_descent, mirror_descent, weight_gradient
+from wml_ray.methods.hypergradient import log_mirror_descent, mirror_descent, weight_gradient
+from wml_ray.methods.losses import ensemble_loss, peer_losses
+from wml_ray.networks.peer_tree import PeerTree, functional_forward
+from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
 
 OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 OPTIONS = [
@@ -34,10 +34,10 @@ def test_exact_gradient_equals_autograd_through_the_sgd_step(options):
 def test_same_point_gradient_is_equation_5_by_backward_passes():
     tree, (x, y), (outer_x, outer_y) = pruned_tree(), batch(8, 1), batch(6, 2)
     parameters, omega = dict(tree.named_parameters()), OMEGA.clone().requires_grad_()
-    outer = ensemble_loss(pure_forward(tree, parameters, outer_x), outer_y, omega)
+    outer = ensemble_loss(functional_forward(tree, parameters, outer_x), outer_y, omega)
     direct, *v = torch.autograd.grad(outer, [omega, *parameters.values()])
     expected = []
-    for i, loss in enumerate(peer_losses(pure_forward(tree, parameters, x), y, 0.4)):
+    for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, 0.4)):
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
         expected.append(direct[i] - 0.3 * sum((a * b).sum() for a, b in zip(v, slopes, strict=True)))
     ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, 0.4, 0.3, unroll="same_point")
@@ -128,7 +128,7 @@ def test_two_workers_agree_to_the_bit_and_with_autograd_over_both_shares(tmp_pat
 
 def _synchronised_gradient(rank):
     tree = pruned_tree()
-    synchronise(tree)
+    convert_sync_batchnorm(tree)
     inner, outer = _shards(rank)
     gradient = weight_gradient(tree, inner, outer, OMEGA, 0.4, 0.3)
     tree(inner[0])

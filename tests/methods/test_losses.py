@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wml_ray.objective import ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
 
 OPTIONS = [
     {"temperature": tau, "kl_direction": direction, "stop_gradient_teacher": stop}

@@ -12,13 +12,28 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 
-from wml_ray.backbones import BACKBONES, ImageSpec, build
-from wml_ray.config import PruningConfig, UserError, parse
-from wml_ray.costs import CONV, WEIGHTED, count_macs, count_params, layer_costs, width
-from wml_ray.data import load
-from wml_ray.pruning import PeerBudget, apply_plan, channel_groups, head_names, prune, saliency, score
-from wml_ray.session import beginning, drops, family_costs
-from wml_ray.tree import PeerTree
+from wml_ray.config.load import parse_config
+from wml_ray.config.schema import PruningConfig
+from wml_ray.data.load import load_dataset
+from wml_ray.errors import UserError
+from wml_ray.networks.backbones import BACKBONES, build_stages
+from wml_ray.networks.costs import (
+    CONV,
+    WEIGHTED,
+    count_macs,
+    count_params,
+    layer_costs,
+    peer_costs,
+    removed_shares,
+    width,
+)
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.budget import PeerBudget
+from wml_ray.pruning.channels import channel_groups
+from wml_ray.pruning.criteria import saliency, score_groups
+from wml_ray.pruning.prune import apply_channel_widths, head_names, prune
+from wml_ray.training.start import initial_checkpoint
 
 CIFAR = ImageSpec(3, 32, 10)
 TINY = ImageSpec(2, 8, 5)
@@ -49,7 +64,7 @@ def run_in_evaluation(network, inputs):
 
 def half_shared(name, spec, peers=2):
     with torch.device("meta"):  # shapes without memory
-        stages = len(build(name, spec))
+        stages = len(build_stages(name, spec))
     return [1] * (stages // 2) + [peers] * (stages - stages // 2)
 
 
@@ -60,7 +75,7 @@ def half_shared(name, spec, peers=2):
 def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, tmp_path):
     ratios = (0.2, 0.35)
     sharing = half_shared(name, CIFAR)
-    tree = PeerTree(lambda: build(name, CIFAR), sharing)
+    tree = PeerTree(lambda: build_stages(name, CIFAR), sharing)
     full = macs_by_pytorch(tree.peer(0), CIFAR)
 
     plan = prune(tree, PruningConfig(ratios=ratios, unit="macs"), CIFAR, [batch(CIFAR)])
@@ -79,8 +94,8 @@ def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, 
     save_file(tree.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     del tree, peer
-    again = PeerTree(lambda: build(name, CIFAR), sharing)
-    apply_plan(again, json.loads((tmp_path / "plan.json").read_text()))
+    again = PeerTree(lambda: build_stages(name, CIFAR), sharing)
+    apply_channel_widths(again, json.loads((tmp_path / "plan.json").read_text()))
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(run_in_evaluation(again, inputs), logits_MBK)
 
@@ -103,7 +118,7 @@ print("torch_pruning" in sys.modules)
 
 def test_a_pruned_tree_reloads_in_a_fresh_process_without_the_pruner(tmp_path):
     sharing = half_shared("mobilenet_v2", CIFAR)
-    tree = PeerTree(lambda: build("mobilenet_v2", CIFAR), sharing)
+    tree = PeerTree(lambda: build_stages("mobilenet_v2", CIFAR), sharing)
     plan = prune(tree, PruningConfig(ratios=[0.2, 0.5]), CIFAR, [batch(CIFAR)])
     inputs, _ = batch(CIFAR)
     save_file(tree.state_dict(), tmp_path / "model.safetensors")
@@ -120,7 +135,7 @@ def test_a_pruned_tree_reloads_in_a_fresh_process_without_the_pruner(tmp_path):
 def test_channels_resolution_and_classes_follow_the_data(name, resolution):
     spec = ImageSpec(1, resolution, 7)
     inputs, targets = batch(spec)
-    tree = PeerTree(lambda: build(name, spec), half_shared(name, spec))
+    tree = PeerTree(lambda: build_stages(name, spec), half_shared(name, spec))
     logits_MBK = tree.train()(inputs)
     assert logits_MBK.shape == (2, 4, 7)
     assert prune(tree, PruningConfig(ratios=[0.1, 0.2]), spec, [(inputs, targets)])
@@ -143,14 +158,14 @@ def test_channels_resolution_and_classes_follow_the_data(name, resolution):
 )
 def test_well_known_networks_have_their_published_size(name, spec, millions, tolerance):
     with torch.device("meta"):
-        network = nn.Sequential(*build(name, spec).values())
+        network = nn.Sequential(*build_stages(name, spec).values())
         assert network(torch.empty(2, *spec.shape)).shape == (2, spec.num_classes)
     assert count_params(network) / 1e6 == pytest.approx(millions, abs=tolerance)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "densenet_bc40", "wrn_16_4"])
 def test_macs_are_those_pytorch_counts(name):
-    network = nn.Sequential(*build(name, CIFAR).values())
+    network = nn.Sequential(*build_stages(name, CIFAR).values())
     assert count_macs(network, CIFAR) == macs_by_pytorch(network, CIFAR)
 
 
@@ -184,10 +199,10 @@ def own_package(tmp_path, monkeypatch):
 
 
 def test_a_users_own_stages_are_pruned_like_any(own_package):
-    tree = PeerTree(lambda: build(f"{own_package}:stages", TINY), [1, 2, 2])
-    full = family_costs(tree, TINY)
+    tree = PeerTree(lambda: build_stages(f"{own_package}:stages", TINY), [1, 2, 2])
+    full = peer_costs(tree, TINY)
     prune(tree, PruningConfig(ratios=[0.25, 0.5]), TINY, [batch(TINY)])
-    achieved = [peer["channels_drop"] for peer in drops(full, family_costs(tree, TINY))]
+    achieved = [peer["channels_drop"] for peer in removed_shares(full, peer_costs(tree, TINY))]
     assert 0.25 - ROUNDING <= achieved[0] < 0.3
     assert 0.5 - ROUNDING <= achieved[1] < 0.55
     assert tree(batch(TINY)[0]).shape == (2, 4, TINY.num_classes)
@@ -196,11 +211,11 @@ def test_a_users_own_stages_are_pruned_like_any(own_package):
 @pytest.mark.parametrize("function", ["nothing", "number"])
 def test_a_users_function_that_is_missing_or_returns_something_else_is_named(own_package, function):
     with pytest.raises(UserError, match=f"{own_package}:{function}"):
-        build(f"{own_package}:{function}", TINY)
+        build_stages(f"{own_package}:{function}", TINY)
 
 
 def test_a_backbone_that_does_not_end_in_the_classes_cannot_be_pruned(own_package):
-    tree = PeerTree(lambda: build(f"{own_package}:no_head", TINY), [1])
+    tree = PeerTree(lambda: build_stages(f"{own_package}:no_head", TINY), [1])
     with pytest.raises(UserError, match=r"one output a class \(5\)"):
         prune(tree, PruningConfig(ratios=[0.1]), TINY, [(torch.randn(2, *TINY.shape), torch.tensor([0, 1]))])
 
@@ -233,20 +248,20 @@ def widths(tree, names=None):
 @pytest.mark.parametrize("unit", ["channels", "params", "macs"])
 def test_each_peer_loses_its_ratio_in_the_unit_asked_for(unit):
     tree, ratios = tiny_tree(1, 3, 3, 3), [0.1, 0.2, 0.3]
-    full = family_costs(tree, TINY)
+    full = peer_costs(tree, TINY)
     pruned(tree, ratios=ratios, unit=unit)
-    achieved = [peer[f"{unit}_drop"] for peer in drops(full, family_costs(tree, TINY))]
+    achieved = [peer[f"{unit}_drop"] for peer in removed_shares(full, peer_costs(tree, TINY))]
     assert all(-ROUNDING <= got - asked < 0.06 for got, asked in zip(achieved, ratios, strict=True))
 
 
 def test_ratio_zero_leaves_a_peer_whole():
     tree = tiny_tree(1, 2, 2, 2)
     before = copy.deepcopy(tree.peer(0).state_dict())
-    full = family_costs(tree, TINY)
+    full = peer_costs(tree, TINY)
     pruned(tree, ratios=[0.0, 0.3])
     after = tree.peer(0).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert family_costs(tree, TINY)[1]["channels"] < full[1]["channels"]
+    assert peer_costs(tree, TINY)[1]["channels"] < full[1]["channels"]
 
 
 def test_ratios_of_zero_change_nothing():
@@ -280,7 +295,7 @@ def test_a_less_important_layer_loses_a_larger_share():
     assert len(groups) == 4
     importance = {"0": 4.0, "1": 0.5, "2": 2.0, "3": 1.0}
     uniform = {f"stages.body.0.{layer}.weight": torch.ones(40, 1) * value for layer, value in importance.items()}
-    score(groups, uniform)
+    score_groups(groups, uniform)
     PeerBudget(tree, 0, groups, costs, heads, PruningConfig(ratios=[0.4], unit="channels")).fit()
     kept = {group.members[0][0].split(".")[3]: group.kept for group in groups}
     assert kept["1"] < kept["3"] < kept["2"] < kept["0"] < 40
@@ -330,16 +345,16 @@ def test_a_ratio_out_of_reach_is_refused_with_one_that_is_in_reach(unit, sharing
 
     reachable = float(re.search(r"at most ([\d.]+)", message)[1])
     assert reachable < ratios[-1]
-    full = family_costs(tree, TINY)
+    full = peer_costs(tree, TINY)
     pruned(tree, batches, ratios=[*ratios[:-1], reachable], unit=unit, **settings)
-    achieved = drops(full, family_costs(tree, TINY))[-1][f"{unit}_drop"]
+    achieved = removed_shares(full, peer_costs(tree, TINY))[-1][f"{unit}_drop"]
     assert reachable - ROUNDING <= achieved < reachable + 0.002
 
 
 def test_one_seed_gives_one_plan_and_another_seed_another_start():
     def start(seed):
-        config = parse({"seed": seed, "model": {"sharing": [1, 1, 1, 2, 2]}, "pruning": {"ratios": [0.2, 0.3]}})
-        checkpoint = beginning(config, load(config))
+        config = parse_config({"seed": seed, "model": {"sharing": [1, 1, 1, 2, 2]}, "pruning": {"ratios": [0.2, 0.3]}})
+        checkpoint = initial_checkpoint(config, load_dataset(config))
         return checkpoint.model, checkpoint.plan["channels"]
 
     (model, plan), (again, plan_again), (other, _) = start(0), start(0), start(1)
@@ -416,11 +431,11 @@ def test_removing_dead_filters_changes_no_logits():
 )
 def test_a_plan_of_another_network_is_refused(plan):
     with pytest.raises(ValueError, match="cannot have"):
-        apply_plan(tiny_tree(1, 1, 1, 1), plan)
+        apply_channel_widths(tiny_tree(1, 1, 1, 1), plan)
 
 
 def test_depthwise_convolutions_stay_depthwise():
-    tree = PeerTree(lambda: build("mobilenet_v2", CIFAR), half_shared("mobilenet_v2", CIFAR))
+    tree = PeerTree(lambda: build_stages("mobilenet_v2", CIFAR), half_shared("mobilenet_v2", CIFAR))
     prune(tree, PruningConfig(ratios=[0.2, 0.4], round_to=8, min_channels=8), CIFAR, [batch(CIFAR)])
     depthwise = [m for m in tree.modules() if isinstance(m, CONV) and m.groups > 1]
     assert len(depthwise) == 6 + 2 * 11  # of which the first six are shared

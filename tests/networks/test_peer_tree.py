@@ -2,7 +2,7 @@ import torch
 from family import SPEC, batch, pruned_tree
 from torch import nn
 
-from wml_ray.tree import PeerTree
+from wml_ray.networks.peer_tree import PeerTree
 
 
 class Counting(nn.Linear):

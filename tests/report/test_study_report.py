@@ -13,10 +13,18 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from wml_ray import study_pictures
-from wml_ray.study import Study, best, dominated_volume, front, history, hypervolume, importances
-from wml_ray.study_report import write_study
-from wml_ray.study_tables import front_table, trials_summary
+from wml_ray.report.analysis import (
+    best_so_far,
+    best_trial_numbers,
+    dominated_volume,
+    hypervolume,
+    importances,
+    pareto_front,
+)
+from wml_ray.report.study_page import write_study
+from wml_ray.report.study_plots import _pareto
+from wml_ray.report.study_tables import front_table, trials_summary
+from wml_ray.tracking.results import StudyRecords
 
 ACCURACY, SMALLEST, MACS = "val/accuracy/ensemble_weighted", "val/accuracy/smallest_peer", "peers/macs/tree"
 SEARCHED = {"wml.alpha": "linear", "wml.mirror_step_size": "log", "model.sharing": "choice"}
@@ -30,7 +38,7 @@ def made_up(states, objectives=None, searched=SEARCHED, seed=0):
     rows = [trial(number, state, rng, searched) for number, state in enumerate(states)]
     columns = ["trial", "state", "epochs", "reason", "peers", *searched, *objectives]
     columns = dict.fromkeys([*columns, *(key for row in rows for key in row)])
-    return Study("made up", objectives, searched, {"sampler": "TPE"}, pd.DataFrame(rows, columns=list(columns)))
+    return StudyRecords("made up", objectives, searched, {"sampler": "TPE"}, pd.DataFrame(rows, columns=list(columns)))
 
 
 def trial(number, state, rng, searched):
@@ -55,7 +63,7 @@ def of_values(values, objectives, states=None):
     """A study of these values of the objectives."""
     trials = pd.DataFrame(values, columns=list(objectives))
     trials["trial"], trials["state"] = range(len(trials)), states or ["COMPLETE"] * len(trials)
-    return Study("values", objectives, {}, {}, trials)
+    return StudyRecords("values", objectives, {}, {}, trials)
 
 
 def test_the_front_is_what_no_other_trial_of_the_full_budget_beats():
@@ -63,7 +71,7 @@ def test_the_front_is_what_no_other_trial_of_the_full_budget_beats():
     values = np.random.default_rng(0).integers(0, 5, (60, 3)).astype(float)
     losses = values * [-1, 1, -1]
     beaten = [any((other <= loss).all() and (other < loss).any() for other in losses) for loss in losses]
-    found = front(of_values(values, objectives))
+    found = pareto_front(of_values(values, objectives))
     assert sorted(found) == [number for number in range(60) if not beaten[number]]
     assert [values[number, 0] for number in found] == sorted((values[number, 0] for number in found), reverse=True)
 
@@ -72,29 +80,29 @@ def test_only_finite_trials_of_the_full_budget_are_compared():
     values = [[0.5, 2.0], [0.9, 1.0], [0.99, 0.1], [math.nan, 0.1], [0.99, math.inf], [0.4, 3.0]]
     states = ["COMPLETE", "STOPPED", "FAILED", "COMPLETE", "COMPLETE", "COMPLETE"]
     study = of_values(values, {"a": "max", "b": "min"}, states)
-    assert front(study) == [0]
+    assert pareto_front(study) == [0]
     assert [number for number, _ in hypervolume(study)] == [0, 5]
-    assert history(study, "b") == [(0, 2.0), (5, 2.0)]
+    assert best_so_far(study, "b") == [(0, 2.0), (5, 2.0)]
 
 
 @pytest.mark.parametrize(("direction", "expected"), [("max", 1), ("min", 0)])
 def test_with_one_objective_the_front_is_the_earliest_of_the_best(direction, expected):
     study = of_values([[0.1], [0.7]] * 40, {"a": direction})
-    assert front(study) == [expected]
-    assert best(study, 40) == list(range(expected, 80, 2))
+    assert pareto_front(study) == [expected]
+    assert best_trial_numbers(study, 40) == list(range(expected, 80, 2))
 
 
 def test_the_best_of_several_objectives_span_the_front():
     study = of_values([[value, value] for value in range(9)], {"a": "max", "b": "min"})
-    assert best(study, 3) == [8, 4, 0]
-    assert best(study, 20) == front(study)
+    assert best_trial_numbers(study, 3) == [8, 4, 0]
+    assert best_trial_numbers(study, 20) == pareto_front(study)
 
 
 def test_the_best_so_far_follows_the_direction():
     values = [[3.0, 3.0], [1.0, 1.0], [5.0, 5.0]]
     study = of_values(values, {"a": "max", "b": "min"})
-    assert history(study, "a") == [(0, 3.0), (1, 3.0), (2, 5.0)]
-    assert history(study, "b") == [(0, 3.0), (1, 1.0), (2, 1.0)]
+    assert best_so_far(study, "a") == [(0, 3.0), (1, 3.0), (2, 5.0)]
+    assert best_so_far(study, "b") == [(0, 3.0), (1, 1.0), (2, 1.0)]
 
 
 def test_the_hypervolume_is_that_of_a_drawing_on_squared_paper():
@@ -126,7 +134,7 @@ def test_a_key_searched_on_a_log_scale_counts_on_that_scale():
     size = np.logspace(-7, 0, 60)
     trials = made_up(["COMPLETE"] * 60, {ACCURACY: "max"}).trials.assign(**{"wml.mirror_step_size": size})
     trials[ACCURACY] = (size > 10**-3.5) + 0.5 * (trials["wml.alpha"] > 0.5)
-    shares = importances(Study("log", {ACCURACY: "max"}, SEARCHED, {}, trials))
+    shares = importances(StudyRecords("log", {ACCURACY: "max"}, SEARCHED, {}, trials))
     assert shares[ACCURACY]["wml.mirror_step_size"] > 0.6
 
 
@@ -135,11 +143,11 @@ def test_importance_is_not_made_up_where_nothing_can_be_learnt():
     assert importances(few) == {ACCURACY: {}, MACS: {}}
     many = made_up(["COMPLETE"] * 9).trials
     same_keys = many.assign(**dict(many.loc[0, list(SEARCHED)]))
-    assert importances(Study("", {ACCURACY: "max"}, SEARCHED, {}, same_keys)) == {ACCURACY: {}}
+    assert importances(StudyRecords("", {ACCURACY: "max"}, SEARCHED, {}, same_keys)) == {ACCURACY: {}}
     nearly = many.assign(**{ACCURACY: 0.5 + 1e-12 * many["trial"]})
-    assert importances(Study("", {ACCURACY: "max"}, SEARCHED, {}, nearly)) == {ACCURACY: {}}
+    assert importances(StudyRecords("", {ACCURACY: "max"}, SEARCHED, {}, nearly)) == {ACCURACY: {}}
     same_values = many.assign(**{ACCURACY: 0.5})
-    found = importances(Study("", {ACCURACY: "max", MACS: "min"}, SEARCHED, {}, same_values))
+    found = importances(StudyRecords("", {ACCURACY: "max", MACS: "min"}, SEARCHED, {}, same_values))
     assert found[ACCURACY] == {}
     assert found[MACS]
 
@@ -192,7 +200,7 @@ def test_every_study_is_drawn_as_far_as_it_goes(tmp_path, monkeypatch, objective
 
 def test_trials_stopped_far_below_squeeze_nothing_and_are_still_drawn():
     study = made_up(STATES * 8)
-    (axes,) = study_pictures._pareto(study).axes
+    (axes,) = _pareto(study).axes
     places = np.vstack([points.get_offsets() for points in axes.collections])
     low, high = axes.get_ylim()
     assert len(places) == study.trials[ACCURACY].notna().sum()
@@ -205,7 +213,7 @@ def test_the_page_needs_no_other_file_and_shows_text_as_text(tmp_path):
     nasty = '<script src="https://example.org/x.js"></script> & "$x_{"'
     plain = made_up(STATES, searched={**SEARCHED, "model.backbone": "choice"})
     trials = plain.trials.assign(**{"reason": nasty, "model.backbone": nasty})
-    study = Study(nasty, plain.objectives, plain.searched, {"sampler": nasty, nasty: "1"}, trials)
+    study = StudyRecords(nasty, plain.objectives, plain.searched, {"sampler": nasty, nasty: "1"}, trials)
     write_study(study, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page

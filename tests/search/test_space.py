@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import tune
 
-from wml_ray.cli import SEARCH_OPTIONS, main
-from wml_ray.config import UserError, load
-from wml_ray.space import SearchConfig, check_stop_metric, increasing, load_space, make_space, search_config
-from wml_ray.tune import check_ratios
+from wml_ray.cli.main import main
+from wml_ray.cli.options import SEARCH_OPTIONS
+from wml_ray.config.load import load_config
+from wml_ray.errors import UserError
+from wml_ray.search.ratios import increasing
+from wml_ray.search.settings import SearchConfig, search_config
+from wml_ray.search.space import check_stop_metric, load_space, make_space
+from wml_ray.verbs.tune import check_ratios
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ACCURACY = {"val/accuracy/ensemble_weighted": "max"}
 
 
@@ -68,8 +72,8 @@ def test_uniform_points_give_uniform_families():
         ({"wml.alpha": 0.5}, r"allowed: tune.uniform"),
         ({"wml.alpha": tune.grid_search([0.1, 0.2])}, r"allowed: tune.uniform"),
         ({"wml.alpha": tune.randn(0.5, 0.1)}, r"wml.alpha"),
-        ({"wml.inner_steps": tune.uniform(1, 9)}, r"wml.inner_steps"),
-        ({"wml.inner_steps": tune.qlograndint(2, 8, 2)}, r"allowed: tune.uniform"),
+        ({"wml.update_every": tune.uniform(1, 9)}, r"wml.update_every"),
+        ({"wml.update_every": tune.qlograndint(2, 8, 2)}, r"allowed: tune.uniform"),
         ({"wml.alpha": tune.qrandn(0.5, 0.1, 0.1)}, r"allowed: tune.uniform"),
         ({"run.name": tune.choice(["a"])}, r"'run.name' cannot be searched"),
         ({"scale.workers": tune.choice([1, 2])}, r"'scale.workers' cannot be searched"),
@@ -149,13 +153,13 @@ def test_only_metrics_known_at_each_epoch_stop_trials():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.py")), ids=lambda path: path.stem)
 def test_the_spaces_given_hold_for_the_quickstart(path):
-    check_ratios(load_space(path, load(ROOT / "jobs" / "quickstart.yaml")))
+    check_ratios(load_space(path, load_config(ROOT / "jobs" / "quickstart.yaml")))
 
 
 def test_everything_ready_to_uncomment_in_the_paper_space_holds(tmp_path):
     text = (ROOT / "tune_spaces" / "wml.py").read_text()
     (tmp_path / "all.py").write_text(text.replace('# "', '"'))
-    space = load_space(tmp_path / "all.py", load(ROOT / "jobs" / "quickstart.yaml"))
+    space = load_space(tmp_path / "all.py", load_config(ROOT / "jobs" / "quickstart.yaml"))
     assert len(space.domains) == 8
     check_ratios(space)
 

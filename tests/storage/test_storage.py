@@ -11,26 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import tiny_config
+from family import checkpoint, tiny_config
 from ray import tune as ray_tune_api
+from runs import assert_bit_equal, client, ignore, only_run, steps, wait_for_epoch
 from safetensors.torch import save_file
 from servers import ObjectStore
-from test_checkpoint import checkpoint
-from test_run import assert_bit_equal, client, ignore, only_run, steps, wait_for_epoch
-from test_tune import children, small_space
+from studies import children, small_space
 
-from wml_ray import storage
-from wml_ray.config import UserError, place
-from wml_ray.ledger import Ledger
-from wml_ray.lock import OWNER, STALE_S, Replaced, only_one
-from wml_ray.loop import EpochEnd
-from wml_ray.run import train
-from wml_ray.space import search_config
-from wml_ray.storage import get_text
-from wml_ray.tune import tune
-from wml_ray.uploads import open_checkpoints
+from wml_ray.checkpoints.remote import open_checkpoints
+from wml_ray.errors import UserError
+from wml_ray.search.settings import search_config
+from wml_ray.search.trials import TrialStore
+from wml_ray.storage.files import get_text, put_text
+from wml_ray.storage.lease import LEASE_FILE, STALE_S, LeaseLost, exclusive_access
+from wml_ray.storage.paths import to_path
+from wml_ray.training.events import EpochEnd
+from wml_ray.verbs.train import train
+from wml_ray.verbs.tune import tune
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ELSEWHERE = {"token": "another", "host": "another-host", "pid": 7}
 
 
@@ -49,7 +48,7 @@ def bucket(server, workplace, monkeypatch):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own patience is not what is tested
-    monkeypatch.setattr(storage, "PATIENCE_S", 30.0)
+    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 30.0)
     monkeypatch.setattr("wml_ray.uploads.ABANDONED_S", 0.0)  # only what a run waits for is uploaded at its end
     yield f"s3://runs/{workplace.name}"
     server.resume()
@@ -90,11 +89,11 @@ def test_a_run_in_object_storage_is_the_run_of_a_local_folder(bucket, workplace)
         pytest.param("refuse_writes", "accept_writes", 60, id="refuses for a minute", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the claim on")
+@pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the lease on")
 def test_training_goes_on_while_the_storage_is_away_and_nothing_is_lost(
     bucket, server, workplace, monkeypatch, stop, go_on, away_s
 ):
-    monkeypatch.setattr(storage, "PATIENCE_S", 180.0)
+    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 180.0)
     epochs = 8
     since_s = []
     whole = train(tiny_config(f"optim.epochs={epochs}", "run.name=whole"), ignore)
@@ -117,9 +116,9 @@ def test_training_goes_on_while_the_storage_is_away_and_nothing_is_lost(
     assert steps(only_run(), "train/loss") == list(range(1, epochs + 1))
 
 
-@pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the claim on")
+@pytest.mark.filterwarnings("ignore:.*the storage", "ignore:the lease on")
 def test_a_storage_that_stays_away_is_one_sentence_and_the_same_command_continues(bucket, server, monkeypatch):
-    monkeypatch.setattr(storage, "PATIENCE_S", 0.5)
+    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 0.5)
     config = tiny_config(f"run.storage_path={bucket}")
 
     def outage(event):
@@ -131,13 +130,13 @@ def test_a_storage_that_stays_away_is_one_sentence_and_the_same_command_continue
     (line,) = str(error.value).splitlines()
     assert "run the same command again when it works" in line
     server.accept_writes()
-    monkeypatch.setattr(storage, "PATIENCE_S", 30.0)
+    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 30.0)
     assert train(config, ignore).trained_now
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
 
 def test_a_local_disk_that_fails_for_a_while_costs_nothing(workplace, monkeypatch):
-    monkeypatch.setattr(storage, "RETRY_S", 0.01)
+    monkeypatch.setattr("wml_ray.storage.files.RETRY_S", 0.01)
     left = [OSError(5, "Input/output error")] * 3
 
     def failing(tensors, path):
@@ -199,31 +198,31 @@ def test_a_second_process_in_a_remote_folder_is_refused(bucket, tmp_path):
     train(config, start_another)
     (line,) = errors[0].splitlines()
     assert f"in use by process {os.getpid()} on {socket.gethostname()}" in line
-    assert not (config.run_folder / OWNER).exists()
+    assert not (config.run_folder / LEASE_FILE).exists()
 
 
 @pytest.fixture
 def folder(request, bucket, tmp_path):
-    return place(bucket) if request.param == "remote" else tmp_path / "shared"
+    return to_path(bucket) if request.param == "remote" else tmp_path / "shared"
 
 
 both = pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
 
 
 def claim_of(folder, **owner):
-    storage.put_text(folder / OWNER, json.dumps({**ELSEWHERE, "renewed_s": time.time(), **owner}))
+    put_text(folder / LEASE_FILE, json.dumps({**ELSEWHERE, "renewed_s": time.time(), **owner}))
 
 
 @both
 def test_a_claim_of_another_host_is_respected_while_it_is_renewed(folder):
     claim_of(folder)
-    with pytest.raises(UserError, match="in use by process 7 on another-host"), only_one(folder):
+    with pytest.raises(UserError, match="in use by process 7 on another-host"), exclusive_access(folder):
         pass
-    assert json.loads((folder / OWNER).read_text())["token"] == "another"
+    assert json.loads((folder / LEASE_FILE).read_text())["token"] == "another"
     claim_of(folder, renewed_s=time.time() - STALE_S)
-    with only_one(folder) as claim:
-        claim.check()
-    assert not (folder / OWNER).exists()
+    with exclusive_access(folder) as lease:
+        lease.check()
+    assert not (folder / LEASE_FILE).exists()
 
 
 @both
@@ -231,25 +230,25 @@ def test_a_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(folder)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     claim_of(folder, host=socket.gethostname(), pid=dead.pid)
-    with only_one(folder) as claim:
-        claim.check()
+    with exclusive_access(folder) as lease:
+        lease.check()
 
 
 def save(checkpoints, epoch):
     checkpoints.save(checkpoint(epoch))
-    checkpoints.settle()
+    checkpoints.wait_for_uploads()
 
 
 @both
 def test_who_lost_the_claim_writes_no_more(folder):
-    with only_one(folder) as claim:
-        checkpoints = open_checkpoints(folder / "checkpoints", 2, claim)
+    with exclusive_access(folder) as lease:
+        checkpoints = open_checkpoints(folder / "checkpoints", 2, lease)
         save(checkpoints, 1)
         claim_of(folder)
-        with pytest.raises(Replaced, match="taken over by process 7 on another-host"):
+        with pytest.raises(LeaseLost, match="taken over by process 7 on another-host"):
             save(checkpoints, 2)
     assert checkpoints.epochs() == [1]
-    assert json.loads((folder / OWNER).read_text())["token"] == "another"
+    assert json.loads((folder / LEASE_FILE).read_text())["token"] == "another"
 
 
 def test_a_run_that_was_taken_over_ends_with_who_did_it(workplace):
@@ -258,7 +257,7 @@ def test_a_run_that_was_taken_over_ends_with_who_did_it(workplace):
     def take_over(event):
         claim_of(config.run_folder)
 
-    with pytest.raises(Replaced, match="another-host"):
+    with pytest.raises(LeaseLost, match="another-host"):
         train(config, take_over)
     assert not (config.run_folder / "outcome.json").exists()
 
@@ -266,17 +265,17 @@ def test_a_run_that_was_taken_over_ends_with_who_did_it(workplace):
 @both
 def test_a_claim_is_renewed_while_its_process_lives(folder, monkeypatch):
     monkeypatch.setattr("wml_ray.lock.RENEW_S", 0.05)
-    with only_one(folder):
+    with exclusive_access(folder):
         renewals = set()
         deadline_s = time.monotonic() + 10
-        while len(renewals) < 10:  # read all the while: a claim is whole at every moment
-            renewals.add(json.loads(get_text(folder / OWNER))["renewed_s"])
+        while len(renewals) < 10:  # read all the while: a lease is whole at every moment
+            renewals.add(json.loads(get_text(folder / LEASE_FILE))["renewed_s"])
             assert time.monotonic() < deadline_s
 
 
 @pytest.fixture
 def uploaded(bucket):
-    store = open_checkpoints(place(bucket) / "checkpoints", 2)
+    store = open_checkpoints(to_path(bucket) / "checkpoints", 2)
     for epoch in range(1, 4):
         save(store, epoch)
     return store
@@ -285,7 +284,7 @@ def uploaded(bucket):
 def test_a_remote_checkpoint_is_what_was_saved(uploaded):
     saved = checkpoint(4)
     uploaded.save(saved)
-    uploaded.settle()
+    uploaded.wait_for_uploads()
     loaded = uploaded.load(4)
     assert loaded.plan == saved.plan
     assert all(torch.equal(loaded.model[name], tensor) for name, tensor in saved.model.items())
@@ -317,7 +316,7 @@ def test_a_remote_run_that_begins_anew_leaves_no_later_checkpoints(uploaded):
 
 
 def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
-    ledger = Ledger(uploaded.folder.parent)
+    ledger = TrialStore(uploaded.folder.parent)
     trial = open_checkpoints(ledger.trial_folder(3) / "a-run" / "checkpoints", 2)
     save(trial, 1)
     ledger.drop_checkpoints(3)
@@ -327,13 +326,13 @@ def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
 
 @pytest.mark.filterwarnings("ignore:.*the storage takes no checkpoint")
 def test_what_waits_for_the_storage_is_bounded(bucket, server):
-    store = open_checkpoints(place(bucket) / "checkpoints", 2)
+    store = open_checkpoints(to_path(bucket) / "checkpoints", 2)
     server.refuse_writes()
     for epoch in range(1, 7):
         store.save(checkpoint(epoch))
     assert store._here.epochs() == [4, 5, 6]  # the best and the newest two
     server.accept_writes()
-    store.settle()
+    store.wait_for_uploads()
     assert store.epochs() == [4, 5, 6]
 
 
@@ -368,9 +367,9 @@ def test_a_study_in_object_storage_is_whole_and_grows(bucket, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     space = small_space(f"run.storage_path={bucket}", domains={"wml.alpha": ray_tune_api.uniform(0.0, 0.9)})
     tune(space, search_config(study="far", trials=2, scheduler="none"))
-    before = [trial.point for trial in Ledger(place(bucket) / "far").trials()]
+    before = [trial.point for trial in TrialStore(to_path(bucket) / "far").trials()]
     outcome = tune(space, search_config(study="far", trials=3, scheduler="none"))
-    trials = Ledger(place(bucket) / "far").trials()
+    trials = TrialStore(to_path(bucket) / "far").trials()
     assert [trial.state for trial in trials] == ["COMPLETE"] * 3
     assert [trial.point for trial in trials[:2]] == before
     assert all(steps(run, "train/loss") == [1, 2, 3] for run in children("far"))

@@ -3,127 +3,27 @@
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from head import Head
 from mlflow import MlflowClient
-from servers import free_port
 
-from wml_ray import job_entry, submission
-from wml_ray.checkpoint import Checkpoints
-from wml_ray.config import UserError, load
-from wml_ray.job_entry import on_cluster
-from wml_ray.job_package import pack, work_of
-from wml_ray.submission import runtime_env
+from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.config.load import load_config
+from wml_ray.errors import UserError
+from wml_ray.submit.client import connect
+from wml_ray.submit.entry import ENVIRONMENT, SUBMITTED_FROM, cli, on_cluster, socket
+from wml_ray.submit.jobs import follow, runtime_env
+from wml_ray.submit.package import pack, work_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "jobs" / "quickstart.yaml")
 SMALL = [QUICKSTART, "pruning.saliency_images=32", "data.batch_size=256"]
 SECRET = "unlikely-word-4711"
-WATCH = """
-import ray, time
-ray.init(log_to_driver=False, logging_level="ERROR")
-while True:
-    print(ray.available_resources().get("CPU", 0), flush=True)
-    time.sleep(0.2)
-"""
-
-
-class Head:
-    """`ray start --head` with a token, a home and ports of its own."""
-
-    def __init__(self, folder):
-        self.folder, self.home = folder, folder / "home"
-        (self.home / ".ray").mkdir(parents=True)
-        (self.home / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef")
-        self.temp = Path(tempfile.mkdtemp(prefix="wr-", dir="/tmp"))  # paths of sockets must be short
-        self.port, dashboard = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{dashboard}"
-        command = ["start", "--head", "--block", "--num-cpus", "2", "--disable-usage-stats", "--temp-dir", self.temp]
-        command += ["--node-ip-address", "127.0.0.1", "--port", self.port, "--dashboard-port", dashboard]
-        for option in ("ray-client-server", "dashboard-agent-listen", "dashboard-agent-grpc"):
-            command += [f"--{option}-port", free_port()]
-        self.metrics_port = free_port()
-        command += ["--metrics-export-port", self.metrics_port]
-        with (folder / "head.log").open("w") as log:
-            self.process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("ray")), *map(str, command)],
-                env=self.environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0"),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def environment(self, **more):
-        mine = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "AWS_"))}
-        path = f"{Path(sys.executable).parent}:{mine['PATH']}"
-        return {**mine, "HOME": str(self.home), "PATH": path, "OMP_NUM_THREADS": "1", **more}
-
-    def wait(self):
-        deadline_s = time.monotonic() + 60
-        while True:
-            assert self.process.poll() is None, (self.folder / "head.log").read_text()
-            assert time.monotonic() < deadline_s, (self.folder / "head.log").read_text()
-            jobs = self.run("status", "nobody")
-            if "no job 'nobody'" in jobs.stderr:
-                return
-            time.sleep(0.5)
-
-    def start(self, *words, folder=None, **variables):
-        """jobs/submit.py in a process of its own."""
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "submit.py"), *words, "--address", self.url],
-            cwd=folder or self.folder,
-            env=self.environment(RAY_ADDRESS="http://127.0.0.1:9", **variables),  # --address wins
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
-        )
-
-    def run(self, *words, folder=None, **variables):
-        process = self.start(*words, folder=folder, **variables)
-        out, errors = process.communicate(timeout=150)
-        return subprocess.CompletedProcess(words, process.returncode, out, errors)
-
-    @contextmanager
-    def watched_cores(self):
-        """Waits, in a process that has joined the cluster before it matters, until this many cores are free."""
-        environment = self.environment(RAY_ADDRESS=f"127.0.0.1:{self.port}", RAY_AUTH_MODE="token")
-        command = [sys.executable, "-c", WATCH]
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as watcher:
-
-            def wait_for(cores):
-                while float(watcher.stdout.readline()) < cores:
-                    pass
-
-            try:
-                watcher.stdout.readline()
-                yield wait_for
-            finally:
-                watcher.kill()
-
-    def metrics(self):
-        """What Prometheus would read."""
-        return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        shutil.rmtree(self.temp, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +50,7 @@ def wait_until(true, timeout_s=90):
 
 
 def run_id(*words):
-    return load(words[0], words[1:]).run_id
+    return load_config(words[0], words[1:]).run_id
 
 
 @pytest.mark.slow
@@ -265,15 +165,15 @@ def test_what_is_passed_on_reaches_drivers_and_workers_but_no_log(head, tmp_path
     with zipfile.ZipFile(package.path, "a") as archive:
         archive.write(tmp_path / "look.py", "look.py")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets it
-    client = submission.connect(head.url)
+    client = connect(head.url)
     job_id = client.submit_job(entrypoint="python look.py", runtime_env=runtime_env(work, package, None, False))
-    assert submission.follow(client, job_id) == 0
+    assert follow(client, job_id) == 0
     assert f"driver {len(SECRET)} worker {len(SECRET)}" in client.get_job_logs(job_id)
     logs = [path for path in (head.temp / "session_latest" / "logs").rglob("*") if path.is_file()]
     assert logs
     assert not [path.name for path in logs if SECRET.encode() in path.read_bytes()]
     assert SECRET not in str(client.get_job_info(job_id))
-    passed = list(head.temp.rglob(job_entry.ENVIRONMENT))
+    passed = list(head.temp.rglob(ENVIRONMENT))
     assert passed
     assert not any(path.stat().st_mode & 0o077 for path in passed)
 
@@ -321,7 +221,7 @@ def test_a_mistake_is_one_sentence_and_nothing_is_submitted(head, words, said):
 def test_an_address_without_a_cluster_is_one_sentence(address, monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")  # what is given on the command line wins
     with pytest.raises(UserError, match=r"--address http://HOST:8265") as raised:
-        submission.connect(address)
+        connect(address)
     assert address in str(raised.value)
 
 
@@ -337,7 +237,7 @@ def test_jobs_go_to_the_host_whose_cluster_would_be_joined(monkeypatch):
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets it
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:6379")
     with pytest.raises(UserError, match=r"no Ray cluster answers at http://127\.0\.0\.2:8265"):
-        submission.connect(None)
+        connect(None)
 
 
 @pytest.fixture
@@ -419,11 +319,11 @@ def test_relative_folders_of_a_job_outlive_the_working_directory_that_ray_made(w
     (made / "config.yaml").write_text("optim: {epochs: 1}\n")
     place = workplace / "place"
     place.mkdir()
-    monkeypatch.setattr(job_entry.cli, "main", lambda words: print(words, os.getcwd()) or 0)
+    monkeypatch.setattr(cli, "main", lambda words: print(words, os.getcwd()) or 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    for host, expected in ((job_entry.socket.gethostname(), place), ("another", workplace / "home" / "wml_ray_jobs")):
+    for host, expected in ((socket.gethostname(), place), ("another", workplace / "home" / "wml_ray_jobs")):
         monkeypatch.chdir(made)
-        monkeypatch.setenv(job_entry.PLACE, f"{host}:{place}")
+        monkeypatch.setenv(SUBMITTED_FROM, f"{host}:{place}")
         assert on_cluster("train", ["config.yaml", "seed=1"]) == 0
         assert f"['train', '{made}/config.yaml', 'seed=1'] {expected}" in capsys.readouterr().out

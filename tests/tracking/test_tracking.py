@@ -7,10 +7,10 @@ from family import tiny_config
 from mlflow import MlflowClient
 from servers import Server, free_port
 
-from wml_ray import ray_train, tracking
-from wml_ray.loop import EpochEnd
-from wml_ray.run import train
-from wml_ray.tracking import TrackedRun, Tracker
+from wml_ray.tracking.client import check_reachable
+from wml_ray.tracking.runs import MetricLogger, TrackedRun
+from wml_ray.training.events import EpochEnd
+from wml_ray.verbs.train import train
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def test_a_server_killed_in_mid_run_and_back_later_misses_nothing(workplace, ser
 
 @pytest.mark.slow
 def test_what_a_dead_server_missed_is_kept_and_delivered_by_the_same_command(workplace, server, monkeypatch):
-    monkeypatch.setattr(ray_train, "DELIVERY_S", 1.0)
+    monkeypatch.setattr("wml_ray.cluster.train.DELIVERY_S", 1.0)
     config = tiny_config("optim.epochs=4")
     outcome = train(config, at_epoch(2, server.kill))
     assert outcome.undelivered > 0
     assert (config.run_folder / "result.json").exists()
     server.start()
     server.wait()
-    monkeypatch.setattr(ray_train, "DELIVERY_S", 60.0)
+    monkeypatch.setattr("wml_ray.cluster.train.DELIVERY_S", 60.0)
     again = train(config, lambda event: None)
     assert (again.undelivered, again.trained_now) == (0, False)
     run, steps = logged_steps(server, "train/loss")
@@ -73,7 +73,7 @@ def test_what_a_dead_server_missed_is_kept_and_delivered_by_the_same_command(wor
 def test_logging_waits_for_no_answer():
     """A thousand steps are logged while the first request still waits: log() has made none of its own."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        tracker = Tracker(TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0", "none"))
+        tracker = MetricLogger(TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0", "none"))
         tracker.log(0, {"train/loss": 1.0}, 0)
         silent.settimeout(60)
         request, _ = silent.accept()
@@ -89,6 +89,6 @@ def test_logging_waits_for_no_answer():
 def test_a_password_in_the_address_is_never_shown(monkeypatch):
     uri = f"http://someone:secret@127.0.0.1:{free_port()}"
     with pytest.raises(ValueError, match=r"127\.0\.0\.1") as raised:
-        tracking.check_reachable(uri)
+        check_reachable(uri)
     assert "secret" not in str(raised.value)
     assert "secret" not in TrackedRun(uri, "1", "2").command

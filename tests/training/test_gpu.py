@@ -3,10 +3,10 @@
 import pytest
 import torch
 from family import batch, pruned_tree, tiny_config
-from test_run import ignore, only_run
+from runs import ignore, only_run
 
-from wml_ray.run import train
-from wml_ray.weights import weight_gradient
+from wml_ray.methods.hypergradient import weight_gradient
+from wml_ray.verbs.train import train
 
 pytestmark = pytest.mark.gpu
 

@@ -5,20 +5,25 @@ import torch
 import workers
 from family import tiny_config
 
-from wml_ray import data, session
-from wml_ray.config import OptimConfig, UserError
-from wml_ray.data import Shard
-from wml_ray.loop import STEPS_BETWEEN_LOOKS, Diverged, EpochEnd, Tick, Trainer, learning_rate
-from wml_ray.pruning import apply_plan
+from wml_ray.checkpoints.load import build_tree
+from wml_ray.config.schema import OptimConfig
+from wml_ray.data.load import load_dataset
+from wml_ray.distributed import WorkerRank
+from wml_ray.errors import Diverged, UserError
+from wml_ray.pruning.prune import apply_channel_widths
+from wml_ray.training.events import EpochEnd, StepProgress
+from wml_ray.training.optimizer import learning_rate
+from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS, Trainer
 
 
-def trainer_of(config, shard=None):
-    dataset = data.load(config)
-    start = session.beginning(config, dataset)
-    tree = session.fresh_tree(config, dataset.spec)
-    apply_plan(tree, start.plan["channels"])
+def trainer_of(config, worker=None):
+    dataset = load_dataset(config)
+    start = initial_checkpoint(config, dataset)
+    tree = build_tree(config, dataset.spec)
+    apply_channel_widths(tree, start.plan["channels"])
     tree.load_state_dict(start.model)
-    return Trainer(config, tree, dataset, torch.device("cpu"), shard)
+    return Trainer(config, tree, dataset, torch.device("cpu"), worker)
 
 
 def fitted(*overrides):
@@ -79,7 +84,7 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
     alone = trainer_of(config)
     network = alone.tree.peer(0)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, nesterov=True)
-    for step, (inputs, targets) in enumerate(alone.dataset.train_batches(0, Shard())):
+    for step, (inputs, targets) in enumerate(alone.dataset.train_batches(0, WorkerRank())):
         optimizer.param_groups[0]["lr"] = learning_rate(config.optim, step, alone.dataset.steps_per_epoch)
         loss = torch.nn.functional.cross_entropy(network(inputs), targets) / 2
         optimizer.zero_grad()
@@ -116,7 +121,7 @@ def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal():
     cut, saved, told = trainer_of(tiny_config(*options)), {}, []
 
     def save_once(event):
-        assert (event.epoch, event.step) == (0, STEPS_BETWEEN_LOOKS)
+        assert (event.epoch, event.step) == (0, STEPS_BETWEEN_PREEMPTION_CHECKS)
         saved.update(model={k: v.clone() for k, v in cut.model_state().items()})
         saved.update(state={k: v.clone() for k, v in cut.state().items()})
         raise KeyboardInterrupt
@@ -173,15 +178,15 @@ def test_onecycle_is_torchs_one_cycle():
 
 def test_progress_ticks_are_on_the_way_to_the_end():
     _, events = fitted("optim.epochs=1")
-    ticks = [event for event in events if isinstance(event, Tick)]
+    ticks = [event for event in events if isinstance(event, StepProgress)]
     assert all(0 < tick.step <= tick.total_steps == 20 for tick in ticks)
 
 
 def _first_gradients(rank, world_size):
     """One step's gradients on 5 images, 3 and 2 of them a worker, with BatchNorm over all of them."""
     config = tiny_config("data.batch_size=5", "optim.sync_batchnorm=true", "optim.name=adamw")
-    trainer = trainer_of(config, Shard(rank, world_size))
-    trainer._train_step(0, next(trainer.dataset.train_batches(0, trainer.shard)))
+    trainer = trainer_of(config, WorkerRank(rank, world_size))
+    trainer._train_step(0, next(trainer.dataset.train_batches(0, trainer.worker)))
     return {name: p.grad for name, p in trainer.tree.named_parameters()}
 
 
@@ -200,7 +205,7 @@ def test_synchronised_batchnorm_runs_under_autocast(tmp_path):
 
 
 def _two_workers(rank, overrides):
-    trainer = trainer_of(tiny_config(*overrides), Shard(rank, 2))
+    trainer = trainer_of(tiny_config(*overrides), WorkerRank(rank, 2))
     metrics = []
     trainer.fit(lambda event: metrics.append(event.metrics) if isinstance(event, EpochEnd) else None)
     return trainer.model_state(), trainer.weights_M, metrics[-1]
@@ -232,4 +237,4 @@ def test_two_workers_with_their_own_batchnorm_stay_equal_to_each_other(tmp_path)
 
 def test_more_workers_than_a_batch_can_feed_is_an_error():
     with pytest.raises(UserError, match=r"scale\.workers = 40 is too many"):
-        trainer_of(tiny_config(), Shard(0, 40))
+        trainer_of(tiny_config(), WorkerRank(0, 40))

@@ -4,41 +4,21 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from family import tiny_config
-from mlflow import MlflowClient
-from safetensors.torch import load_file
+from runs import assert_bit_equal, client, ignore, only_run, start_training, steps, wait_for_epoch
 
-from wml_ray.checkpoint import Checkpoints
-from wml_ray.cli import main
-from wml_ray.config import UserError
-from wml_ray.loop import Diverged, EpochEnd
-from wml_ray.run import train
+from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.cli.main import main
+from wml_ray.errors import Diverged, UserError
+from wml_ray.training.events import EpochEnd
+from wml_ray.verbs.train import train
 
-TESTS = Path(__file__).parent
-
-
-def client():
-    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-
-
-def only_run(name="wml"):
-    (run,) = client().search_runs([client().get_experiment_by_name(name).experiment_id])
-    return run
-
-
-def steps(run, metric):
-    return [entry.step for entry in client().get_metric_history(run.info.run_id, metric)]
-
-
-def ignore(event):
-    pass
+TESTS = Path(__file__).parents[1]
 
 
 def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
@@ -82,13 +62,6 @@ def test_the_logged_config_reruns_the_run_to_the_same_bits(workplace):
     assert main(["train", "again.yaml"]) == 0
     one, other = (next(Path(folder).glob("*/*/checkpoints/epoch-0001")) for folder in ("results", "elsewhere"))
     assert_bit_equal(one, other)
-
-
-def assert_bit_equal(one, other):
-    for name in ("model.safetensors", "trainer.safetensors"):
-        ours, theirs = load_file(one / name), load_file(other / name)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key].equal(theirs[key]) for key in ours)
 
 
 @pytest.mark.slow
@@ -137,26 +110,6 @@ def test_ctrl_c_says_how_to_continue_and_the_same_command_does(workplace):
     assert start_training().wait(120) == 0
     assert only_run().info.status == "FINISHED"
     assert steps(only_run(), "train/loss") == list(range(1, 41))
-
-
-def start_training():
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "wml_ray", "train", "config.yaml"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
-    )
-
-
-def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
-    deadline_s = time.monotonic() + timeout_s
-    while not checkpoints.epochs() or checkpoints.epochs()[-1] < epoch:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(workplace, capsys):
@@ -245,7 +198,7 @@ def test_plan_writes_nothing_and_names_the_run(workplace, capsys):
 
 
 def test_plan_shows_the_sizes_that_training_then_has(workplace):
-    from wml_ray.run import plan
+    from wml_ray.verbs.plan import plan
 
     config = tiny_config("optim.epochs=1")
     sizes = [(peer["params"], peer["macs"]) for peer in plan(config).peers]

@@ -18,23 +18,26 @@ from mlflow import MlflowClient
 from postgres import postgres
 from ray import tune as ray_tune_api
 from servers import free_port
+from studies import ACCURACY, ALPHA, children, small_space
 
-from wml_ray import ray_tune, records, tracking
-from wml_ray.cli import main
-from wml_ray.config import UserError, load
-from wml_ray.ledger import Ledger, Trial
-from wml_ray.ray_schedulers import Seen, make_scheduler, replay
-from wml_ray.space import make_space, search_config
-from wml_ray.storage import Unanswered
-from wml_ray.study import open_storage
-from wml_ray.sweep import DIED, Sweep, start_points
-from wml_ray.tune import tune
+from wml_ray.cli.main import main
+from wml_ray.cluster.schedulers import EarlierTrial, make_scheduler, replay
+from wml_ray.cluster.trial import train_trial
+from wml_ray.config.load import load_config
+from wml_ray.errors import UserError
+from wml_ray.search.optuna_study import open_storage
+from wml_ray.search.settings import search_config
+from wml_ray.search.space import load_start_points
+from wml_ray.search.study import DIED, Study
+from wml_ray.search.trials import Trial, TrialStore
+from wml_ray.storage.retry import StorageUnavailable
+from wml_ray.tracking.results import load_study
+from wml_ray.tracking.runs import open_run
+from wml_ray.verbs.tune import tune
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parent
-ACCURACY = {"val/accuracy/ensemble_weighted": "max"}
-ALPHA = {"wml.alpha": ray_tune_api.uniform(0.0, 0.9)}
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +45,8 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
-def small_space(*overrides, domains=ALPHA, objectives=ACCURACY):
-    return make_space(tiny_config("optim.epochs=3", "scale.cpus_per_worker=1", *overrides), domains, objectives)
-
-
 def client():
     return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-
-
-def children(study):
-    experiment = client().get_experiment_by_name(study).experiment_id
-    runs = client().search_runs([experiment], "tags.`mlflow.parentRunId` != ''")
-    return sorted(runs, key=lambda run: int(run.data.tags["wml_ray.trial"]))
 
 
 def parent(study):
@@ -90,7 +83,7 @@ def test_a_study_is_whole_in_mlflow(workplace):
     assert study_run.data.params["objective.val/accuracy/ensemble_weighted"] == "max"
     assert study_run.data.params["search.scheduler"] == "asha"
     best = outcome.study.trials.sort_values("val/accuracy/ensemble_weighted").iloc[-1]
-    taken = load(client().download_artifacts(study_run.info.run_id, "config.yaml", str(workplace)))
+    taken = load_config(client().download_artifacts(study_run.info.run_id, "config.yaml", str(workplace)))
     assert taken.wml.alpha == best["wml.alpha"]
     assert (taken.run.name, taken.run.storage_path) == ("wml", "results")
     report = {file.path for file in client().list_artifacts(study_run.info.run_id, "report")}
@@ -147,7 +140,7 @@ def test_trials_that_diverge_or_die_are_failed_everywhere_and_never_best(workpla
     stored = optuna.load_study(study_name="bad", storage="sqlite:///bad.db").trials
     assert [trial.state.name == "FAIL" for trial in stored] == list(trials["state"] == "FAILED")
     assert all(trial.values is None for trial in stored if trial.state.name == "FAIL")
-    taken = load(client().download_artifacts(parent("bad").info.run_id, "config.yaml", str(workplace)))
+    taken = load_config(client().download_artifacts(parent("bad").info.run_id, "config.yaml", str(workplace)))
     assert taken.optim.learning_rate < 1
 
 
@@ -174,7 +167,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(workplace):
             os.kill(killed[0], signal.SIGKILL)
 
     tune(small_space("optim.epochs=12"), search_config(study="once", trials=1, scheduler="none"), kill_once)
-    (trial,) = Ledger(Path("results/once")).trials()
+    (trial,) = TrialStore(Path("results/once")).trials()
     assert trial.state == "COMPLETE"
     assert [entry["timestamp_ms"] for entry in trial.history][:5] == killed[1]
     assert steps(children("once")[0], "train/loss") == list(range(1, 13))
@@ -192,23 +185,23 @@ def test_a_process_that_dies_between_two_trials_fails_neither(workplace):
 
     tune(small_space(), search_config(study="between", trials=3, scheduler="none", concurrent=1), kill_once)
     assert killed
-    assert [trial.state for trial in Ledger(Path("results/between")).trials()] == ["COMPLETE"] * 3
+    assert [trial.state for trial in TrialStore(Path("results/between")).trials()] == ["COMPLETE"] * 3
     assert [run.info.status for run in children("between")] == ["FINISHED"] * 3
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_storage_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    def out_of_storage(settings, surroundings):
+    def out_of_storage(settings, worker_environment):
         def run_worker(*_):
-            raise Unanswered("the storage does not answer")
+            raise StorageUnavailable("the storage does not answer")
 
-        ray_tune.run_worker = run_worker
-        ray_tune.train_trial(settings, surroundings)
+        run_worker = run_worker
+        train_trial(settings, worker_environment)
 
-    monkeypatch.setattr(ray_tune, "train_trial", out_of_storage)
+    monkeypatch.setattr("wml_ray.cluster.tune.train_trial", out_of_storage)
     with pytest.raises(UserError, match=r"^the storage does not answer$"):
         tune(small_space(), search_config(study="away", trials=2, scheduler="none"))
-    assert {trial.state for trial in Ledger(Path("results/away")).trials()} == {"RUNNING"}
+    assert {trial.state for trial in TrialStore(Path("results/away")).trials()} == {"RUNNING"}
     assert {run.info.status for run in [parent("away"), *children("away")]} <= {"FAILED", "KILLED"}
 
 
@@ -236,7 +229,7 @@ def test_an_earlier_study_is_learnt_from(workplace):
     search = search_config(study="second", trials=1, storage="sqlite:///second.db")
     tune(small_space(), search, warm_start=["first"])
     stored = optuna.load_study(study_name="second", storage="sqlite:///second.db").trials
-    first = [trial.point for trial in Ledger(Path("results/first")).trials()]
+    first = [trial.point for trial in TrialStore(Path("results/first")).trials()]
     assert [trial.params for trial in stored[:2]] == first
     assert len(stored) == 3
     with pytest.raises(UserError, match=r"holds no study|is not on"):
@@ -276,13 +269,13 @@ def test_a_driver_killed_at_any_moment_is_continued_by_the_same_command(workplac
         process.wait()
         plan = json.loads(max(folder.glob(f"{condition[:4]}/*/checkpoints/*/plan.json")).read_text())
         before[int(condition[:4])] = [entry["timestamp_ms"] for entry in plan["history"]]
-    finished = [trial for trial in Ledger(folder.parent).trials() if trial.state == "COMPLETE"]
+    finished = [trial for trial in TrialStore(folder.parent).trials() if trial.state == "COMPLETE"]
     process = start_tune()
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "4 trials: 4 complete" in out
     assert finished
-    after = Ledger(folder.parent).trials()
+    after = TrialStore(folder.parent).trials()
     assert [after[trial.number].history for trial in finished] == [trial.history for trial in finished]
     for number, timestamps in before.items():
         assert [entry["timestamp_ms"] for entry in after[number].history][: len(timestamps)] == timestamps
@@ -303,21 +296,21 @@ def start_tune():
 
 def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
     space, search = small_space("optim.epochs=9"), search_config(study="asha", trials=9, grace_epochs=1)
-    ledger = Ledger(workplace / "asha")
+    ledger = TrialStore(workplace / "asha")
     for number, last in enumerate([9, 3, 1, 9]):
         history = [
             {"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: number / 10}} for e in range(1, last + 1)
         ]
         ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
     scheduler = make_scheduler(search, space, set())
-    replay(scheduler, Sweep(space, search, workplace / "asha", "token"))
+    replay(scheduler, Study(space, search, workplace / "asha", "token"))
     rungs = {milestone: len(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
     assert rungs == {1: 4, 3: 3, 9: 2}
 
 
 def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_none_yet(workplace):
-    sweep = Sweep(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
-    sweep.publish_to(tracking.open_run("halted", "halted", "token", {}, {}))
+    sweep = Study(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
+    sweep.publish_to(open_run("halted", "halted", "token", {}, {}))
     _, started = (sweep.begin({"wml.alpha": alpha}, {}) for alpha in (0.1, 0.2))
     sweep.started(started)
     assert sweep.running() == [started]
@@ -338,7 +331,7 @@ def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_non
 def test_a_start_point_outside_the_space_is_refused(workplace, text, says):
     (workplace / "start.yaml").write_text(text)
     with pytest.raises(UserError, match=says):
-        start_points(Path("start.yaml"), small_space())
+        load_start_points(Path("start.yaml"), small_space())
 
 
 def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
@@ -351,7 +344,7 @@ def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
 
 def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
-        records.study("nothing")
+        load_study("nothing")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -379,7 +372,7 @@ def test_a_study_in_postgresql_outlives_the_restart_of_its_database(workplace):
         assert restarted
         stored = optuna.load_study(study_name="shared", storage=database.url)
         assert [trial.state.name for trial in stored.trials] == ["COMPLETE"] * 3
-        ledger = Ledger(Path("results/shared")).trials()
+        ledger = TrialStore(Path("results/shared")).trials()
         assert [trial.params for trial in stored.trials] == [trial.point for trial in ledger]
         accuracies = [trial.results()["val/accuracy/ensemble_weighted"] for trial in ledger]
         assert [trial.value for trial in stored.trials] == accuracies
@@ -392,7 +385,7 @@ def test_a_study_in_postgresql_outlives_the_restart_of_its_database(workplace):
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_database_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    monkeypatch.setattr(ray_tune, "STORAGE_S", 1.0)
+    monkeypatch.setattr("wml_ray.cluster.tune.STORAGE_TIMEOUT_S", 1.0)
     space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})  # Optuna hears of a trial at its end
     with postgres() as database:
         search = search_config(study="gone", trials=2, storage=database.url, scheduler="none", concurrent=1)
@@ -404,13 +397,13 @@ def test_a_database_that_stays_away_ends_the_study_and_fails_no_trial(workplace,
 
         with pytest.raises(UserError, match=r"storage .* does not answer .* run the same command again"):
             tune(space, search, kill)
-        (finished,) = Ledger(Path("results/gone")).trials()
+        (finished,) = TrialStore(Path("results/gone")).trials()
         assert finished.state == "COMPLETE"
         database.start()
         tune(space, search)
         stored = optuna.load_study(study_name="gone", storage=database.url)
         assert [trial.state.name for trial in stored.trials] == ["COMPLETE"] * 2
-    assert Ledger(Path("results/gone")).trials()[0].history == finished.history
+    assert TrialStore(Path("results/gone")).trials()[0].history == finished.history
     assert [run.info.status for run in children("gone")] == ["FINISHED"] * 2
 
 
@@ -459,14 +452,14 @@ def test_a_continued_scheduler_stops_bad_trials_but_none_for_its_past(workplace,
     """Trials of an earlier start set the mark; one that was interrupted behind them reports its past unharmed."""
     space = small_space("optim.epochs=9")
     search = search_config(study="again", trials=9, scheduler=scheduler)
-    ledger = Ledger(workplace / "again")
+    ledger = TrialStore(workplace / "again")
     for number in range(4):
         history = [{"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: 0.9}} for e in range(1, 10)]
         ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
     stopped = set()
     continued = make_scheduler(search, space, stopped)
-    replay(continued, Sweep(space, search, workplace / "again", "token"))
-    interrupted, new = Seen("interrupted"), Seen("new")
+    replay(continued, Study(space, search, workplace / "again", "token"))
+    interrupted, new = EarlierTrial("interrupted"), EarlierTrial("new")
     for trial, past in ((interrupted, True), (new, False)):
         continued.on_trial_add(None, trial)
         results = [{"epoch": e, "past": past, search.stop_metric: 0.1} for e in (1, 2, 3)]
@@ -483,7 +476,7 @@ def test_the_best_epoch_counts_where_the_config_says_so(workplace):
     search = search_config(study="best", trials=2, reduction_factor=2, concurrent=1)
     trials = tune(space, search, None, start).study.trials
     assert list(trials["state"]) == ["COMPLETE", "STOPPED"]
-    history = Ledger(Path("results/best")).trials()[0].history
+    history = TrialStore(Path("results/best")).trials()[0].history
     scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in history]
     assert trials["val/accuracy/ensemble_weighted"][0] == max(scores)
 

@@ -16,9 +16,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wml_ray.config import UserError
-from wml_ray.lock import Claim
-from wml_ray.storage import flush, is_remote, local_files, patiently
+from wml_ray.errors import UserError
+from wml_ray.storage.files import flush, local_files
+from wml_ray.storage.lease import Lease
+from wml_ray.storage.paths import is_remote
+from wml_ray.storage.retry import retry_for
 
 SELECTION_METRIC = "val/accuracy/ensemble_weighted"
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
@@ -26,7 +28,7 @@ FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # th
 _FOLDER = re.compile(r"epoch-(\d{4,})")
 
 
-class Damaged(RuntimeError):
+class DamagedCheckpoint(RuntimeError):
     """A checkpoint whose files are missing, cut short or changed."""
 
 
@@ -43,18 +45,18 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the best by the weighted ensemble's validation accuracy."""
 
-    def __init__(self, folder: Path, keep: int, claim: Claim | None = None) -> None:
-        """`claim` is what allows to write there."""
-        self.folder, self.keep, self.claim = folder, keep, claim
+    def __init__(self, folder: Path, keep: int, lease: Lease | None = None) -> None:
+        """`lease` is what allows to write there."""
+        self.folder, self.keep, self.lease = folder, keep, lease
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer.
 
         Raises:
-            Replaced: another process has taken the run over.
+            LeaseLost: another process has taken the run over.
         """
-        if self.claim:
-            self.claim.check()
+        if self.lease:
+            self.lease.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".*.writing"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -74,7 +76,7 @@ class Checkpoints:
         for epoch in self.outdated(best_epoch(checkpoint.plan["history"])):
             shutil.rmtree(self.path(epoch), ignore_errors=True)
 
-    def settle(self) -> None:
+    def wait_for_uploads(self) -> None:
         """Return when all that was saved is where every process finds it."""
 
     def close(self) -> None:
@@ -85,7 +87,7 @@ class Checkpoints:
         for epoch in reversed(self.epochs()):
             try:
                 return self.load(epoch)
-            except Damaged as error:
+            except DamagedCheckpoint as error:
                 warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
         return None
 
@@ -99,13 +101,13 @@ class Checkpoints:
         except UserError:
             raise
         except (OSError, ValueError) as error:
-            raise Damaged(f"checkpoint {self.path(epoch)} is damaged ({error})") from error
+            raise DamagedCheckpoint(f"checkpoint {self.path(epoch)} is damaged ({error})") from error
 
     def epochs(self) -> list[int]:
         """Epochs that have a checkpoint, in order."""
         if is_remote(self.folder):  # one without digests was not uploaded to the end
             return _numbers(
-                path.parent for path in patiently(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
+                path.parent for path in retry_for(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
             )
         return _numbers(self.folder.iterdir()) if self.folder.is_dir() else []
 

@@ -7,56 +7,57 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from wml_ray import storage
-from wml_ray.checkpoint import DIGESTS, FILES, Checkpoint, Checkpoints, best_epoch
-from wml_ray.delivery import Deliveries
-from wml_ray.lock import Claim, Replaced
+from wml_ray.checkpoints.checkpoint import DIGESTS, FILES, Checkpoint, Checkpoints, best_epoch
+from wml_ray.storage.files import put_files, remove_tree, staging_folder
+from wml_ray.storage.lease import Lease, LeaseLost
+from wml_ray.storage.paths import is_remote
+from wml_ray.storage.retry import STORAGE_TIMEOUT_S, RetryQueue, storage_unavailable
 
-ABANDONED_S = 5.0  # how long an interrupted training waits for its uploads
-FAILS = "the storage takes no checkpoint ({}); training goes on, checkpoints wait on this machine"
+INTERRUPTED_UPLOAD_S = 5.0  # how long an interrupted training waits for its uploads
+UPLOAD_FAILED = "the storage takes no checkpoint ({}); training goes on, checkpoints wait on this machine"
 
 
-def open_checkpoints(folder: Path, keep: int, claim: Claim | None = None) -> Checkpoints:
+def open_checkpoints(folder: Path, keep: int, lease: Lease | None = None) -> Checkpoints:
     """The checkpoints of one run, wherever its folder is."""
-    return (UploadedCheckpoints if storage.is_remote(folder) else Checkpoints)(folder, keep, claim)
+    return (UploadedCheckpoints if is_remote(folder) else Checkpoints)(folder, keep, lease)
 
 
 class UploadedCheckpoints(Checkpoints):
     """What waits for the storage is what would be kept there: the newest, and the best. The rest is never uploaded."""
 
-    _uploads: Deliveries | None = None
+    _uploads: RetryQueue | None = None
     _here: Checkpoints
-    _replaced: Replaced | None = None
+    _replaced: LeaseLost | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Returns when it is on this machine's disk; a thread uploads it.
 
         Raises:
-            Replaced: another process has taken the run over.
+            LeaseLost: another process has taken the run over.
         """
         if self._replaced:
             raise self._replaced
         if self._uploads is None:
-            self._here = Checkpoints(storage.scratch(self.folder), self.keep)
-            self._uploads = Deliveries(FAILS)
+            self._here = Checkpoints(staging_folder(self.folder), self.keep)
+            self._uploads = RetryQueue(UPLOAD_FAILED)
         self._here.save(checkpoint)
         best = best_epoch(checkpoint.plan["history"])
         self._uploads.put(partial(self._upload, checkpoint.epoch, best))
 
-    def settle(self) -> None:
+    def wait_for_uploads(self) -> None:
         """Raises:
-        Replaced: another process has taken the run over.
-        Unanswered: the storage took nothing for ten minutes.
+        LeaseLost: another process has taken the run over.
+        StorageUnavailable: the storage took nothing for ten minutes.
         """
-        left = self._finish(storage.PATIENCE_S)
+        left = self._finish(STORAGE_TIMEOUT_S)
         if self._replaced:
             raise self._replaced
         if left:
-            raise storage.unanswered(self.folder, "the last checkpoints are not there")
+            raise storage_unavailable(self.folder, "the last checkpoints are not there")
 
     def close(self) -> None:
         """Give up what is not uploaded in a few seconds."""
-        if self._finish(ABANDONED_S):
+        if self._finish(INTERRUPTED_UPLOAD_S):
             warnings.warn(f"{self.folder}: the newest checkpoint was not uploaded", stacklevel=2)
 
     def _finish(self, timeout_s: float) -> int:
@@ -72,10 +73,10 @@ class UploadedCheckpoints(Checkpoints):
         if self._replaced or not self._here.path(epoch).exists():  # newer ones have made it superfluous
             return
         try:
-            if self.claim:
-                self.claim.check()
+            if self.lease:
+                self.lease.check()
             self._replace(epoch, best)
-        except Replaced as error:
+        except LeaseLost as error:
             self._replaced = error
         except FileNotFoundError:
             if self._here.path(epoch).exists():
@@ -86,11 +87,11 @@ class UploadedCheckpoints(Checkpoints):
         for later in begun:
             if later >= epoch:  # cut off or damaged, or the run would not have gone back behind it
                 self._remove(later)
-        storage.put_files(self._here.path(epoch), FILES, self.path(epoch))
+        put_files(self._here.path(epoch), FILES, self.path(epoch))
         cut_off = {earlier for earlier in begun if earlier < epoch} - set(self.epochs())
         for earlier in cut_off.union(self.outdated(best)):
             self._remove(earlier)
 
     def _remove(self, epoch: int) -> None:
         (self.path(epoch) / DIGESTS).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
-        storage.remove_tree(self.path(epoch))
+        remove_tree(self.path(epoch))

@@ -7,7 +7,7 @@ import re
 import ray
 from ray.util.metrics import Gauge
 
-from wml_ray.loop import EpochEnd, Tick
+from wml_ray.training.events import EpochEnd, StepProgress
 
 _MODEL = re.compile(r"(.+)/(peer\d+|tree|smallest_peer|ensemble_\w+)")
 
@@ -19,7 +19,7 @@ class Gauges:
         self.run = run
         self._gauges: dict[str, Gauge] = {}
 
-    def show(self, event: Tick | EpochEnd) -> None:
+    def show(self, event: StepProgress | EpochEnd) -> None:
         """Show an epoch's metrics; without a cluster there is nobody to show them to."""
         if not isinstance(event, EpochEnd) or not ray.is_initialized():
             return

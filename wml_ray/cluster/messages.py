@@ -10,28 +10,30 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-LAST_LETTERS_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
+DRAIN_TIMEOUT_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
 
 
-class Mailbox:
+class DriverQueue:
     """Carries calls from the workers to this process, which has no other way to hear of them."""
 
     def __init__(self, receivers: Mapping[str, Callable[..., None]], pause_s: float = 0) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(_Letters).remote()  # no other node's loss ends it
+        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(
+            _QueueActor
+        ).remote()  # no other node's loss ends it
         self._receivers, self._pause_s = receivers, pause_s
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Mailbox:
+    def __enter__(self) -> DriverQueue:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._closing.set()
         ray.get(self.actor.close.remote())
-        self._thread.join(LAST_LETTERS_S)
+        self._thread.join(DRAIN_TIMEOUT_S)
         ray.kill(self.actor)
         if self._error and not error:
             raise self._error
@@ -67,7 +69,7 @@ class _Sender:
         return self._before
 
 
-class _Letters:
+class _QueueActor:
     """An asyncio actor, in which a call may wait for another."""
 
     def __init__(self) -> None:

@@ -18,16 +18,28 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from wml_ray import ray_room, ray_train, readers, storage, tracking
-from wml_ray.config import Config, DataConfig, UserError, place
-from wml_ray.delivery import first_cause
+from wml_ray.cluster.connect import join_cluster, with_absolute_paths
+from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_range, worker_resources
+from wml_ray.config.schema import Config, DataConfig
+from wml_ray.data.readers import check_dataset
+from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.files import (
+    check_storage,
+    missing_parents,
+    put_text,
+    remove_empty,
+    storage_environment,
+    storage_error,
+)
+from wml_ray.storage.paths import to_path
+from wml_ray.tracking.client import check_reachable, is_local_store, redacted, tracking_environment, tracking_uri
 
-ANSWER_S = 120.0  # how long a node may take to start a process that imports torch, and to look
+NODE_TIMEOUT_S = 120.0  # how long a node may take to start a process that imports torch, and to look
 PACKAGES = ("ray", "torch", "torchvision", "torch-pruning", "safetensors", "mlflow")
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One thing that was looked at: what was found, or what is wrong and how to mend it."""
 
     subject: str
@@ -36,7 +48,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Answer:
+class NodeReport:
     """What one node says of itself; each of the last three is empty or says what is wrong."""
 
     host: str
@@ -46,7 +58,7 @@ class Answer:
     data: str
 
 
-def check(config: Config, searching: bool = False) -> None:
+def require_checks(config: Config, searching: bool = False) -> None:
     """Join the cluster, if there is to be one, and see that it has what the run, or the trials of a study, need.
 
     Raises:
@@ -59,31 +71,31 @@ def check(config: Config, searching: bool = False) -> None:
             _insist(finding)
 
 
-def look(config: Config, searching: bool = False) -> Iterator[Finding]:
+def run_checks(config: Config, searching: bool = False) -> Iterator[CheckResult]:
     """Everything `check` insists on, and what else would stop the run; good and bad, and nothing is left behind."""
     yield from _room(config, searching)
     if not _on_cluster(config, searching) or ray.is_initialized():
         yield from _places(config, searching, _other_nodes(config, searching))
 
 
-def _room(config: Config, searching: bool) -> Iterator[Finding]:
+def _room(config: Config, searching: bool) -> Iterator[CheckResult]:
     if not _on_cluster(config, searching):
         yield _found("resources", partial(_this_process, config))
         return
     joined = _found("cluster", _cluster)
     yield joined
     if joined.fine:
-        workers = max(ray_train.worker_range(config)[0], 1)
-        yield _found("resources", partial(ray_room.check_room, workers, _wanted(config, searching)))
+        workers = max(worker_range(config)[0], 1)
+        yield _found("resources", partial(check_capacity, workers, _wanted(config, searching)))
 
 
-def _places(config: Config, searching: bool, others: list[dict[str, Any]]) -> Iterator[Finding]:
+def _places(config: Config, searching: bool, others: list[dict[str, Any]]) -> Iterator[CheckResult]:
     """What must be at hand wherever a worker may run: on this node, then on all others."""
-    uri = tracking.tracking_uri()
+    uri = tracking_uri()
     try:
         answers = _ask(others, config, "" if searching else uri) if others else []
     except UserError as error:
-        yield Finding("nodes", False, str(error))
+        yield CheckResult("nodes", False, str(error))
         return
     everywhere = f" on {len(others) + 1} nodes" if others else ""
     elsewhere = any(answer.host != socket.gethostname() for answer in answers)
@@ -98,9 +110,9 @@ def _places(config: Config, searching: bool, others: list[dict[str, Any]]) -> It
         finding = _found(subject, here)
         wrong = [f"node {answer.host}: {text}" for answer in answers if (text := getattr(answer, there))]
         if finding.fine and wrong:
-            finding = Finding(subject, False, wrong[0])
+            finding = CheckResult(subject, False, wrong[0])
         shared = everywhere if finding.fine and not (subject == "MLflow" and searching) else ""
-        yield Finding(subject, finding.fine, finding.text + shared)
+        yield CheckResult(subject, finding.fine, finding.text + shared)
 
 
 def _on_cluster(config: Config, searching: bool) -> bool:
@@ -109,17 +121,17 @@ def _on_cluster(config: Config, searching: bool) -> bool:
 
 def _wanted(config: Config, searching: bool) -> dict[str, float]:
     """What each worker takes of a node."""
-    return ray_room.trial_resources(config) if searching else ray_train.worker_resources(config)
+    return trial_resources(config) if searching else worker_resources(config)
 
 
-def _found(subject: str, look_at: Callable[[], str]) -> Finding:
+def _found(subject: str, look_at: Callable[[], str]) -> CheckResult:
     try:
-        return Finding(subject, True, look_at())
+        return CheckResult(subject, True, look_at())
     except UserError as error:
-        return Finding(subject, False, str(error))
+        return CheckResult(subject, False, str(error))
 
 
-def _insist(finding: Finding) -> None:
+def _insist(finding: CheckResult) -> None:
     if not finding.fine:
         raise UserError(finding.text)
 
@@ -131,7 +143,7 @@ def _this_process(config: Config) -> str:
 
 
 def _cluster() -> str:
-    ray_train.join_cluster()
+    join_cluster()
     total, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
     count = f"{len(nodes)} node{'s' * (len(nodes) > 1)}"
     return f"{count}, {total.get('CPU', 0):.0f} CPU cores, {total.get('GPU', 0):.0f} GPUs"
@@ -144,20 +156,20 @@ def _writable(config: Config) -> str:
 
 
 def _reachable(uri: str, from_elsewhere: bool) -> str:
-    tracking.check_reachable(uri)
-    if from_elsewhere and tracking.is_local(uri):
+    check_reachable(uri)
+    if from_elsewhere and is_local_store(uri):
         raise UserError(
-            f"MLFLOW_TRACKING_URI = '{tracking.shown(uri)}' is a file of this machine, but workers on others log "
+            f"MLFLOW_TRACKING_URI = '{redacted(uri)}' is a file of this machine, but workers on others log "
             "to it; start an MLflow server and set MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
-    return f"{tracking.shown(uri)} answers"
+    return f"{redacted(uri)} answers"
 
 
 def _data(config: DataConfig) -> str:
-    return f"{config.name} {readers.check(config)}"
+    return f"{config.name} {check_dataset(config)}"
 
 
-def _alike(answers: list[Answer]) -> str:
+def _alike(answers: list[NodeReport]) -> str:
     here = versions()
     for answer in answers:
         for name, there in answer.versions.items():
@@ -187,23 +199,23 @@ def _marker(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    storage.check(folder)
+    check_storage(folder)
     marker = folder / f".preflight-{uuid.uuid4().hex}"
-    made = storage.missing(folder)
+    made = missing_parents(folder)
     try:
-        storage.put_text(marker, "")
+        put_text(marker, "")
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
-        raise storage.unusable(folder, error) from None
+        raise storage_error(folder, error) from None
     try:
         yield marker
     finally:
         with suppress(OSError):  # somebody else may have begun to use the folder
             marker.unlink(missing_ok=True)
-            storage.remove_empty(made)
+            remove_empty(made)
 
 
 def _folder(config: Config) -> Path:
-    return place(config.run.storage_path).resolve()
+    return to_path(config.run.storage_path).resolve()
 
 
 def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
@@ -213,48 +225,48 @@ def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
     wanted = _wanted(config, searching)
     here = ray.get_runtime_context().get_node_id()
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    return [node for node in nodes if ray_train.places_of(node["Resources"], wanted)]
+    return [node for node in nodes if slots_of_node(node["Resources"], wanted)]
 
 
-def _ask(nodes: list[dict[str, Any]], config: Config, uri: str) -> list[Answer]:
+def _ask(nodes: list[dict[str, Any]], config: Config, uri: str) -> list[NodeReport]:
     """Raises:
     UserError: a node does not answer, or there is nothing to ask it about.
     """
-    data, environment = ray_train.with_absolute_paths(config)["data"], tracking.environment() | storage.environment()
+    data, environment = with_absolute_paths(config)["data"], tracking_environment() | storage_environment()
     with _marker(_folder(config)) as marker:
         asked = []
         for node in nodes:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(answer)
+            task = ray.remote(num_cpus=0, scheduling_strategy=there, max_retries=0)(report_node)
             asked.append((node["NodeManagerHostname"], task.remote(str(marker), uri, data, environment)))
         return [_answer(host, future) for host, future in asked]
 
 
-def _answer(host: str, future: Any) -> Answer:
+def _answer(host: str, future: Any) -> NodeReport:
     try:
-        return ray.get(future, timeout=ANSWER_S)  # type: ignore[no-any-return]
+        return ray.get(future, timeout=NODE_TIMEOUT_S)  # type: ignore[no-any-return]
     except ray.exceptions.RayError as error:
         raise UserError(
-            f"node {host} cannot run a worker ({first_cause(error)}); install the same requirements.lock on every "
+            f"node {host} cannot run a worker ({root_cause(error)}); install the same requirements.lock on every "
             "node, or submit with --packages"
         ) from None
 
 
-def answer(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> Answer:
+def report_node(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> NodeReport:
     """What the node this runs on says of itself; `environment` is what clients of MLflow and the storage read."""
     os.environ.update(environment)
-    log = partial(tracking.check_reachable, uri) if uri and not tracking.is_local(uri) else lambda: None
-    return Answer(
+    log = partial(check_reachable, uri) if uri and not is_local_store(uri) else lambda: None
+    return NodeReport(
         socket.gethostname(),
         versions(),
-        _complaint(partial(_seen, place(marker))),
+        _complaint(partial(_seen, to_path(marker))),
         _complaint(log),
-        _complaint(partial(readers.check, DataConfig.model_validate(data))),
+        _complaint(partial(check_dataset, DataConfig.model_validate(data))),
     )
 
 
 def _seen(marker: Path) -> None:
-    storage.check(marker.parent)
+    check_storage(marker.parent)
     if not marker.exists():
         raise UserError(
             f"run.storage_path = '{marker.parent}' is not the folder the driver sees; give a path that all nodes share"

@@ -9,24 +9,26 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+import ray.train
+import ray.train.torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from wml_ray import ray_train
-from wml_ray.config import Config, UserError
-from wml_ray.space import SearchConfig
+from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
+from wml_ray.search.settings import SearchConfig
 
-GROWTH_S = 30.0  # how long an autoscaler may take to answer a demand
+AUTOSCALER_TIMEOUT_S = 30.0  # how long an autoscaler may take to answer a demand
 
 
-def check_room(workers: int, wanted: Mapping[str, float]) -> str:
+def check_capacity(workers: int, wanted: Mapping[str, float]) -> str:
     """How the cluster holds so many workers, in words: now, or when its autoscaler has made room for them.
 
     Raises:
         UserError: it never will.
     """
-    now = ray_train.places(wanted)
+    now = worker_slots(wanted)
     what = f"{workers} worker{'s' * (workers > 1)} with {_in_words(wanted)} each"
     there = f"cluster has {now} such place{'s' * (now != 1)}"
     if now >= workers:
@@ -39,12 +41,12 @@ def check_room(workers: int, wanted: Mapping[str, float]) -> str:
     )
 
 
-def trials_at_a_time(config: Config, settings: SearchConfig) -> int:
+def max_concurrent_trials(config: Config, settings: SearchConfig) -> int:
     """How many trials are to run now: what fits the nodes there are, and one more, which an autoscaler makes room for.
 
     Trials of several workers take all their places at once or wait, so none holds what another waits for.
     """
-    room = ray_train.places(trial_resources(config)) // max(ray_train.worker_range(config)[1], 1)
+    room = worker_slots(trial_resources(config)) // max(worker_range(config)[1], 1)
     return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
 
 
@@ -53,9 +55,9 @@ def trial_resources(config: Config) -> dict[str, float]:
     return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
 
 
-def several_workers(config: Config) -> bool:
+def has_several_workers(config: Config) -> bool:
     """Whether a trial starts Ray Train, or trains in its own actor."""
-    return ray_train.worker_range(config)[1] > 1
+    return worker_range(config)[1] > 1
 
 
 def _joined() -> bool:
@@ -69,7 +71,7 @@ def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
         return False
     asked = placement_group([dict(wanted)] * workers)
     try:
-        deadline_s = time.monotonic() + GROWTH_S
+        deadline_s = time.monotonic() + AUTOSCALER_TIMEOUT_S
         heard_of = None  # the state of the cluster that was the first with this demand
         while time.monotonic() < deadline_s:
             if asked.wait(1):
@@ -90,7 +92,9 @@ def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
 def _cluster_state() -> tuple[Any, Any]:
     """What the cluster asks for, and what its autoscaler makes of it."""
     reply = GetClusterStatusReply()
-    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=GROWTH_S))
+    reply.ParseFromString(
+        GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=AUTOSCALER_TIMEOUT_S)
+    )
     return reply.cluster_resource_state, reply.autoscaling_state
 
 
@@ -101,3 +105,38 @@ def _among(group: PlacementGroup, requests: Iterable[Any]) -> bool:
 def _in_words(resources: Mapping[str, float]) -> str:
     cores = resources["CPU"]
     return f"{cores:.0f} CPU core{'s' * (cores != 1)}{' and a GPU' if 'GPU' in resources else ''}"
+
+
+def worker_range(config: Config) -> tuple[int, int]:
+    workers = config.scale.workers
+    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What each worker of a run takes of a node."""
+    return {"CPU": float(cpus_per_worker(config)), **({"GPU": 1.0} if config.scale.gpu else {})}
+
+
+def cpus_per_worker(config: Config) -> int:
+    if config.scale.cpus_per_worker is not None:
+        return config.scale.cpus_per_worker
+    nodes = _cpus_of_nodes()
+    return max(1, min(sum(nodes) // worker_range(config)[1], max(nodes)))
+
+
+def worker_slots(wanted: Mapping[str, float]) -> int:
+    """Workers that fit the nodes there are, if each takes these resources of one node."""
+    return sum(slots_of_node(node, wanted) for node in _resources_of_nodes())
+
+
+def slots_of_node(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Workers that fit one node of these resources."""
+    return min(int(dict(node).get(name, 0) // amount) for name, amount in wanted.items())
+
+
+def _resources_of_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _cpus_of_nodes() -> list[int]:
+    return [int(resources.get("CPU", 0)) for resources in _resources_of_nodes()]

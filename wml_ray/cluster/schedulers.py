@@ -7,8 +7,9 @@ from typing import Any
 
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from wml_ray.space import SearchConfig, Space, check_stop_metric
-from wml_ray.sweep import Sweep
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.space import Space, check_stop_metric
+from wml_ray.search.study import Study
 
 
 def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> TrialScheduler:
@@ -53,18 +54,18 @@ class _Median(MedianStoppingRule):  # type: ignore[misc]  # Ray is not typed
 
 
 @dataclass(frozen=True)
-class Seen:
+class EarlierTrial:
     """An earlier trial, as far as a scheduler looks at it."""
 
     trial_id: str
 
 
-def replay(scheduler: TrialScheduler, sweep: Sweep) -> None:
+def replay(scheduler: TrialScheduler, sweep: Study) -> None:
     """Let a new scheduler see what earlier trials reached, so that a continued study is as strict as before."""
     for trial in sweep.trials.values():
         if trial.state == "RUNNING" or not trial.history:
             continue
-        seen = Seen(f"earlier-{trial.number}")
+        seen = EarlierTrial(f"earlier-{trial.number}")
         results = [{"epoch": entry["epoch"], "past": True, **entry["metrics"]} for entry in trial.history]
         scheduler.on_trial_add(None, seen)
         for result in results:

@@ -10,48 +10,48 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
-import torch
-from ray._private.state import state
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.trainable import wrap_function
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from wml_ray import ray_train
-from wml_ray.config import UserError, parse
-from wml_ray.data import Shard
-from wml_ray.delivery import first_cause
-from wml_ray.ledger import Trial
-from wml_ray.lock import Replaced
-from wml_ray.loop import Diverged
-from wml_ray.ray_metrics import Gauges
-from wml_ray.ray_room import several_workers, trial_resources, trials_at_a_time
-from wml_ray.ray_schedulers import make_scheduler, replay
-from wml_ray.session import run_worker
-from wml_ray.space import Space, encoded
-from wml_ray.storage import Unanswered
-from wml_ray.study import LABEL, Known, enqueue, fail, make_sampler, notes_of, remember, storage_errors, tell
-from wml_ray.sweep import Sweep
-from wml_ray.tracking import shown
+from wml_ray.cluster.connect import WorkerEnvironment, ray_folder
+from wml_ray.cluster.resources import has_several_workers, max_concurrent_trials, trial_resources
+from wml_ray.cluster.schedulers import make_scheduler, replay
+from wml_ray.cluster.trial import STOP_TIMEOUT_S, train_trial
+from wml_ray.errors import UserError, root_cause
+from wml_ray.search.optuna_study import (
+    LABEL,
+    TrialRecord,
+    enqueue,
+    fail_trial,
+    finish_trial,
+    make_sampler,
+    sampler_attributes,
+    storage_errors,
+    sync_trials,
+)
+from wml_ray.search.space import Space, encoded
+from wml_ray.search.study import Study
+from wml_ray.search.trials import Trial
+from wml_ray.tracking.client import redacted
 
-STORAGE_S = 60.0  # how long a study waits for a storage that went away
-END_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
-NOTICE_S = 5.0  # between two looks whether a trial's machine is to go, as often as Ray Train looks
+STORAGE_TIMEOUT_S = 60.0  # how long a study waits for a storage that went away
 REFUSED_POINTS = 100  # suggestions in a row that the config may refuse
-TrialFunction = Callable[..., None]  # takes settings and surroundings
+TrialFunction = Callable[..., None]  # takes settings and worker_environment
 
 
-def search(
-    sweep: Sweep,
+def run_trials(
+    sweep: Study,
     storage: Any,
     start_points: Sequence[Mapping[str, Any]] = (),
-    earlier: Sequence[Known] = (),
+    earlier: Sequence[TrialRecord] = (),
     verbose: bool = False,
     trial_function: TrialFunction | None = None,
 ) -> None:
@@ -69,10 +69,10 @@ def search(
 
 
 def _search(
-    sweep: Sweep,
+    sweep: Study,
     storage: Any,
     start_points: Sequence[Mapping[str, Any]],
-    earlier: Sequence[Known],
+    earlier: Sequence[TrialRecord],
     verbose: bool,
     trial_function: TrialFunction,
 ) -> None:
@@ -80,9 +80,9 @@ def _search(
     searcher = _Searcher(sweep, storage, start_points, earlier, halt)
     scheduler = make_scheduler(settings, space, searcher.stopped)
     replay(scheduler, sweep)
-    of_ray = ray_train.ray_folder(sweep.folder)
-    surroundings = ray_train.Surroundings.here(sweep.folder, sweep.claim)
-    function, several = partial(trial_function, surroundings=surroundings), several_workers(space.base)
+    of_ray = ray_folder(sweep.folder)
+    worker_environment = WorkerEnvironment.capture(sweep.folder, sweep.lease)
+    function, several = partial(trial_function, worker_environment=worker_environment), has_several_workers(space.base)
     # Ray Tune refuses to start an actor that asks for nothing
     resources = {"memory": 2.0**20} if several else trial_resources(space.base)
     tuner = ray.tune.Tuner(
@@ -128,10 +128,10 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(
         self,
-        sweep: Sweep,
+        sweep: Study,
         storage: Any,
         start_points: Sequence[Mapping[str, Any]],
-        earlier: Sequence[Known],
+        earlier: Sequence[TrialRecord],
         halt: _Halt,
     ) -> None:
         self.sweep, self.start_points, self.halt = sweep, list(start_points), halt
@@ -149,14 +149,14 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
         )
         known = [sweep.known(trial) for trial in sweep.trials.values()]
         self.interrupted = self._patiently(
-            lambda: remember(self._ot_study, self.distributions, [*earlier, *known], sweep.token)
+            lambda: sync_trials(self._ot_study, self.distributions, [*earlier, *known], sweep.token)
         )
         self.trial_of: dict[str, Trial] = {}
         self.live: set[str] = set()
         self.stopped: set[str] = set()  # by the scheduler
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        if len(self.live) >= trials_at_a_time(self.sweep.space.base, self.sweep.search):
+        if len(self.live) >= max_concurrent_trials(self.sweep.space.base, self.sweep.search):
             return None
         self.live.add(trial_id)
         trial = self._interrupted(trial_id) or self._new(trial_id)
@@ -180,7 +180,7 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
                 return
             failed = error or bool(trial.reason)
             self.sweep.ended(trial, "failed" if failed else "stopped" if trial_id in self.stopped else "returned")
-            self._patiently(lambda: tell(self._ot_study, asked, self.sweep.known(trial)))
+            self._patiently(lambda: finish_trial(self._ot_study, asked, self.sweep.known(trial)))
 
     def save(self, checkpoint_path: str) -> None:
         Path(checkpoint_path).touch()
@@ -205,9 +205,9 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
                 self.sweep.space.config(asked.params)
             except UserError as error:
                 refused = str(error)
-                self._patiently(lambda: fail(self._ot_study, asked))  # noqa: B023
+                self._patiently(lambda: fail_trial(self._ot_study, asked))  # noqa: B023
                 continue
-            trial = self.sweep.begin(asked.params, self._patiently(lambda: notes_of(self._ot_study, asked)))  # noqa: B023
+            trial = self.sweep.begin(asked.params, self._patiently(lambda: sampler_attributes(self._ot_study, asked)))  # noqa: B023
             self._ot_trials[trial_id] = asked
             self._patiently(lambda: asked.set_user_attr(LABEL, self.sweep.label(trial)))  # noqa: B023
             return trial
@@ -219,15 +219,15 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
         Raises:
             UserError: it stays away.
         """
-        deadline_s = time.monotonic() + STORAGE_S
+        deadline_s = time.monotonic() + STORAGE_TIMEOUT_S
         while True:
             try:
                 return call()
             except storage_errors() as error:
                 if time.monotonic() > deadline_s:
-                    url = shown(self.sweep.search.storage or "memory")
+                    url = redacted(self.sweep.search.storage or "memory")
                     raise UserError(
-                        f"storage '{url}' does not answer ({first_cause(error)}); "
+                        f"storage '{url}' does not answer ({root_cause(error)}); "
                         "run the same command again when it does: the study continues"
                     ) from None
                 time.sleep(1)
@@ -236,7 +236,7 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]  # Ray is not typed
 class _Events(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """What Ray Tune sees of its trials, told to the sweep."""
 
-    def __init__(self, sweep: Sweep, halt: _Halt) -> None:
+    def __init__(self, sweep: Study, halt: _Halt) -> None:
         self.sweep, self.halt = sweep, halt
         self.places: dict[str, PlacementGroup] = {}  # of the workers, by trial
 
@@ -298,98 +298,9 @@ def _trainable(function: Callable[[dict[str, Any]], None], resources: dict[str, 
 
         def cleanup(self) -> None:
             super().cleanup()  # a report of the function now ends it
-            self.training.acquire(timeout=END_S)
+            self.training.acquire(timeout=STOP_TIMEOUT_S)
 
     return ray.tune.with_resources(Trainable, resources)
-
-
-class _Reporter:
-    """Gathers what `run_worker` logs into one report to Ray Tune an epoch.
-
-    The last epoch waits for the test, which comes after it: a scheduler that is told of the full budget ends the trial.
-    """
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-        self.started_ms = time.time() * 1000
-        self.sizes: dict[str, float] = {}
-        self.last: dict[str, Any] = {}
-
-    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        entry = {"epoch": step, "timestamp_ms": timestamp_ms, "metrics": dict(metrics)}
-        if step == 0:
-            self.sizes = dict(metrics)
-        elif "test/accuracy/peer0" in metrics:
-            self._report({**self.last, "final": entry})
-        elif step == self.epochs:
-            self.last = entry
-        else:
-            self._report(entry)
-
-    def placed(self, group: PlacementGroup) -> None:
-        """Tell the driver what to free should this process die: Ray keeps it until the job ends."""
-        ray.tune.report({"placed": group})
-
-    def _report(self, entry: dict[str, Any]) -> None:
-        metrics = {**self.sizes, **entry["metrics"]}
-        past = entry["timestamp_ms"] < self.started_ms  # of a trial that was interrupted
-        report = {**entry, "sizes": self.sizes}
-        ray.tune.report({"epoch": entry["epoch"], "past": past, **metrics, "report": report})
-        self.sizes = {}
-
-
-def train_trial(settings: dict[str, Any], surroundings: ray_train.Surroundings) -> None:
-    """What Ray Tune runs in a trial's actor: the whole training, or the start of one on several workers."""
-    surroundings.take()
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(END_S)  # Ray Tune fails the next trial if this one takes longer
-    try:
-        config = parse(json.loads(settings["config"]))
-        reporter = _Reporter(config.optim.epochs)
-        if several_workers(config):
-            name = ray.tune.get_context().get_trial_id()
-            ray_train.fit_trial(config, reporter, name, surroundings.claim)
-        else:
-            torch.set_num_threads(config.scale.cpus_per_worker or 1)
-            device = torch.device("cuda" if config.scale.gpu else "cpu")
-            gauges = Gauges(config.run_id)
-            with _watched_node() as is_to_go:
-                notices = ray_train.Notices(Shard(), is_to_go)
-                run_worker(config, Shard(), device, gauges.show, reporter.log, surroundings.claim, notices.leaving)
-    except (Replaced, Unanswered) as error:  # nothing that another trial would not meet too
-        ray.tune.report({"halted": str(error)})
-        raise
-    except ray.exceptions.RayError:  # one of its processes died; another start may do
-        raise
-    except Exception as error:
-        ray.tune.report({"failed": _in_one_line(error)})
-        raise
-
-
-@contextmanager
-def _watched_node() -> Iterator[Callable[[], bool]]:
-    """Whether this trial's machine is about to be taken away, which Ray Train tells none but its own workers.
-
-    A thread asks, for the answer of a head that is away can take as long as it likes.
-    """
-    is_to_go, ended = threading.Event(), threading.Event()
-    here = ray.get_runtime_context().get_node_id()
-
-    def watch() -> None:
-        while not ended.wait(NOTICE_S):
-            with suppress(ray.exceptions.RayError):  # a head that is away; others say so
-                if here in state.get_draining_nodes():
-                    is_to_go.set()
-
-    threading.Thread(target=watch, name="notices", daemon=True).start()
-    try:
-        yield is_to_go.is_set
-    finally:
-        ended.set()
-
-
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"
 
 
 def _domains(space: Space) -> dict[str, Any]:

@@ -13,8 +13,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from wml_ray.backbones import ImageSpec
-from wml_ray.config import DataConfig, DataMissing, UserError
+from wml_ray.config.schema import DataConfig
+from wml_ray.errors import UserError
+from wml_ray.networks.spec import ImageSpec
+
+
+class DataMissing(UserError):
+    """The dataset is not where the config says it is."""
+
 
 SPECS = {
     "digits": ImageSpec(1, 8, 10),
@@ -46,7 +52,7 @@ def read_images(config: DataConfig) -> tuple[Tensor, Tensor, int]:
     return _READERS[config.name](config)
 
 
-def check(config: DataConfig) -> str:
+def check_dataset(config: DataConfig) -> str:
     """See that the dataset is there; returns in words whether it is, or will be downloaded.
 
     Raises:

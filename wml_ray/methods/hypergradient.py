@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from wml_ray.objective import KlDirection, KlOptions, ensemble_loss, inner_loss, peer_losses
-from wml_ray.tree import pure_forward
+from wml_ray.distributed import mean_over_workers, means_in_rank_order
+from wml_ray.methods.losses import KlDirection, KlOptions, ensemble_loss, inner_loss, peer_losses
+from wml_ray.networks.peer_tree import functional_forward
 
 Unroll = Literal["exact", "same_point"]
 Batch = tuple[Tensor, Tensor]
@@ -23,7 +22,7 @@ def weight_gradient(
     outer_batch: Batch,
     weights_M: Tensor,
     alpha: float,
-    inner_step: float,
+    unroll_learning_rate: float,
     *,
     unroll: Unroll = "exact",
     temperature: float = 1.0,
@@ -52,24 +51,24 @@ def weight_gradient(
         outer_theta = theta
         if unroll == "exact":
             leaves = _leaves(theta)
-            loss = inner_loss(pure_forward(model, leaves, inner_inputs), inner_targets, weights_M, alpha, **kl)
-            descent = _mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
-            outer_theta = {name: theta[name] - inner_step * g for name, g in zip(theta, descent, strict=True)}
+            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, alpha, **kl)
+            descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
+            outer_theta = {name: theta[name] - unroll_learning_rate * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
-        loss = ensemble_loss(pure_forward(model, leaves, outer_inputs), outer_targets, omega_M)
+        loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
         direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
-        v = _mean_over_workers(v, outer_targets)
+        v = mean_over_workers(v, outer_targets)
     # Outside the fork the random state is the one the inner pass started from: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
-        losses_M = peer_losses(pure_forward(model, duals, inner_inputs), inner_targets, alpha, **kl)
+        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, alpha, **kl)
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)
     tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
-    direct_M, tangent_M = _means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
-    return direct_M - inner_step * tangent_M
+    direct_M, tangent_M = means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
+    return direct_M - unroll_learning_rate * tangent_M
 
 
 def mirror_descent(weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
@@ -98,29 +97,3 @@ def _gradient_sum(loss: Tensor, targets: Tensor, leaves: list[Tensor]) -> list[T
     workers of different sizes would otherwise be weighed by the wrong size.
     """
     return list(torch.autograd.grad(loss * len(targets), leaves, allow_unused=True, materialize_grads=True))
-
-
-def _workers() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _mean_over_workers(sums: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
-    """Sums over each worker's images to means over all workers' images, in one all-reduce."""
-    if _workers() == 1:
-        return [part / len(targets) for part in sums]
-    count = sums[0].new_tensor([len(targets)])
-    flat = torch.cat([count, *(part.reshape(-1) for part in sums)])
-    dist.all_reduce(flat)
-    means = (flat[1:] / flat[0]).split([part.numel() for part in sums])
-    return [mean.view(part.shape) for mean, part in zip(means, sums, strict=True)]
-
-
-def _means_in_rank_order(*sums_and_targets: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """As `_mean_over_workers` for short vectors, added in rank order so that every worker gets the same bits."""
-    own = torch.cat([torch.cat([sums, sums.new_tensor([len(targets)])]) for sums, targets in sums_and_targets])
-    if _workers() > 1:
-        gathered = [torch.empty_like(own) for _ in range(_workers())]
-        dist.all_gather(gathered, own)
-        own = torch.stack(gathered).sum(0)
-    parts = own.split([len(sums) + 1 for sums, _ in sums_and_targets])
-    return [part[:-1] / part[-1] for part in parts]

@@ -6,69 +6,11 @@ torchvision is imported where it is used: its import takes as long as that of to
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-
 from torch import Tensor, nn
 
-from wml_ray.config import UserError
-
-Stages = dict[str, nn.Module]
+from wml_ray.networks.spec import ImageSpec, Stages
 
 SMALL_IMAGE = 64  # pixels; below it MobileNetV2 and VGG take their CIFAR form
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """What a backbone must fit: input channels, side of the square images in pixels, number of classes K."""
-
-    channels: int
-    resolution: int
-    num_classes: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.channels, self.resolution, self.resolution)
-
-
-def build(name: str, spec: ImageSpec) -> Stages:
-    """Freshly initialised stages of the backbone `name` (or of a user's `package.module:function`).
-
-    A user's function is called as `function(spec)` and returns a list or a dict of modules.
-
-    Raises:
-        UserError: the name is unknown, or the user's function cannot be imported or returns something else.
-    """
-    if ":" in name:
-        return _user_stages(name, spec)
-    if name not in BACKBONES:
-        raise UserError(
-            f"model.backbone = '{name}' is unknown; allowed: {', '.join(BACKBONES)}, "
-            "or your own as package.module:function"
-        )
-    return BACKBONES[name](spec)
-
-
-def _user_stages(name: str, spec: ImageSpec) -> Stages:
-    module_name, _, function_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH"
-        ) from error
-    stages = function(spec)
-    if isinstance(stages, (list, tuple)):
-        stages = {f"stage{index}": stage for index, stage in enumerate(stages)}
-    if not isinstance(stages, Mapping) or not all(isinstance(stage, nn.Module) for stage in stages.values()):
-        raise UserError(f"model.backbone = '{name}' must return a list or dict of torch.nn.Module, one a stage")
-    return dict(stages)
 
 
 def _head(channels: int, num_classes: int) -> nn.Module:
@@ -83,7 +25,7 @@ def _kaiming(stages: Stages) -> Stages:
     return stages
 
 
-def _cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
+def cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
     """He et al. 2016, section 4.2, with 1x1 convolution shortcuts (option B) where the width changes."""
     from torchvision.models.resnet import BasicBlock
     from torchvision.ops import Conv2dNormActivation
@@ -105,7 +47,7 @@ def _cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
     return _kaiming(stages)
 
 
-def _resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
+def resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
     from torchvision.models import get_model
     from torchvision.ops import Conv2dNormActivation
 
@@ -121,7 +63,7 @@ def _resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
     return stages
 
 
-def _mobilenet_v2(spec: ImageSpec) -> Stages:
+def mobilenet_v2(spec: ImageSpec) -> Stages:
     """Under 64 pixels the first three reductions are left out, as is usual on CIFAR."""
     from torchvision.models import MobileNetV2
     from torchvision.ops import Conv2dNormActivation
@@ -143,7 +85,7 @@ def _mobilenet_v2(spec: ImageSpec) -> Stages:
     return stages
 
 
-def _vgg16_bn(spec: ImageSpec) -> Stages:
+def vgg16_bn(spec: ImageSpec) -> Stages:
     """Five blocks of 3x3 convolutions; a block halves the image unless it has a single pixel left."""
     from torchvision.ops import Conv2dNormActivation
 
@@ -172,7 +114,7 @@ def _vgg_classifier(spec: ImageSpec) -> nn.Module:
     )
 
 
-def _densenet_bc(spec: ImageSpec, *, depth: int) -> Stages:
+def densenet_bc(spec: ImageSpec, *, depth: int) -> Stages:
     """Huang et al. 2017 for CIFAR: growth rate 12, bottlenecks, compression 0.5, three dense blocks."""
     from torchvision.models import DenseNet
 
@@ -208,7 +150,7 @@ class PreActivationBlock(nn.Module):
         return outputs + (inputs if self.shortcut is None else self.shortcut(active))
 
 
-def _wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
+def wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
     blocks = (depth - 4) // 6
     stages: Stages = {"stem": nn.Conv2d(spec.channels, 16, 3, padding=1, bias=False)}
     width_in = 16
@@ -220,20 +162,3 @@ def _wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
         stages[f"layer{index + 1}"] = layer
     stages["head"] = nn.Sequential(nn.BatchNorm2d(width_in), nn.ReLU(), _head(width_in, spec.num_classes))
     return _kaiming(stages)
-
-
-BACKBONES: dict[str, Callable[[ImageSpec], Stages]] = {
-    **{f"resnet{depth}": partial(_cifar_resnet, depth=depth) for depth in (20, 32, 56, 110)},
-    **{
-        f"resnet{depth}{suffix}": partial(_resnet, name=f"resnet{depth}", cifar_stem=bool(suffix))
-        for depth in (18, 50, 101)
-        for suffix in ("", "_cifar")
-    },
-    "mobilenet_v2": _mobilenet_v2,
-    "vgg16_bn": _vgg16_bn,
-    **{f"densenet_bc{depth}": partial(_densenet_bc, depth=depth) for depth in (40, 100)},
-    **{
-        f"wrn_{depth}_{widen}": partial(_wide_resnet, depth=depth, widen=widen)
-        for depth, widen in ((16, 4), (28, 10), (40, 2))
-    },
-}

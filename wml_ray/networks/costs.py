@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wml_ray.backbones import ImageSpec
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -91,3 +92,23 @@ def _cost(module: nn.Module, output: Tensor) -> LayerCost:
     weights = weight.numel() // (out if grouped else out * into)
     positions = output.numel() // (output.shape[0] * out)
     return LayerCost(out, into, weights, int(module.bias is not None), positions, grouped)
+
+
+def peer_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
+    """Channels (of all layers but the head), parameters and MACs an image of each peer."""
+    costs = []
+    for index in range(tree.num_peers):
+        peer = tree.peer(index)
+        weighted = [cost for cost in layer_costs(peer, spec).values() if cost.positions]
+        macs = sum(cost.macs(cost.out, cost.into) for cost in weighted)
+        channels = sum(cost.out for cost in weighted[:-1])
+        costs.append({"channels": channels, "params": count_params(peer), "macs": macs})
+    return costs
+
+
+def removed_shares(full: list[dict[str, int]], now: list[dict[str, int]]) -> list[dict[str, float]]:
+    """What each peer has and the share it lost, in channels, params and MACs."""
+    return [
+        {**costs, **{f"{unit}_drop": (whole[unit] - costs[unit]) / max(whole[unit], 1) for unit in whole}}
+        for whole, costs in zip(full, now, strict=True)
+    ]

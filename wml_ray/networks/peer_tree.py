@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from wml_ray.config import UserError
+from wml_ray.errors import UserError
 
 
 class PeerTree(nn.Module):
@@ -77,8 +77,13 @@ class PeerTree(nn.Module):
         return list(self.stages.values())  # type: ignore[arg-type]
 
 
-def pure_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+def functional_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """Logits_MBK of `model` at `parameters`; buffers (BatchNorm's running statistics) neither change nor count."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     outputs = functional_call(model, {**buffers, **parameters}, (inputs,))
     return outputs if isinstance(outputs, Tensor) else torch.stack(list(outputs))
+
+
+def copy_name(module_name: str) -> str:
+    """`stages.layer2.0.conv1` -> `stages.layer2.0`."""
+    return ".".join(module_name.split(".")[:3])

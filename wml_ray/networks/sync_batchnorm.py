@@ -11,18 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wml_ray.costs import BATCHNORM
+from wml_ray.networks.costs import BATCHNORM
 
 
-def synchronise(network: nn.Module) -> None:
+def convert_sync_batchnorm(network: nn.Module) -> None:
     """Replace every BatchNorm of `network` by one over all workers, in place; names and tensors stay."""
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, BATCHNORM) and not isinstance(child, WorkerBatchNorm):
-                setattr(parent, name, WorkerBatchNorm(child))
+            if isinstance(child, BATCHNORM) and not isinstance(child, SyncBatchNorm):
+                setattr(parent, name, SyncBatchNorm(child))
 
 
-class WorkerBatchNorm(nn.BatchNorm2d):
+class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose batch is the global batch: every worker's images, however they are spread."""
 
     def __init__(self, local: nn.modules.batchnorm._BatchNorm) -> None:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
+
+from wml_ray.report.style import (
+    colours,
+    count_labels,
+    log_ticks,
+    new_axes,
+    new_table,
+    percent,
+    save_figures,
+    short_count,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+
 
 # The average is dashed and drawn last, so that both are seen where they coincide.
 ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
@@ -34,8 +42,8 @@ def peer_table(result: dict[str, Any]) -> Table:
         table.add_row(
             str(peer["peer"]),
             *(_drop(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
-            count(peer["params"]),
-            count(peer["macs"]),
+            short_count(peer["params"]),
+            short_count(peer["macs"]),
             f"{peer['latency_ms']:.2f}",
             percent(peer["validation_accuracy"]),
             percent(peer["test_accuracy"]),
@@ -54,7 +62,9 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
     table = new_table("peer", *removed, "\nchannels", "\nparams", "\nMACs")
     for index, peer in enumerate(peers):
         units = ("channels", "params", "macs")
-        table.add_row(str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(count(peer[u]) for u in units))
+        table.add_row(
+            str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(short_count(peer[u]) for u in units)
+        )
     return table
 
 
@@ -67,8 +77,8 @@ def runs_table(runs: pd.DataFrame) -> Table:
         table.add_row(
             run["run"],
             str(len(peers)),
-            count(min(macs)),
-            count(max(macs)),
+            short_count(min(macs)),
+            short_count(max(macs)),
             percent(run["val/accuracy/ensemble_weighted"]),
             percent(run["test/accuracy/ensemble_weighted"]),
             f"{min(test) * 100:.2f}-{max(test) * 100:.2f}",
@@ -86,7 +96,7 @@ def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
         "weights": _weights_over_epochs(epochs, series, len(result["peers"])),
         "accuracy_macs": _accuracy_against_macs(result),
     }
-    return [_write_csv(result["peers"], folder / "peers.csv"), *save(figures, folder)]
+    return [_write_csv(result["peers"], folder / "peers.csv"), *save_figures(figures, folder)]
 
 
 def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
@@ -101,7 +111,7 @@ def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
     count_labels(axes.xaxis)
     axes.legend(fontsize="small", frameon=False)
     rows = [{"run": run["run"], **peer} for _, run in runs.iterrows() for peer in run["peers"]]
-    return [_write_csv(rows, folder / "peers.csv"), *save({"accuracy_macs": figure}, folder)]
+    return [_write_csv(rows, folder / "peers.csv"), *save_figures({"accuracy_macs": figure}, folder)]
 
 
 def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
@@ -139,57 +149,6 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def new_axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """One plot in a figure of its own; without pyplot, whose global state belongs to one thread."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    dress(axes, title, x, y)
-    return figure, axes
-
-
-def dress(axes: Axes, title: str, x: str, y: str) -> None:
-    """The one look of all plots."""
-    axes.set(title=title, xlabel=x, ylabel=y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-
-
-def log_ticks(axis: Axis) -> None:
-    """As many ticks on a logarithmic axis as their labels have room for."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,), numticks=6))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def count_labels(axis: Axis) -> None:
-    """Labels such as 200k and 2.5M."""
-    from matplotlib.ticker import FuncFormatter
-
-    axis.set_major_formatter(FuncFormatter(lambda value, _: re.sub(r"\.0+(?=\D|$)|(?<=\.\d)0", "", count(value))))
-
-
-def colours(number: int) -> list[Any]:
-    """As many colours, from dark to light."""
-    import matplotlib
-
-    return [matplotlib.colormaps["viridis"](0.9 * index / max(number - 1, 1)) for index in range(number)]
-
-
-def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as `<name>.png`."""
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        with paths[-1].open("wb") as file:
-            figure.savefig(file, format="png", dpi=120)
-    return paths
-
-
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -198,26 +157,5 @@ def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def new_table(*headings: str) -> Table:
-    """An empty table in the one look of all tables."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0))
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    return table
-
-
 def _drop(share: float) -> str:
     return f"{share * 100:.1f}%"
-
-
-def percent(share: float) -> str:
-    """A share in per cent, without the sign."""
-    return f"{share * 100:.2f}"
-
-
-def count(value: float) -> str:
-    """Three significant digits: 272k, 2.53M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{max(0, 3 - len(str(int(value / size))))}f}{unit}"
-    return f"{value:.0f}"

@@ -8,20 +8,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wml_ray.report import save
-from wml_ray.study import IMPORTANCE_TRIALS, Study, complete, front, importances
-from wml_ray.study_pictures import best_trials, draw
-from wml_ray.study_tables import EPOCHS, REASON, STATE, STATES, TRIAL, Quantity, columns_of, trials_summary
+from wml_ray.report.analysis import IMPORTANCE_TRIALS, comparable_trials, importances, pareto_front
+from wml_ray.report.study_plots import best_trials, draw
+from wml_ray.report.study_tables import EPOCHS, REASON, STATE, STATES, TRIAL, Column, columns_of, trials_summary
+from wml_ray.report.style import save_figures
+from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def write_study(study: Study, folder: Path) -> list[Path]:
+def write_study(study: StudyRecords, folder: Path) -> list[Path]:
     """Pictures, `trials.csv` and `report.html`, a page that needs no other file; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = importances(study)
-    pictures = save(draw(study, shares), folder)
+    pictures = save_figures(draw(study, shares), folder)
     csv, page = folder / "trials.csv", folder / "report.html"
     csv.write_text(study.trials.drop(columns="peers").to_csv(index=False), encoding="utf-8")
     page.write_text(_page(study, {path.stem: path for path in pictures}, shares), encoding="utf-8")
@@ -66,10 +67,10 @@ CAPTIONS = {
 }
 
 
-def _page(study: Study, pictures: dict[str, Path], shares: dict[str, dict[str, float]]) -> str:
+def _page(study: StudyRecords, pictures: dict[str, Path], shares: dict[str, dict[str, float]]) -> str:
     objectives, keys = columns_of(study)
     trials = study.trials.assign(state=study.trials["state"].map(STATES))
-    chosen = trials.set_index("trial", drop=False).loc[front(study)]
+    chosen = trials.set_index("trial", drop=False).loc[pareto_front(study)]
     nothing = "" if len(chosen) else "<p>No trial has reached the full budget of epochs yet.</p>"
     name = html.escape(study.name)
     parts = [
@@ -86,7 +87,7 @@ def _page(study: Study, pictures: dict[str, Path], shares: dict[str, dict[str, f
         _image(pictures, "history"),
         "<h2>Peers of the best trials</h2>" + (nothing or _image(pictures, "peers") + _peer_tables(study)),
         "<section><h2>All trials</h2>",
-        _html_table([TRIAL, STATE, *objectives, *keys, EPOCHS, REASON], trials, front(study)),
+        _html_table([TRIAL, STATE, *objectives, *keys, EPOCHS, REASON], trials, pareto_front(study)),
         "</section>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
@@ -96,7 +97,7 @@ def _page(study: Study, pictures: dict[str, Path], shares: dict[str, dict[str, f
     )
 
 
-def _settings(study: Study) -> str:
+def _settings(study: StudyRecords) -> str:
     sought = [f"{'highest' if way == 'max' else 'lowest'} {name}" for name, way in study.objectives.items()]
     rows = {"objectives": ", ".join(sought), "searched": ", ".join(study.searched), **study.settings}
     pairs = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items())
@@ -112,25 +113,26 @@ def _image(pictures: dict[str, Path], name: str) -> str:
     return f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
 
 
-def _missing_importance(study: Study, shares: dict[str, dict[str, float]]) -> str:
+def _missing_importance(study: StudyRecords, shares: dict[str, dict[str, float]]) -> str:
+    compared = len(comparable_trials(study))
     missing = [objective for objective, found in shares.items() if not found]
     if not missing or not study.searched:
         return ""
     return (
         f'<p class="note">No importance for {html.escape(", ".join(missing))}: it takes at least {IMPORTANCE_TRIALS} '
         "trials of the full budget in which the objective and a searched key differ; "
-        f"there {'is' if len(complete(study)) == 1 else 'are'} {len(complete(study))} of the full budget.</p>"
+        f"there {'is' if compared == 1 else 'are'} {compared} of the full budget.</p>"
     )
 
 
-def _peer_tables(study: Study) -> str:
+def _peer_tables(study: StudyRecords) -> str:
     import pandas as pd
 
     columns = [
-        Quantity("peer", "peer", ""),
-        *(Quantity(unit, heading, "", "count") for unit, heading in (("params", "params"), ("macs", "MACs"))),
-        *(Quantity(split, f"{split} %", "", "percent") for split in ("val", "test")),
-        Quantity("weight", "weight", ""),
+        Column("peer", "peer", ""),
+        *(Column(unit, heading, "", "count") for unit, heading in (("params", "params"), ("macs", "MACs"))),
+        *(Column(split, f"{split} %", "", "percent") for split in ("val", "test")),
+        Column("weight", "weight", ""),
     ]
     tables = (
         f"<div><h3>Trial {number}</h3>{_html_table(columns, pd.DataFrame(peers))}</div>"
@@ -140,7 +142,7 @@ def _peer_tables(study: Study) -> str:
     return f'<div class="side">{"".join(tables)}</div>{note}'
 
 
-def _html_table(columns: Sequence[Quantity], rows: pd.DataFrame, marked: Iterable[int] = ()) -> str:
+def _html_table(columns: Sequence[Column], rows: pd.DataFrame, marked: Iterable[int] = ()) -> str:
     marked = set(marked)
     texts = {quantity.column: ' class="text"' for quantity in columns if quantity in (STATE, REASON)}
 

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from wml_ray.report import colours, dress, new_axes
-from wml_ray.study import Study, best, complete, front, history, hypervolume
-from wml_ray.study_tables import TRIAL, Quantity, key_of, metric_of
+from wml_ray.report.analysis import best_so_far, best_trial_numbers, comparable_trials, hypervolume, pareto_front
+from wml_ray.report.study_tables import TRIAL, Column, key_of, metric_of
+from wml_ray.report.style import colours, dress, new_axes
+from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 BEST_TRIALS = 5
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "0.6"
@@ -31,7 +33,7 @@ class Group:
     style: dict[str, Any]
 
 
-def draw(study: Study, shares: dict[str, dict[str, float]]) -> dict[str, Figure]:
+def draw(study: StudyRecords, shares: dict[str, dict[str, float]]) -> dict[str, Figure]:
     """Every picture there is something to draw in, by name; `shares` are the importances."""
     figures = {
         "pareto": _pareto(study),
@@ -43,10 +45,10 @@ def draw(study: Study, shares: dict[str, dict[str, float]]) -> dict[str, Figure]
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _groups(study: Study) -> list[Group]:
+def _groups(study: StudyRecords) -> list[Group]:
     trials = study.trials
-    on_front = trials["trial"].isin(front(study))
-    comparable = trials["trial"].isin(complete(study)["trial"]) & ~on_front
+    on_front = trials["trial"].isin(pareto_front(study))
+    comparable = trials["trial"].isin(comparable_trials(study)["trial"]) & ~on_front
     hollow = {"facecolors": "none", "edgecolors": GREY, "s": 26}
     best_label = "Pareto front" if len(study.objectives) > 1 else "best trial"
     return [
@@ -57,17 +59,17 @@ def _groups(study: Study) -> list[Group]:
     ]
 
 
-def _floor(study: Study, objective: Quantity) -> float:
+def _floor(study: StudyRecords, objective: Column) -> float:
     """Where an accuracy axis may start: far failures would squeeze the good trials into a line."""
-    values = objective.values(complete(study))
+    values = objective.values(comparable_trials(study))
     if objective.kind != "percent" or values.empty:
         return -math.inf
     quartile, top = float(values.quantile(0.25)), float(values.max())
-    on_front = objective.values(study.trials[study.trials["trial"].isin(front(study))])
+    on_front = objective.values(study.trials[study.trials["trial"].isin(pareto_front(study))])
     return min(quartile - max(top - quartile, 1.0), float(on_front.min()) - 0.1)
 
 
-def _scatter(axes: Axes, study: Study, x: Quantity, y: Quantity) -> None:
+def _scatter(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
     floors = _floor(study, x), _floor(study, y)
     for group in _groups(study):
         places = x.values(group.trials), y.values(group.trials)
@@ -84,7 +86,7 @@ def _scatter(axes: Axes, study: Study, x: Quantity, y: Quantity) -> None:
     y.dress(axes.yaxis)
 
 
-def _failed_marks(axes: Axes, study: Study, x: Quantity) -> None:
+def _failed_marks(axes: Axes, study: StudyRecords, x: Column) -> None:
     places = x.values(study.trials[study.trials["state"] == "FAILED"]).dropna()
     if len(places):
         bottom = axes.get_xaxis_transform()
@@ -120,7 +122,7 @@ def _legend(figure: Figure, all_axes: Iterable[Axes]) -> None:
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", **look)
 
 
-def _pareto(study: Study) -> Figure | None:
+def _pareto(study: StudyRecords) -> Figure | None:
     names = sorted(study.objectives, key=lambda name: metric_of(name).kind != "percent")  # accuracy goes up the page
     if study.trials[names].isna().all(axis=None):
         return None
@@ -147,24 +149,24 @@ def _pareto(study: Study) -> Figure | None:
     return figure
 
 
-def _staircase(axes: Axes, study: Study, x: Quantity, y: Quantity) -> None:
+def _staircase(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
     """The border of what the front dominates."""
-    chosen = study.trials[study.trials["trial"].isin(front(study))]
+    chosen = study.trials[study.trials["trial"].isin(pareto_front(study))]
     steps = sorted(zip(x.values(chosen), y.values(chosen), strict=True))
     where: Literal["pre", "post"] = "post" if study.objectives[x.column] == "min" else "pre"
     axes.step([s[0] for s in steps], [s[1] for s in steps], where=where, color=ORANGE, linewidth=1.2, alpha=0.7)
 
 
-def _label_front(axes: Axes, study: Study, x: Quantity, y: Quantity) -> None:
+def _label_front(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
     """Trial numbers on the free side of the front, the ends first; one that would cover something is left out."""
-    comparable = complete(study)
+    comparable = comparable_trials(study)
     comparable = comparable[x.values(comparable).notna()]
     places = dict(zip(comparable["trial"], zip(x.values(comparable), y.values(comparable), strict=True), strict=True))
     left = study.objectives.get(x.column, "min") == "min"
     above = study.objectives[y.column] == "max"
     points = {number: axes.transData.transform(point) for number, point in places.items()}
     boxes: list[tuple[float, float]] = []
-    labelled = [number for number in front(study) if number in places]
+    labelled = [number for number in pareto_front(study) if number in places]
     for number in [*labelled[:1], *labelled[:0:-1]]:
         centre = points[number] + [-18 if left else 18, 14 if above else -14]
         others = [point for other, point in points.items() if other != number]
@@ -178,12 +180,12 @@ def _label_front(axes: Axes, study: Study, x: Quantity, y: Quantity) -> None:
         axes.annotate(str(number), places[number], offset, textcoords="offset points", fontsize="small", **look)
 
 
-def _first_accuracy(study: Study) -> Quantity:
+def _first_accuracy(study: StudyRecords) -> Column:
     metrics = [metric_of(name) for name in study.objectives]
     return next((metric for metric in metrics if metric.kind == "percent"), metrics[0])
 
 
-def _parameters(study: Study) -> Figure | None:
+def _parameters(study: StudyRecords) -> Figure | None:
     if not study.searched:
         return None
     y = _first_accuracy(study)
@@ -199,7 +201,7 @@ def _parameters(study: Study) -> Figure | None:
     return figure
 
 
-def _importance(study: Study, shares: dict[str, dict[str, float]]) -> Figure:
+def _importance(study: StudyRecords, shares: dict[str, dict[str, float]]) -> Figure:
     computed = {objective: keys for objective, keys in shares.items() if keys}
     keys = sorted(study.searched, key=lambda key: sum(found[key] for found in computed.values()))
     height = 0.8 / len(computed)
@@ -218,18 +220,18 @@ def _importance(study: Study, shares: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
-def _history(study: Study) -> Figure | None:
+def _history(study: StudyRecords) -> Figure | None:
     names = list(study.objectives)
     if study.trials[names].isna().all(axis=None):
         return None
-    several = len(names) > 1 and len(complete(study)) > 1
+    several = len(names) > 1 and len(comparable_trials(study)) > 1
     figure, panels = _grid(len(names) + several, 2, 3.6 if several else 7, 3.4)
     for axes, name in zip(panels, names, strict=False):
         objective = metric_of(name)
         dress(axes, "", "trial", objective.title)
         _failed_marks(axes, study, TRIAL)
         _scatter(axes, study, TRIAL, objective)
-        _so_far(axes, study, history(study, name), 100 if objective.kind == "percent" else 1)
+        _so_far(axes, study, best_so_far(study, name), 100 if objective.kind == "percent" else 1)
     if several:
         _hypervolume(panels[-1], study)
     for axes in panels:
@@ -238,24 +240,24 @@ def _history(study: Study) -> Figure | None:
     return figure
 
 
-def _hypervolume(axes: Axes, study: Study) -> None:
+def _hypervolume(axes: Axes, study: StudyRecords) -> None:
     import numpy as np
 
     dress(axes, "", "trial", "hypervolume (% of the box\nfrom worst to best values)")
-    values = complete(study)[list(study.objectives)].to_numpy(float)
+    values = comparable_trials(study)[list(study.objectives)].to_numpy(float)
     whole = float(np.prod(np.ptp(values, axis=0))) if len(values) else 0.0
     _so_far(axes, study, hypervolume(study), 100 / (whole or 1.0))
     axes.set_ylim(0, 100)
 
 
-def _so_far(axes: Axes, study: Study, course: Sequence[tuple[int, float]], factor: float) -> None:
+def _so_far(axes: Axes, study: StudyRecords, course: Sequence[tuple[int, float]], factor: float) -> None:
     if course:
         course = [*course, (max(study.trials["trial"]), course[-1][1])]
         values = [factor * value for _, value in course]
         axes.step([number for number, _ in course], values, where="post", color=ORANGE, label="best so far")
 
 
-def _peers(study: Study) -> Figure | None:
+def _peers(study: StudyRecords) -> Figure | None:
     trials = best_trials(study)
     if not trials:
         return None
@@ -264,12 +266,12 @@ def _peers(study: Study) -> Figure | None:
         peers = sorted(peers, key=lambda peer: peer["macs"])
         values = [100 * peer["val"] for peer in peers]
         axes.plot([peer["macs"] for peer in peers], values, marker="o", color=colour, label=f"trial {number}")
-    Quantity("", "", "", "count").dress(axes.xaxis)
+    Column("", "", "", "count").dress(axes.xaxis)
     axes.legend(frameon=False)
     return figure
 
 
-def best_trials(study: Study) -> list[tuple[int, list[dict[str, Any]]]]:
+def best_trials(study: StudyRecords) -> list[tuple[int, list[dict[str, Any]]]]:
     """Number and peers of the best trials that have peers."""
     by_number = study.trials.set_index("trial")["peers"]
-    return [(number, by_number[number]) for number in best(study, BEST_TRIALS) if by_number[number]]
+    return [(number, by_number[number]) for number in best_trial_numbers(study, BEST_TRIALS) if by_number[number]]

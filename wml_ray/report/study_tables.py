@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from wml_ray.report import count, count_labels, log_ticks, new_table, percent
-from wml_ray.study import Study, front
+from wml_ray.report.analysis import pareto_front
+from wml_ray.report.style import count_labels, log_ticks, new_table, percent, short_count
+from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axis import Axis
+
 
 CELL_WIDTH = 24
 STATES = {"COMPLETE": "complete", "STOPPED": "stopped early", "FAILED": "failed", "RUNNING": "running"}
 LETTERS = {
     "wml.alpha": "alpha",
     "wml.mirror_step_size": "eta",
-    "wml.inner_steps": "T",
-    "wml.inner_step": "gamma",
+    "wml.update_every": "T",
+    "wml.unroll_learning_rate": "gamma",
     "wml.temperature": "tau",
 }
 """The letters of the README."""
@@ -34,7 +36,7 @@ SPLITS = {"val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
-class Quantity:
+class Column:
     """A column of the trials as tables and axes show it."""
 
     column: str
@@ -61,7 +63,7 @@ class Quantity:
             return str(value)
         if value is None or math.isnan(value):
             return ""
-        formats: dict[str, Callable[[float], str]] = {"percent": percent, "count": count}
+        formats: dict[str, Callable[[float], str]] = {"percent": percent, "count": short_count}
         return formats.get(self.kind, "{:.3g}".format if isinstance(value, float) else str)(value)
 
     def dress(self, axis: Axis) -> None:
@@ -90,7 +92,7 @@ class Quantity:
             limit(low, 100 + 0.03 * (100 - low))
 
 
-def trials_summary(study: Study) -> str:
+def trials_summary(study: StudyRecords) -> str:
     """One line: how many trials, how they ended, and what they cost."""
     states = study.trials["state"].value_counts()
     ends = ", ".join(f"{states[state]} {words}" for state, words in STATES.items() if state in states)
@@ -98,9 +100,9 @@ def trials_summary(study: Study) -> str:
     return f"{_number_of(total, 'trial')}: {ends or 'none yet'}; {_number_of(epochs, 'epoch')}"
 
 
-def front_table(study: Study, width: int = 120) -> Table:
+def front_table(study: StudyRecords, width: int = 120) -> Table:
     """The Pareto front, best by the first objective first; keys beyond `width` characters are left to the CSV."""
-    chosen = study.trials.set_index("trial", drop=False).loc[front(study)]
+    chosen = study.trials.set_index("trial", drop=False).loc[pareto_front(study)]
     shown, left_out = _fitting(study, chosen, width)
     table = new_table(*_bottom_aligned(shown))
     for _, trial in chosen.iterrows():
@@ -112,29 +114,29 @@ def front_table(study: Study, width: int = 120) -> Table:
     return table
 
 
-def metric_of(name: str) -> Quantity:
+def metric_of(name: str) -> Column:
     section, _, rest = name.partition("/")
     what, _, whose = rest.partition("/")
     whose = WHOSE.get(whose, re.sub(r"(\d+)$", r" \1", whose).replace("_", " "))
     if what == "accuracy":
         title = f"{SPLITS.get(section, section)} accuracy (%)\n{whose}"
-        return Quantity(name, f"{textwrap.fill(whose, 9)}\n{section} %", title, "percent")
+        return Column(name, f"{textwrap.fill(whose, 9)}\n{section} %", title, "percent")
     if section == "peers":
         unit = {"macs": "MACs", "params": "params"}.get(what, what)
-        return Quantity(name, f"{unit}\n{whose}", f"{unit}{' an image' * (what == 'macs')}, {whose}", "count")
-    return Quantity(name, name.replace("/", "\n"), name)
+        return Column(name, f"{unit}\n{whose}", f"{unit}{' an image' * (what == 'macs')}, {whose}", "count")
+    return Column(name, name.replace("/", "\n"), name)
 
 
-def key_of(study: Study, key: str) -> Quantity:
+def key_of(study: StudyRecords, key: str) -> Column:
     scale = study.searched[key]
     heading = _heading(key)
     if sum(_heading(other) == heading for other in study.searched) > 1:
         heading = key.replace(".", "\n")
     title = f"{LETTERS[key]} ({key})" if key in LETTERS else key
     if scale != "choice":
-        return Quantity(key, heading, title, log=scale == "log")
+        return Column(key, heading, title, log=scale == "log")
     choices = tuple(dict.fromkeys(str(value) for value in sorted(study.trials[key], key=_choice_order)))
-    return Quantity(key, heading, title, "choice", choices=choices)
+    return Column(key, heading, title, "choice", choices=choices)
 
 
 def _heading(key: str) -> str:
@@ -147,22 +149,22 @@ def _choice_order(value: Any) -> tuple[bool, float, str]:
     return (not is_number, value if is_number else 0.0, str(value))
 
 
-TRIAL = Quantity("trial", "trial", "trial")
-EPOCHS = Quantity("epochs", "epochs", "epochs")
-STATE = Quantity("state", "state", "state")
-REASON = Quantity("reason", "reason", "reason")
+TRIAL = Column("trial", "trial", "trial")
+EPOCHS = Column("epochs", "epochs", "epochs")
+STATE = Column("state", "state", "state")
+REASON = Column("reason", "reason", "reason")
 
 
-def columns_of(study: Study) -> tuple[list[Quantity], list[Quantity]]:
+def columns_of(study: StudyRecords) -> tuple[list[Column], list[Column]]:
     """Objectives and searched keys."""
     return [metric_of(name) for name in study.objectives], [key_of(study, key) for key in study.searched]
 
 
-def _fitting(study: Study, trials: pd.DataFrame, width: int) -> tuple[list[Quantity], int]:
+def _fitting(study: StudyRecords, trials: pd.DataFrame, width: int) -> tuple[list[Column], int]:
     """As many columns as fit a terminal, and the number of keys that do not."""
     objectives, keys = columns_of(study)
 
-    def width_of(shown: Sequence[Quantity]) -> int:
+    def width_of(shown: Sequence[Column]) -> int:
         texts = ([*q.heading.split("\n"), *(_short(q.cell(v), CELL_WIDTH) for v in trials[q.column])] for q in shown)
         return sum(max(map(len, column)) + 1 for column in texts) + 1
 
@@ -172,7 +174,7 @@ def _fitting(study: Study, trials: pd.DataFrame, width: int) -> tuple[list[Quant
     return [TRIAL, *objectives, *kept, EPOCHS], len(keys) - len(kept)
 
 
-def _bottom_aligned(shown: Sequence[Quantity]) -> list[str]:
+def _bottom_aligned(shown: Sequence[Column]) -> list[str]:
     lines = max(quantity.heading.count("\n") for quantity in shown)
     return ["\n" * (lines - quantity.heading.count("\n")) + quantity.heading for quantity in shown]
 

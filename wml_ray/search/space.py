@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import json
-import math
 import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, ValidationError
+from wml_ray.config.load import with_values
+from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
+from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
+from wml_ray.search.settings import SearchConfig
+from wml_ray.training.evaluation import metric_names
 
-from wml_ray.config import NAME, Config, Count, Section, UserError, one_line, with_values
-from wml_ray.metrics import metric_names
+
+def load_start_points(path: Path, space: Space) -> list[dict[str, Any]]:
+    """Points that are tried before the sampler is asked: a YAML list of config keys and values, the rest as the config.
+
+    Raises:
+        UserError: no such file, or a point that the space does not hold.
+    """
+    import yaml
+
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"start points {path}: {' '.join(str(error).split())}; give a YAML list of points") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"start points {path}: must be a YAML list such as [{{wml.alpha: 0.3}}, {{wml.alpha: 0.7}}]")
+    searched = {*space.domains, *space.searched}
+    points = []
+    for entry in entries:
+        others = [key for key in entry if key not in searched]
+        if others:
+            raise UserError(
+                f"start points {path}: {others[0]} is not searched; searched are {', '.join(space.domains)}"
+            )
+        try:
+            points.append(space.point(with_values(space.base, entry)))
+        except UserError as error:
+            raise UserError(f"start points {path}: {error}; what a point leaves out is as in the config") from None
+    return points
+
 
 DRAWS = 200  # points drawn from a space, and held against the config, before the first trial
 _NOT_SEARCHED = {
@@ -23,61 +54,6 @@ _NOT_SEARCHED = {
     "data.loader_workers": "set it in the config",
 }
 _MODES = ("max", "min")
-
-
-class SearchConfig(Section):
-    """How a study searches; each field is an option of `wml-ray tune`."""
-
-    study: Annotated[str, Field(pattern=NAME)] = Field(description="its name: an MLflow experiment and a folder")
-    trials: Count = Field(description="trials the study is to have in all; those it has already count")
-    sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="who suggests points: Optuna's sampler")
-    scheduler: Literal["asha", "median", "none"] = Field("asha", description="who stops trials early")
-    stop_metric: str = Field("val/accuracy/ensemble_weighted", description="metric that decides who is stopped")
-    grace_epochs: Count | None = Field(
-        None, description="epochs every trial is given before it can be stopped; none is the square root of all epochs"
-    )
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(
-        3, description="ASHA keeps one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
-    )
-    storage: str | None = Field(
-        None,
-        description="Optuna storage others can look at: sqlite:///FILE or postgresql://..; none keeps it in memory",
-    )
-    concurrent: Count | None = Field(None, description="trials at a time; none is as many as the cluster holds")
-    keep_stopped: bool = Field(False, description="keep the checkpoints of trials that were stopped early")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the sampler")
-
-    def grace(self, budget: int) -> int:
-        """`grace_epochs` for trials of `budget` epochs: the first ones say little about the last."""
-        return min(self.grace_epochs or round(math.sqrt(budget)), budget)
-
-
-def search_config(**settings: Any) -> SearchConfig:
-    """Raises:
-    UserError: an unknown setting, or a value outside its range.
-    """
-    try:
-        return SearchConfig(**settings)
-    except ValidationError as error:
-        raise UserError(one_line(error, SearchConfig.model_fields)) from None
-
-
-@dataclass(frozen=True)
-class Increasing:
-    """The domain of all increasing lists of numbers in [lower, upper], one number a peer."""
-
-    lower: float
-    upper: float
-
-
-def increasing(lower: float, upper: float) -> Increasing:
-    """A domain for `pruning.ratios`: every family of ratios once, rather than in each of its M! orders.
-
-    The sampler sees M independent numbers u in [0, 1], and the ratios are built from the largest down as order
-    statistics: r_M = lower + (upper - lower) u_M^(1/M), then r_k = lower + (r_k+1 - lower) u_k^(1/k). Uniform u give
-    uniform increasing lists.
-    """
-    return Increasing(lower, upper)
 
 
 @dataclass(frozen=True)
@@ -119,7 +95,7 @@ class Space:
         for key, domain in self.domains.items():
             value = _lookup(config, key)
             if isinstance(domain, Increasing):
-                steps = _to_uniform(value, domain)
+                steps = to_uniform(value, domain)
                 inside = all(0 <= step <= 1 for step in steps)
                 point |= {f"{key}.u{index}": step for index, step in enumerate(steps)}
             elif hasattr(domain, "categories"):
@@ -148,7 +124,7 @@ class Space:
 
     def _value(self, key: str, domain: Any, point: Mapping[str, Any]) -> Any:
         if isinstance(domain, Increasing):
-            return _from_uniform([point[f"{key}.u{index}"] for index in range(self.base.num_peers)], domain)
+            return from_uniform([point[f"{key}.u{index}"] for index in range(self.base.num_peers)], domain)
         if hasattr(domain, "categories"):
             return next(category for category in domain.categories if encoded(category) == point[key])
         return point[key]
@@ -274,27 +250,6 @@ def _draws(space: Space) -> list[dict[str, Any]]:
                 point[key] = value.item() if hasattr(value, "item") else value
         points.append(point)
     return points
-
-
-def _from_uniform(steps: list[float], domain: Increasing) -> list[float]:
-    ratios: list[float] = []
-    above = domain.upper
-    for count in range(len(steps), 0, -1):
-        above = domain.lower + (above - domain.lower) * steps[count - 1] ** (1 / count)
-        ratios.insert(0, round(above, 4))
-    return ratios
-
-
-def _to_uniform(ratios: list[float], domain: Increasing) -> list[float]:
-    """The inverse of `_from_uniform`; what is out of range or order comes out outside [0, 1]."""
-    uppers = [*ratios[1:], domain.upper]
-    steps = []
-    for count, (ratio, upper) in enumerate(zip(ratios, uppers, strict=True), start=1):
-        share = (
-            (ratio - domain.lower) / (upper - domain.lower) if upper > domain.lower else float(ratio != domain.lower)
-        )
-        steps.append(share**count if share >= 0 else -1.0)
-    return steps
 
 
 def _lookup(config: Config, key: str) -> Any:

@@ -10,22 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from wml_ray import report, session, tracking
-from wml_ray.config import Config, UserError, with_values
-from wml_ray.delivery import Deliveries
-from wml_ray.ledger import Ledger, Trial
-from wml_ray.lock import Claim
-from wml_ray.records import EPOCHS_TAG, PARENT_TAG, STATE_TAG, TRIAL_TAG
-from wml_ray.space import SearchConfig, Space
-from wml_ray.storage import read_json, write_text
-from wml_ray.study import Known, State
-from wml_ray.tracking import REASON_TAG, Sender, TrackedRun
+from wml_ray.config.load import with_values
+from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
+from wml_ray.search.optuna_study import TrialRecord
+from wml_ray.search.publisher import Publisher
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.space import Space
+from wml_ray.search.trials import Trial, TrialStore
+from wml_ray.storage.lease import Lease
+from wml_ray.tracking.runs import TrackedRun
+from wml_ray.tracking.tags import TrialState
+from wml_ray.training.events import now_ms
 
 DIED = "its process died (killed, out of memory, or its node was lost)"
-_STATUS: dict[State, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
 
 
-class Sweep:
+class Study:
     """The trials of a study. Whatever is not in its ledger has not happened; what is there is never done again."""
 
     def __init__(
@@ -34,12 +35,12 @@ class Sweep:
         search: SearchConfig,
         folder: Path,
         token: str,
-        on_change: Callable[[Sweep], None] | None = None,
-        claim: Claim | None = None,
+        on_change: Callable[[Study], None] | None = None,
+        lease: Lease | None = None,
     ) -> None:
-        """`token` is that of the study, which MLflow and Optuna know it by; `claim` is on its folder."""
+        """`token` is that of the study, which MLflow and Optuna know it by; `lease` is on its folder."""
         self.space, self.search, self.folder, self.token = space, search, folder, token
-        self.ledger, self.claim = Ledger(folder, claim), claim
+        self.ledger, self.lease = TrialStore(folder, lease), lease
         self.trials = {trial.number: trial for trial in self.ledger.trials()}
         self.waiting = [trial for trial in self.trials.values() if trial.state == "RUNNING"]
         self.publisher: Publisher | None = None
@@ -88,7 +89,7 @@ class Sweep:
     def begin(self, point: Mapping[str, Any], sampler_notes: dict[str, Any]) -> Trial:
         """A new trial at a point that the config takes."""
         number = max(self.trials, default=-1) + 1
-        trial = Trial(number, dict(point), created_ms=session.now_ms(), sampler_notes=sampler_notes)
+        trial = Trial(number, dict(point), created_ms=now_ms(), sampler_notes=sampler_notes)
         self.ledger.write(trial)
         self.trials[trial.number] = trial
         return trial
@@ -151,7 +152,7 @@ class Sweep:
         """The name of a trial among those of all studies."""
         return f"{self.search.study}/{trial.number}"
 
-    def known(self, trial: Trial) -> Known:
+    def known(self, trial: Trial) -> TrialRecord:
         """A trial as Optuna is to know it."""
         metrics = list(self.space.objectives)
         steps = (
@@ -159,14 +160,14 @@ class Sweep:
         )
         steps = {epoch: value for epoch, value in steps.items() if value is not None}
         values = self.values(trial) if trial.state == "COMPLETE" else None
-        return Known(self.label(trial), trial.point, trial.state, values, steps, trial.sampler_notes)
+        return TrialRecord(self.label(trial), trial.point, trial.state, values, steps, trial.sampler_notes)
 
     def values(self, trial: Trial) -> list[float]:
         """What a complete trial came to, an entry an objective."""
         results = trial.results()
         return [results[metric] for metric in self.space.objectives]
 
-    def counts(self) -> Counter[State]:
+    def counts(self) -> Counter[TrialState]:
         return Counter(trial.state for trial in self.trials.values())
 
     def running(self) -> list[Trial]:
@@ -195,7 +196,7 @@ class Sweep:
         left += (self.search.trials - len(self.trials)) * a_trial
         return max(left, 0.0) * (time.monotonic() - self._started_s) / trained
 
-    def _state(self, trial: Trial, end: str) -> State:
+    def _state(self, trial: Trial, end: str) -> TrialState:
         if end == "failed" or (end == "returned" and trial.final is None):
             return "FAILED"
         if trial.final is None:
@@ -214,102 +215,3 @@ class Sweep:
         config = self.config(trial)
         run_folder = self.ledger.trial_folder(trial.number) / config.run_id
         self.publisher.close_trial(trial, config, run_folder, partial(self.ledger.write, trial))
-
-
-class Publisher:
-    """Trials as children of the study's MLflow run. All of it happens in one thread, in order and exactly once."""
-
-    def __init__(self, experiment: str, parent: TrackedRun, token: str) -> None:
-        self.experiment, self.parent, self.token = experiment, parent, token
-        self._deliveries = Deliveries(tracking.SILENT)
-        self._senders: dict[int, Sender] = {}
-        self._sent: dict[int, int] = {}  # trial -> last epoch queued
-
-    def open(self, trial: Trial, config: Config) -> None:
-        self._deliveries.put(partial(self._open, trial, config))
-
-    def log(self, trial: Trial) -> None:
-        """Queue what the trial has reported since the last call."""
-        if trial.number not in self._sent:
-            self._sent[trial.number] = 0
-            self._put(trial.number, 0, trial.sizes, trial.created_ms)
-        for entry in trial.history:
-            if entry["epoch"] > self._sent[trial.number]:
-                self._put(trial.number, entry["epoch"], entry["metrics"], entry["timestamp_ms"])
-                self._sent[trial.number] = entry["epoch"]
-        if trial.final:
-            self._put(trial.number, trial.final["epoch"], trial.final["metrics"], trial.final["timestamp_ms"])
-
-    def interrupt(self, trial: Trial) -> None:
-        self._deliveries.put(partial(self._interrupt, trial.number))
-
-    def close_trial(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
-        """Queue all that MLflow may lack of an ended trial; `remember` is called when it has it."""
-        self.open(trial, config)
-        if trial.sizes:
-            self.log(trial)
-        self._deliveries.put(partial(self._close, trial, config, run_folder, remember))
-
-    def close(self, timeout_s: float) -> int:
-        return self._deliveries.close(timeout_s)
-
-    def _put(self, number: int, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        self._deliveries.put(lambda: self._senders[number].send(step, metrics, timestamp_ms))
-
-    def _open(self, trial: Trial, config: Config) -> None:
-        if trial.number in self._senders:
-            return
-        tags = {PARENT_TAG: self.parent.run_id, TRIAL_TAG: str(trial.number), STATE_TAG: "RUNNING"}
-        tags["wml_ray.run_id"] = config.run_id
-        name, token = f"trial {trial.number}", f"{self.token}-{trial.number}"
-        tracked = tracking.open_run(self.experiment, name, token, config.flatten(), tags)
-        self._senders[trial.number] = Sender(tracked)
-
-    def _interrupt(self, number: int) -> None:
-        if number in self._senders:  # else it was still to start
-            tracking.finish_run(self._senders[number].tracked, "KILLED")
-
-    def _close(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
-        folder = run_folder.parent
-        write_text(folder / "config.yaml", config.to_yaml())
-        files = [folder / "config.yaml"]
-        if trial.state == "COMPLETE" and (result := read_json(run_folder / session.RESULT)):
-            files += report.write_files(result, folder / "report")
-        tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
-        if trial.state == "STOPPED":
-            tags[REASON_TAG] = f"stopped early after epoch {trial.epochs}"
-        elif trial.reason:
-            tags[REASON_TAG] = trial.reason
-        tracking.finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags)
-        trial.delivered = True
-        remember()
-        del self._senders[trial.number]
-
-
-def start_points(path: Path, space: Space) -> list[dict[str, Any]]:
-    """Points that are tried before the sampler is asked: a YAML list of config keys and values, the rest as the config.
-
-    Raises:
-        UserError: no such file, or a point that the space does not hold.
-    """
-    import yaml
-
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"start points {path}: {' '.join(str(error).split())}; give a YAML list of points") from None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError(f"start points {path}: must be a YAML list such as [{{wml.alpha: 0.3}}, {{wml.alpha: 0.7}}]")
-    searched = {*space.domains, *space.searched}
-    points = []
-    for entry in entries:
-        others = [key for key in entry if key not in searched]
-        if others:
-            raise UserError(
-                f"start points {path}: {others[0]} is not searched; searched are {', '.join(space.domains)}"
-            )
-        try:
-            points.append(space.point(with_values(space.base, entry)))
-        except UserError as error:
-            raise UserError(f"start points {path}: {error}; what a point leaves out is as in the config") from None
-    return points

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wml_ray.lock import Claim
-from wml_ray.storage import get_text, patiently, remove_tree, write_json
-from wml_ray.study import State
+from wml_ray.storage.files import get_text, remove_tree, write_json
+from wml_ray.storage.lease import Lease
+from wml_ray.storage.retry import retry_for
+from wml_ray.tracking.tags import TrialState
 
 
 @dataclass
@@ -18,7 +19,7 @@ class Trial:
 
     number: int
     point: dict[str, Any]  # what the sampler chose
-    state: State = "RUNNING"
+    state: TrialState = "RUNNING"
     sizes: dict[str, float] = field(default_factory=dict)  # the metrics of step 0
     history: list[dict[str, Any]] = field(default_factory=list)  # epoch, timestamp_ms, metrics
     final: dict[str, Any] | None = None  # epoch, timestamp_ms, metrics of the test
@@ -45,31 +46,31 @@ class Trial:
         return self.metrics(self.final["epoch"])
 
 
-class Ledger:
+class TrialStore:
     """The trials of a study in its folder: `trials/0007/trial.json`, beside the folder of that trial's run."""
 
-    def __init__(self, folder: Path, claim: Claim | None = None) -> None:
-        """`claim` is what allows to write there."""
-        self.folder, self.claim = folder, claim
+    def __init__(self, folder: Path, lease: Lease | None = None) -> None:
+        """`lease` is what allows to write there."""
+        self.folder, self.lease = folder, lease
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        texts = patiently(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
+        texts = retry_for(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
         return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:
         """Raises:
-        Replaced: another process has taken the study over.
+        LeaseLost: another process has taken the study over.
         """
-        if self.claim:
-            patiently(self.claim.check, self.folder)
+        if self.lease:
+            retry_for(self.lease.check, self.folder)
         write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
     def drop_checkpoints(self, number: int) -> None:
-        patiently(lambda: self._drop_checkpoints(number), self.folder)
+        retry_for(lambda: self._drop_checkpoints(number), self.folder)
 
     def _drop_checkpoints(self, number: int) -> None:
         for name in ("checkpoints", ".ray"):

@@ -7,35 +7,22 @@ import json
 import os
 import shutil
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from wml_ray.config import UserError
-from wml_ray.delivery import RETRY_S, first_cause
+from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.paths import is_remote
+from wml_ray.storage.retry import retry_for
 
-VARIABLES = (  # where a storage is and who may write there; profiles and roles are each node's own
+STORAGE_VARIABLES = (  # where a storage is and who may write there; profiles and roles are each node's own
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
-PATIENCE_S = 600.0  # how long a run waits for a storage that went away
-LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # of a file system
-T = TypeVar("T")
 
 
-class Unanswered(UserError):
-    """The storage went away and did not come back."""
-
-
-def is_remote(path: Path) -> bool:
-    """Whether files there are reached by uploads and downloads; all else is a file system to the programs."""
-    return not isinstance(path, Path)
-
-
-def check(folder: Path) -> None:
+def check_storage(folder: Path) -> None:
     """Raises:
     UserError: the storage's client is not installed, or the storage does not answer.
     """
@@ -49,47 +36,14 @@ def check(folder: Path) -> None:
             needed = f"a package: {' '.join(str(error).split())}"
         raise UserError(f"run.storage_path = '{folder}' needs {needed}") from None
     except Exception as error:  # whatever a client library raises: it is reported, not hidden
-        raise unusable(folder, error) from None
+        raise storage_error(folder, error) from None
 
 
-def unusable(folder: Path, error: Exception) -> UserError:
+def storage_error(folder: Path, error: Exception) -> UserError:
     """What to say of a storage that cannot be used from the start."""
     mend = "check its bucket, AWS_ENDPOINT_URL and the AWS_* credentials" if is_remote(folder) else ""
     return UserError(
-        f"run.storage_path: {folder} cannot be written ({first_cause(error)}); {mend or 'name a folder that can'}"
-    )
-
-
-def patiently(call: Callable[[], T], path: Path) -> T:
-    """A call that the storage may refuse for a while.
-
-    Raises:
-        OSError: as `call` does, if waiting does not help.
-        Unanswered: the storage refused it for ten minutes.
-    """
-    failures = Exception if is_remote(path) else OSError  # whatever a client library raises
-    lasting = (UserError, FileNotFoundError) if is_remote(path) else (UserError, *LASTING)
-    deadline_s = time.monotonic() + PATIENCE_S
-    warned = False
-    while True:
-        try:
-            return call()
-        except lasting:
-            raise
-        except failures as error:
-            if time.monotonic() > deadline_s:
-                raise unanswered(path, first_cause(error)) from None
-            if not warned:
-                warned = True
-                warnings.warn(f"{path}: the storage fails ({first_cause(error)}); trying again", stacklevel=2)
-            time.sleep(RETRY_S)
-
-
-def unanswered(path: Path, cause: str) -> Unanswered:
-    """What to say of it, in one sentence."""
-    return Unanswered(
-        f"{path}: the storage fails ({cause}); run the same command again when it works: it goes on from the newest "
-        "checkpoint there"
+        f"run.storage_path: {folder} cannot be written ({root_cause(error)}); {mend or 'name a folder that can'}"
     )
 
 
@@ -97,9 +51,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a file that readers see whole or not at all, as soon as the storage takes it.
 
     Raises:
-        Unanswered: it did not take it for ten minutes.
+        StorageUnavailable: it did not take it for ten minutes.
     """
-    patiently(lambda: put_text(path, text), path)
+    retry_for(lambda: put_text(path, text), path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,10 +88,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """What a file says, None where there is none.
 
     Raises:
-        Unanswered: the storage did not answer for ten minutes.
+        StorageUnavailable: the storage did not answer for ten minutes.
     """
     try:
-        return dict(json.loads(patiently(lambda: get_text(path), path)))
+        return dict(json.loads(retry_for(lambda: get_text(path), path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -161,7 +115,7 @@ def local_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="wml_ray-") as here:
         for name in names:
-            patiently(lambda: _get_file(folder / name, Path(here) / name), folder)  # noqa: B023  called at once
+            retry_for(lambda: _get_file(folder / name, Path(here) / name), folder)  # noqa: B023  called at once
         yield Path(here)
 
 
@@ -174,7 +128,7 @@ def remove_tree(folder: Path) -> None:
         remote.fs.rm(remote.path, recursive=True)
 
 
-def missing(folder: Path) -> list[Path]:
+def missing_parents(folder: Path) -> list[Path]:
     """The folder and its parents that a file in it will need, innermost first; remote storage needs none."""
     return [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
 
@@ -186,7 +140,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def scratch(folder: Path) -> Path:
+def staging_folder(folder: Path) -> Path:
     """An empty local folder that belongs to `folder`; what a process that was killed left in it is gone."""
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     here = Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}"
@@ -195,9 +149,9 @@ def scratch(folder: Path) -> Path:
     return here
 
 
-def environment() -> dict[str, str]:
+def storage_environment() -> dict[str, str]:
     """What a storage's client reads, for processes on other nodes."""
-    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in STORAGE_VARIABLES if name in os.environ}
 
 
 def flush(path: Path) -> None:

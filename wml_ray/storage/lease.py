@@ -1,4 +1,4 @@
-"""One process at a time in a folder: by a lock among those of a machine, by a claim in the folder among all."""
+"""One process at a time in a folder: by a lock among those of a machine, by a lease in the folder among all."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from wml_ray.config import UserError
-from wml_ray.delivery import first_cause
-from wml_ray.storage import Unanswered, get_text, is_remote, missing, put_text, remove_empty, unusable
+from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.files import get_text, missing_parents, put_text, remove_empty, storage_error
+from wml_ray.storage.paths import is_remote
+from wml_ray.storage.retry import StorageUnavailable
 
-OWNER = "owner.json"
-RENEW_S = 10.0  # between two signs of life in a claim
-STALE_S = 60.0  # a claim that was not renewed for so long is that of a dead process
-SETTLE_S = 1.0  # in which two processes that claim a folder at once see each other
-LEAVE_S = 10.0  # how long a process that ends waits to remove its claim
+LEASE_FILE = "owner.json"
+HEARTBEAT_S = 10.0  # between two signs of life in a lease
+STALE_S = 60.0  # a lease that was not renewed for so long is that of a dead process
+SETTLE_S = 1.0  # in which two processes that lease a folder at once see each other
+RELEASE_TIMEOUT_S = 10.0  # how long a process that ends waits to remove its lease
 
 
-class Replaced(UserError):
+class LeaseLost(UserError):
     """Another process has taken the folder over."""
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A process's claim on a folder. It travels to the workers, who write there in its name."""
+class Lease:
+    """A process's lease on a folder. It travels to the workers, who write there in its name."""
 
     folder: Path
     token: str
@@ -45,94 +46,94 @@ class Claim:
         """To be called before anything is written.
 
         Raises:
-            Replaced: the claim is another's now.
+            LeaseLost: the lease is another's now.
         """
         owner = _owner(self.folder)
         if owner and owner["token"] != self.token:
-            raise Replaced(
+            raise LeaseLost(
                 f"{self.folder} was taken over by process {owner['pid']} on {owner['host']}, as this one had given no "
                 "sign of life; nothing more is written"
             )
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[Claim]:
+def exclusive_access(folder: Path) -> Iterator[Lease]:
     """Hold a run's or a study's folder, on this machine and on all others.
 
-    The machine's lock falls with the process, however that ends, and its claim with it for those of this machine; for
+    The machine's lock falls with the process, however that ends, and its lease with it for those of this machine; for
     others a minute later.
 
     Raises:
         UserError: another process holds it.
-        Replaced: another process has taken it over.
+        LeaseLost: another process has taken it over.
     """
     folder = folder.resolve()
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     try:
         with (
             FileLock(Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}.lock", timeout=0),
-            _claimed(folder) as claim,
+            _leased(folder) as lease,
         ):
-            yield claim
+            yield lease
     except Timeout:
         raise UserError(f"{folder} is in use by another process; wait for it, or stop it first") from None
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[Claim]:
-    claim = Claim(folder, uuid.uuid4().hex)
+def _leased(folder: Path) -> Iterator[Lease]:
+    lease = Lease(folder, uuid.uuid4().hex)
     try:
-        made = missing(folder)
-        _take(claim)
+        made = missing_parents(folder)
+        _acquire(lease)
     except UserError:
         raise
     except Exception as error:  # of any client library
-        raise unusable(folder, error) from error
+        raise storage_error(folder, error) from error
     ended = threading.Event()
-    renewal = threading.Thread(target=_renew, args=(claim, ended), name="claim", daemon=True)
+    renewal = threading.Thread(target=_send_heartbeats, args=(lease, ended), name="lease", daemon=True)
     renewal.start()
     try:
-        yield claim
+        yield lease
     except Exception as error:
-        if not isinstance(error, (Replaced, Unanswered)):
-            _blame_replacement(claim)
+        if not isinstance(error, (LeaseLost, StorageUnavailable)):
+            _raise_if_lease_lost(lease)
         raise
     finally:
         ended.set()
         renewal.join(SETTLE_S)
-        leaving = threading.Thread(target=_give_back, args=(claim, made), daemon=True)
-        leaving.start()
-        leaving.join(LEAVE_S)  # a storage that hangs holds nobody up
+        preempted = threading.Thread(target=_release, args=(lease, made), daemon=True)
+        preempted.start()
+        preempted.join(RELEASE_TIMEOUT_S)  # a storage that hangs holds nobody up
 
 
-def _take(claim: Claim) -> None:
-    owner = _owner(claim.folder)
+def _acquire(lease: Lease) -> None:
+    owner = _owner(lease.folder)
     if owner and _alive(owner):
-        raise _in_use(claim.folder, owner)
+        raise _in_use(lease.folder, owner)
     try:
-        if owner is None and _create(claim):
+        if owner is None and _create(lease):
             return
     except FileExistsError:  # another process was faster
-        _take(claim)
+        _acquire(lease)
         return
-    put_text(claim.folder / OWNER, _sign_of_life(claim))
+    put_text(lease.folder / LEASE_FILE, _heartbeat(lease))
     time.sleep(SETTLE_S)
-    owner = _owner(claim.folder)
-    if owner and owner["token"] != claim.token:
-        raise _in_use(claim.folder, owner)
+    owner = _owner(lease.folder)
+    if owner and owner["token"] != lease.token:
+        raise _in_use(lease.folder, owner)
 
 
-def _create(claim: Claim) -> bool:
+def _create(lease: Lease) -> bool:
     """Claim a folder that nobody has; False where the storage cannot tell who was first.
 
     Raises:
         FileExistsError: somebody has it now.
     """
-    path = claim.folder / OWNER
+    path = lease.folder / LEASE_FILE
     if is_remote(path):
         return False
-    beside = path.with_name(f".{OWNER}.{claim.token}")
-    put_text(beside, _sign_of_life(claim))
+    beside = path.with_name(f".{LEASE_FILE}.{lease.token}")
+    put_text(beside, _heartbeat(lease))
     try:
         os.link(beside, path)
     except FileExistsError:
@@ -144,49 +145,49 @@ def _create(claim: Claim) -> bool:
     return True
 
 
-def _renew(claim: Claim, ended: threading.Event) -> None:
+def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
     warned = False
-    while not ended.wait(RENEW_S):
+    while not ended.wait(HEARTBEAT_S):
         try:
-            claim.check()
-            put_text(claim.folder / OWNER, _sign_of_life(claim))
+            lease.check()
+            put_text(lease.folder / LEASE_FILE, _heartbeat(lease))
             warned = False
-        except Replaced as error:
+        except LeaseLost as error:
             warnings.warn(str(error), stacklevel=1)
             return
         except Exception as error:  # of any client library; the next try is near
             if not warned:
                 warned = True
-                warnings.warn(f"the claim on {claim.folder} waits ({first_cause(error)})", stacklevel=1)
+                warnings.warn(f"the lease on {lease.folder} waits ({root_cause(error)})", stacklevel=1)
 
 
-def _blame_replacement(claim: Claim) -> None:
+def _raise_if_lease_lost(lease: Lease) -> None:
     """Raises:
-    Replaced: the claim is another's, which is why a worker failed.
+    LeaseLost: the lease is another's, which is why a worker failed.
     """
     try:
-        claim.check()
-    except Replaced:
+        lease.check()
+    except LeaseLost:
         raise
     except Exception as error:  # of any client library; the error that led here says more
-        warnings.warn(f"the claim on {claim.folder} cannot be read ({first_cause(error)})", stacklevel=1)
+        warnings.warn(f"the lease on {lease.folder} cannot be read ({root_cause(error)})", stacklevel=1)
 
 
-def _give_back(claim: Claim, made: list[Path]) -> None:
-    """Remove the claim, and the folders that were made for it and nothing else."""
+def _release(lease: Lease, made: list[Path]) -> None:
+    """Remove the lease, and the folders that were made for it and nothing else."""
     try:
-        owner = _owner(claim.folder)
-        if owner and owner["token"] == claim.token:
-            (claim.folder / OWNER).unlink()
+        owner = _owner(lease.folder)
+        if owner and owner["token"] == lease.token:
+            (lease.folder / LEASE_FILE).unlink()
         remove_empty(made)
     except Exception as error:  # of any client library
-        warnings.warn(f"the claim on {claim.folder} stays for a minute ({first_cause(error)})", stacklevel=1)
+        warnings.warn(f"the lease on {lease.folder} stays for a minute ({root_cause(error)})", stacklevel=1)
 
 
 def _owner(folder: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(get_text(folder / OWNER)))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # a damaged claim is nobody's
+        return dict(json.loads(get_text(folder / LEASE_FILE)))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a damaged lease is nobody's
         return None
 
 
@@ -207,14 +208,14 @@ def _runs_here(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _sign_of_life(claim: Claim) -> str:
+def _heartbeat(lease: Lease) -> str:
     return json.dumps(
-        {"token": claim.token, "host": socket.gethostname(), "pid": os.getpid(), "renewed_s": time.time()}, indent=1
+        {"token": lease.token, "host": socket.gethostname(), "pid": os.getpid(), "renewed_s": time.time()}, indent=1
     )
 
 
 def _in_use(folder: Path, owner: dict[str, Any]) -> UserError:
     return UserError(
         f"{folder} is in use by process {owner['pid']} on {owner['host']}; wait for it, or stop it there; if it is "
-        f"gone, wait {STALE_S:.0f} s or delete {folder / OWNER}"
+        f"gone, wait {STALE_S:.0f} s or delete {folder / LEASE_FILE}"
     )

@@ -7,19 +7,16 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.paths import is_remote
 
 RETRY_S = 2.0  # between two tries to reach a server that went away
 
 
-def first_cause(error: BaseException) -> str:
-    """The first cause in one short line: "Connection refused" rather than what four layers made of it."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
-
-
-class Deliveries:
+class RetryQueue:
     """Operations in the order they were put. Each must do no harm when it is tried again after half of it was done."""
 
     def __init__(self, complaint: str) -> None:
@@ -63,9 +60,51 @@ class Deliveries:
             except Exception as error:  # any failure of server, network or client: keep the work and try again
                 if not warned:
                     warned = True
-                    warnings.warn(self._complaint.format(first_cause(error)), stacklevel=1)
+                    warnings.warn(self._complaint.format(root_cause(error)), stacklevel=1)
                 time.sleep(RETRY_S)
                 continue
             warned = False
             with self._wake:
                 self._queue.popleft()
+
+
+STORAGE_TIMEOUT_S = 600.0  # how long a run waits for a storage that went away
+PERMANENT_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # of a file system
+T = TypeVar("T")
+
+
+class StorageUnavailable(UserError):
+    """The storage went away and did not come back."""
+
+
+def retry_for(call: Callable[[], T], path: Path) -> T:
+    """A call that the storage may refuse for a while.
+
+    Raises:
+        OSError: as `call` does, if waiting does not help.
+        StorageUnavailable: the storage refused it for ten minutes.
+    """
+    failures = Exception if is_remote(path) else OSError  # whatever a client library raises
+    lasting = (UserError, FileNotFoundError) if is_remote(path) else (UserError, *PERMANENT_ERRORS)
+    deadline_s = time.monotonic() + STORAGE_TIMEOUT_S
+    warned = False
+    while True:
+        try:
+            return call()
+        except lasting:
+            raise
+        except failures as error:
+            if time.monotonic() > deadline_s:
+                raise storage_unavailable(path, root_cause(error)) from None
+            if not warned:
+                warned = True
+                warnings.warn(f"{path}: the storage fails ({root_cause(error)}); trying again", stacklevel=2)
+            time.sleep(RETRY_S)
+
+
+def storage_unavailable(path: Path, cause: str) -> StorageUnavailable:
+    """What to say of it, in one sentence."""
+    return StorageUnavailable(
+        f"{path}: the storage fails ({cause}); run the same command again when it works: it goes on from the newest "
+        "checkpoint there"
+    )

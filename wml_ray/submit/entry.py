@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wml_ray import cli
-from wml_ray.config import UserError
+from wml_ray.cli.main import main
+from wml_ray.cli.output import FAILED, USER_ERROR
+from wml_ray.errors import UserError
 
 ENVIRONMENT = ".wml_ray-environment.json"
-PLACE = "WML_RAY_PLACE"  # HOST:FOLDER a job was submitted from
+SUBMITTED_FROM = "WML_RAY_PLACE"  # HOST:FOLDER a job was submitted from
 
 
 def on_cluster(verb: str, words: Sequence[str]) -> int:
@@ -23,28 +24,28 @@ def on_cluster(verb: str, words: Sequence[str]) -> int:
         take_environment()
         words = _move_to_place(words)
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            from wml_ray.ray_train import join_cluster
+            from wml_ray.cluster.connect import join_cluster
 
             join_cluster("--verbose" in words)  # ray.init puts a SIGTERM handler of its own in place of ours
         _end_as_by_ctrl_c()
-        return cli.main([verb, *words])
+        return main([verb, *words])
     except UserError as error:
         print(f"wml-ray: {error}", file=sys.stderr)
-        return cli.USER_ERROR
+        return USER_ERROR
     except ModuleNotFoundError as error:
         print(
             f"wml-ray: this cluster's Python has no package '{error.name}'; start its nodes from an environment or "
             "image with requirements.lock installed, or submit with --packages",
             file=sys.stderr,
         )
-        return cli.USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
-        return cli.FAILED
+        return FAILED
 
 
 def take_environment() -> None:
     """Set what the submitter passed on. Ray calls this in every worker of a job, `on_cluster` in its driver."""
-    path = Path(__file__).resolve().parent.parent / ENVIRONMENT
+    path = Path(__file__).resolve().parents[2] / ENVIRONMENT
     if path.exists():
         os.environ.update(json.loads(path.read_text()))
 
@@ -57,7 +58,7 @@ def _move_to_place(words: Sequence[str]) -> list[str]:
     if "working_dir_files" not in Path.cwd().parts:
         return list(words)
     words = [_with_whole_path(word) for word in words]
-    host, _, folder = os.environ.get(PLACE, "").partition(":")
+    host, _, folder = os.environ.get(SUBMITTED_FROM, "").partition(":")
     here = host == socket.gethostname() and os.access(folder, os.W_OK)
     place = Path(folder) if here else Path.home() / "wml_ray_jobs"
     place.mkdir(parents=True, exist_ok=True)

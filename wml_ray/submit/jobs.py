@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import shlex
 import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
-from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from wml_ray import cli
-from wml_ray.config import UserError
-from wml_ray.job_entry import PLACE
-from wml_ray.job_package import Package, Work, pack
+from wml_ray.cli.output import FAILED, OK
+from wml_ray.errors import UserError
+from wml_ray.submit.client import cluster_errors, last_line
+from wml_ray.submit.entry import SUBMITTED_FROM
+from wml_ray.submit.package import Package, Work, pack
 
-DASHBOARD_PORT = 8265
-API_VARIABLE = "RAY_API_SERVER_ADDRESS"
 STOP_S = 30  # Ray kills a job that has not ended this long after it was asked to
-ANSWER_S = 8.0
 SILENCE_S = 60.0  # how long a follower bears a cluster that does not answer
 NEWEST = 20  # jobs in a list
 NAME_KEY, FOLDER_KEY = "wml_ray.job", "wml_ray.folder"
@@ -48,100 +41,14 @@ def check_image(work: Work) -> None:
         )
 
 
-def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's job server: at `address`, or where Ray's own variables say, or on this machine.
-
-    Raises:
-        UserError: no such address, nobody answers there, or the cluster does not accept our token.
-    """
-    logging.disable(logging.WARNING)  # Ray's remarks on addresses and tokens: what matters becomes a sentence
-    where = address or os.environ.get(API_VARIABLE) or _dashboard_of(os.environ.get("RAY_ADDRESS", ""))
-    if "://" not in where:
-        raise UserError(
-            f"'{where}' is no address of a Ray dashboard; give --address http://HOST:8265 (jobs do not go to the port "
-            "that nodes join)"
-        )
-    os.environ[API_VARIABLE] = where  # it would win over an address that the client is given
-    _check_answers(where)
-    with _cluster_errors(where):
-        try:
-            return JobSubmissionClient(where)
-        except AuthenticationError:
-            token, _ = _token()
-            if not token:
-                raise
-            return JobSubmissionClient(where, headers={"Authorization": f"Bearer {token}"})
-
-
-def _dashboard_of(cluster: str) -> str:
-    """Of the address by which `wml-ray` joins a cluster: the same host's, or this machine's where it names none."""
-    host = cluster.rpartition(":")[0]
-    return cluster if "://" in cluster else f"http://{host or '127.0.0.1'}:{DASHBOARD_PORT}"
-
-
-def _check_answers(address: str) -> None:
-    """An address that swallows packets would hold up Ray's client for minutes."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https"):
-        return
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname or "", port), timeout=ANSWER_S).close()
-    except (OSError, ValueError) as error:
-        raise _unreachable(address, error) from None
-
-
-def _unreachable(address: str, error: Exception) -> UserError:
-    return UserError(
-        f"no Ray cluster answers at {address} ({_first_line(error)}); start one with `ray start --head`, or give "
-        "--address http://HOST:8265 of its dashboard (through an SSH tunnel or kubectl port-forward, if need be)"
-    )
-
-
-@contextmanager
-def _cluster_errors(address: str) -> Iterator[None]:
-    """What Ray's client raises, as a sentence with the mend."""
-    try:
-        yield
-    except AuthenticationError:
-        raise UserError(_token_sentence(address)) from None
-    except BrokenPipeError:  # nobody reads what we print
-        raise
-    except (OSError, aiohttp.ClientError) as error:  # what `requests` raises is an OSError
-        raise _unreachable(address, error) from None
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(f"the cluster at {address} refused: {_last_line(error)}") from None
-
-
-def _token_sentence(address: str) -> str:
-    token, source = _token()
-    said = f"does not accept the token of {source}" if token else "asks for a token, and there is none here"
-    return (
-        f"the Ray cluster at {address} {said}; `ray get-auth-token` on its head node prints the right one: put it into "
-        "~/.ray/auth_token or RAY_AUTH_TOKEN here"
-    )
-
-
-def _token() -> tuple[str, str]:
-    """Ray's token on this machine and where it is from, in Ray's order; found also without RAY_AUTH_MODE=token."""
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
-    try:
-        return path.read_text().strip(), str(path)
-    except OSError:
-        return "", str(path)
-
-
 def runtime_env(work: Work, package: Package | None, image: str | None, packages: bool) -> dict[str, Any]:
     """What the job's processes start in. Ray logs `env_vars` on every node, so no secret is among them."""
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), PLACE: f"{socket.gethostname()}:{Path.cwd()}"}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), SUBMITTED_FROM: f"{socket.gethostname()}:{Path.cwd()}"}
     if image:
         return {"image_uri": image, "env_vars": variables}
     settings: dict[str, Any] = {"working_dir": str(package.path) if package else None, "env_vars": variables}
     if work.environment:
-        settings["worker_process_setup_hook"] = "wml_ray.job_entry.take_environment"
+        settings["worker_process_setup_hook"] = "wml_ray.submit.entry.take_environment"
     if packages:
         lock = "-r ${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}/requirements.lock"  # too long for the variable Ray puts it in
         settings["pip"] = {"packages": [lock], "pip_check": False}
@@ -163,7 +70,7 @@ def submit(
     entrypoint = shlex.join(["python", f"jobs/{work.verb}.py", *work.words])
     if image:
         check_image(work)
-    with tempfile.TemporaryDirectory() as folder, _cluster_errors(client.get_address()):
+    with tempfile.TemporaryDirectory() as folder, cluster_errors(client.get_address()):
         package = None
         while True:
             jobs = _jobs(client)
@@ -290,8 +197,8 @@ def _say_ended(job: JobDetails) -> int:
     if job.driver_exit_code == 127:
         _print("            the head node has no `python`: activate the environment there before `ray start --head`")
     elif job.status == JobStatus.FAILED and job.driver_exit_code is None:
-        _print(f"            {_last_line(job.message or '')}")
-    return cli.OK if job.status == JobStatus.SUCCEEDED else cli.FAILED
+        _print(f"            {last_line(job.message or '')}")
+    return OK if job.status == JobStatus.SUCCEEDED else FAILED
 
 
 def find(client: JobSubmissionClient, name: str) -> JobDetails:
@@ -300,7 +207,7 @@ def find(client: JobSubmissionClient, name: str) -> JobDetails:
     Raises:
         UserError: there is none.
     """
-    with _cluster_errors(client.get_address()):
+    with cluster_errors(client.get_address()):
         jobs = _jobs(client)
     named = [job for job in jobs if (job.metadata or {}).get(NAME_KEY) == name]
     found = [job for job in named if not job.status.is_terminal()] + named
@@ -316,15 +223,15 @@ def stop(client: JobSubmissionClient, name: str) -> int:
     job = find(client, name)
     if job.status.is_terminal():
         _print(f"job         {job.submission_id} had ended before: {job.status}")
-        return cli.OK
-    with _cluster_errors(client.get_address()):
+        return OK
+    with cluster_errors(client.get_address()):
         client.stop_job(job.submission_id)
         deadline_s = time.monotonic() + STOP_S + 15
         while not job.status.is_terminal() and time.monotonic() < deadline_s:
             time.sleep(0.2)
             job = client.get_job_info(job.submission_id)
     _print(f"job         {job.submission_id} {job.status}")
-    return cli.OK if job.status.is_terminal() else cli.FAILED
+    return OK if job.status.is_terminal() else FAILED
 
 
 def status(client: JobSubmissionClient, name: str) -> int:
@@ -334,20 +241,20 @@ def status(client: JobSubmissionClient, name: str) -> int:
     _print(f"started     {_started(job)}, {_seconds(job):.0f} s")
     _print(f"command     {job.entrypoint}")
     if job.status == JobStatus.PENDING and job.message:
-        _print(f"            {_last_line(job.message)}")
-    return cli.OK
+        _print(f"            {last_line(job.message)}")
+    return OK
 
 
 def list_jobs(client: JobSubmissionClient) -> int:
     """The newest jobs of the cluster, a line each."""
-    with _cluster_errors(client.get_address()):
+    with cluster_errors(client.get_address()):
         jobs = _jobs(client)[:NEWEST]
     width = max((len(str(job.submission_id)) for job in jobs), default=0)
     for job in jobs:
         _print(f"{job.submission_id:<{width}}  {job.status:<9}  {_started(job)}  {_seconds(job):>7.0f} s")
     if not jobs:
         _print(f"no jobs on {client.get_address()}")
-    return cli.OK
+    return OK
 
 
 def _started(job: JobDetails) -> str:
@@ -367,15 +274,6 @@ def how_to_go_on(job_id: str, address: str | None) -> list[str]:
         f"status      python jobs/submit.py status {job_id}{behind}",
         f"stop        python jobs/submit.py stop {job_id}{behind}",
     ]
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _last_line(error: object) -> str:
-    """What was raised, out of a traceback that came over HTTP."""
-    return (str(error).rstrip(" .\n").splitlines() or [type(error).__name__])[-1][:300]
 
 
 def _print(line: str) -> None:

@@ -12,15 +12,20 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from wml_ray import cli, storage, tracking
-from wml_ray.config import Config, UserError, load, place
-from wml_ray.job_entry import ENVIRONMENT
+from wml_ray.cli.options import parse_arguments, search_settings
+from wml_ray.config.load import load_config
+from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
+from wml_ray.storage.files import STORAGE_VARIABLES
+from wml_ray.storage.paths import to_path
+from wml_ray.submit.entry import ENVIRONMENT
+from wml_ray.tracking.client import TRACKING_VARIABLES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PASSED_ON = (
     *("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
-    *tracking.VARIABLES,
-    *storage.VARIABLES,
+    *TRACKING_VARIABLES,
+    *STORAGE_VARIABLES,
 )
 LEFT_OUT = (
     *(".*", "__pycache__", "*.pyc", "*.egg-info", "node_modules"),
@@ -56,8 +61,8 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
     """Raises:
     UserError: a mistake in the config, the space or the settings of the search.
     """
-    options = cli.parse_arguments([verb, *words])
-    config = load(options.config, options.overrides)
+    options = parse_arguments([verb, *words])
+    config = load_config(options.config, options.overrides)
     environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     command, files = list(words), {}
     for kind in ("config", "space", "start"):
@@ -75,19 +80,18 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
         command = _without_option(command, options.storage)
     if not options.study:
         command += ["--study", study]
-    return Work(study, str(place(config.run.storage_path) / study), verb, config, command, files, environment)
+    return Work(study, str(to_path(config.run.storage_path) / study), verb, config, command, files, environment)
 
 
 def _checked_study(options: Any, config: Config) -> str:
     """Name of the study, after all that can be checked without a cluster."""
-    from wml_ray.space import check_stop_metric, load_space
-    from wml_ray.sweep import start_points
+    from wml_ray.search.space import check_stop_metric, load_space, load_start_points
 
     space = load_space(options.space, config)
-    search = cli.search_of(options, config)
+    search = search_settings(options, config)
     check_stop_metric(search, space)
     if options.start:
-        start_points(Path(options.start), space)
+        load_start_points(Path(options.start), space)
     return search.study
 
 

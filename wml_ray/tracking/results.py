@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from wml_ray.config import UserError
-from wml_ray.delivery import first_cause
-from wml_ray.study import Study
-from wml_ray.tracking import REASON_TAG, TrackedRun, check_reachable, client_of, log_files, shown, tracking_uri
+from wml_ray.errors import UserError, root_cause
+from wml_ray.tracking.client import check_reachable, client_of, redacted, tracking_uri
+from wml_ray.tracking.runs import TrackedRun, log_files
+from wml_ray.tracking.tags import EPOCHS_TAG, KIND_TAG, PARENT_TAG, REASON_TAG, STATE_TAG, STUDY_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     import pandas as pd
-
-KIND_TAG, TRIAL_TAG, STATE_TAG, EPOCHS_TAG = "wml_ray.kind", "wml_ray.trial", "wml_ray.state", "wml_ray.epochs"
-STUDY_TAG = "wml_ray.study"  # of the parent run: what the report must know of a study, as JSON
-PARENT_TAG = "mlflow.parentRunId"
 
 
 def finished_runs(experiment: str) -> pd.DataFrame:
@@ -78,7 +75,7 @@ def is_study(experiment: str) -> bool:
     return bool(_parents(*_find(experiment)))
 
 
-def study(name: str, run_id: str | None = None) -> Study:
+def load_study(name: str, run_id: str | None = None) -> StudyRecords:
     """A study with all its trials; the newest of its name, or that of the parent run `run_id`.
 
     Raises:
@@ -91,7 +88,7 @@ def study(name: str, run_id: str | None = None) -> Study:
     rows = [_trial(client, run, about["searched"]) for run in children]
     columns = ["trial", "state", "epochs", "reason", "peers", *about["searched"], *about["objectives"]]
     trials = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *(key for row in rows for key in row)])))
-    return Study(name, about["objectives"], about["searched"], about["settings"], trials)
+    return StudyRecords(name, about["objectives"], about["searched"], about["settings"], trials)
 
 
 def attach_report(name: str, files: Sequence[Path]) -> None:
@@ -101,7 +98,7 @@ def attach_report(name: str, files: Sequence[Path]) -> None:
     try:
         log_files(tracked, files, "report")
     except Exception as error:  # whatever refuses: the files are there all the same
-        warnings.warn(f"the report could not be logged to MLflow ({first_cause(error)})", stacklevel=2)
+        warnings.warn(f"the report could not be logged to MLflow ({root_cause(error)})", stacklevel=2)
 
 
 def complete_trials(name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
@@ -172,7 +169,7 @@ def _find(experiment: str) -> tuple[Any, str]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments()) or "none"
-        raise UserError(f"experiment '{experiment}' is not on {shown(uri)}; there are: {names}")
+        raise UserError(f"experiment '{experiment}' is not on {redacted(uri)}; there are: {names}")
     return client, found.experiment_id
 
 
@@ -188,3 +185,20 @@ def _search(client: Any, experiment_id: str, condition: str) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+@dataclass(frozen=True)
+class StudyRecords:
+    """A sweep as MLflow has it."""
+
+    name: str
+    objectives: dict[str, str]
+    """MLflow metric -> "max" or "min", in the order given; at least one."""
+    searched: dict[str, str]
+    """Config key -> "linear", "log" or "choice"."""
+    settings: dict[str, str]
+    """Sampler, scheduler and the like, to be shown as they are."""
+    trials: pd.DataFrame
+    """A row a trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under its MLflow
+    name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and
+    `weight` (empty unless COMPLETE)."""

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from wml_ray.backbones import ImageSpec
-from wml_ray.costs import example
-from wml_ray.objective import average_ensemble, weighted_ensemble
+from wml_ray.methods.losses import average_ensemble, weighted_ensemble
+from wml_ray.networks.costs import example
+from wml_ray.networks.spec import ImageSpec
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wml_ray.backbones import ImageSpec
-from wml_ray.config import Config
-from wml_ray.costs import example
+from wml_ray.config.schema import Config
+from wml_ray.networks.costs import example
+from wml_ray.networks.spec import ImageSpec
 
 
 def training_memory_bytes(network: nn.Module, spec: ImageSpec, batch_size: int, config: Config) -> int:

@@ -6,87 +6,31 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from wml_ray.batchnorm import synchronise
-from wml_ray.config import Config, OptimConfig, UserError
-from wml_ray.data import Batch, Dataset, Shard, Split, seed_for
-from wml_ray.metrics import evaluate
-from wml_ray.objective import KlOptions, cross_entropies, inner_loss
-from wml_ray.tree import PeerTree
-from wml_ray.weights import log_mirror_descent, weight_gradient
+from wml_ray.config.schema import Config
+from wml_ray.data.dataset import Batch, Dataset
+from wml_ray.data.splits import Split, seed_for
+from wml_ray.distributed import WorkerRank
+from wml_ray.errors import Diverged, UserError
+from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
+from wml_ray.methods.losses import KlOptions, cross_entropies, inner_loss
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
+from wml_ray.training.evaluation import evaluate
+from wml_ray.training.events import EpochEnd, MidEpochState, OnEvent, Preempted, StepProgress
+from wml_ray.training.optimizer import learning_rate, make_optimizer
 
-TICK_S = 0.5  # seconds between two progress reports
-STEPS_BETWEEN_LOOKS = 25  # whether the machine is to go: a minute's notice is usual
-STEPS_BETWEEN_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Progress inside an epoch: training steps done of all there are."""
-
-    epoch: int
-    step: int
-    total_steps: int
-    loss: float
+PROGRESS_INTERVAL_S = 0.5  # seconds between two progress reports
+STEPS_BETWEEN_PREEMPTION_CHECKS = 25  # whether the machine is to go: a minute's notice is usual
+STEPS_BETWEEN_LOSS_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
 
 
-@dataclass(frozen=True)
-class EpochEnd:
-    """An epoch is done: its number from 1, and its metrics under their MLflow names."""
-
-    epoch: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class MidEpoch:
-    """So many epochs and steps of the next one are done, and the machine may soon be gone: time for a checkpoint."""
-
-    epoch: int
-    step: int
-
-
-Report = Callable[[Tick | EpochEnd], None]
-Leaving = Callable[
-    [], bool
-]  # whether the machine may soon be gone; asked on all workers at once, all are told the same
-
-
-class Diverged(RuntimeError):
-    """A loss, a parameter or a peer weight turned non-finite; the message says which, where and what helps."""
-
-
-def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of training step `step` (from 0), a function of the step alone, so there is no state to resume."""
-    total = config.epochs * steps_per_epoch
-    warmup = config.warmup_epochs * steps_per_epoch
-    if config.schedule == "onecycle":  # Smith & Topin 2019: up over the warm-up (30 % by default), then down
-        top = max((warmup or 0.3 * total) - 1, 1e-9)
-        start, end = config.learning_rate / 25, config.learning_rate / 25e4
-        if step < top:
-            return _cosine(start, config.learning_rate, step / top)
-        return _cosine(config.learning_rate, end, (step - top) / max(total - 1 - top, 1e-9))
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    if config.schedule == "cosine":
-        return _cosine(config.learning_rate, 0.0, (step - warmup) / (total - warmup))
-    if config.schedule == "multistep":
-        decays = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-        return config.learning_rate * config.decay_factor**decays
-    return config.learning_rate
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
-
-
-def check_shares(config: Config, dataset: Dataset, num_workers: int) -> None:
+def check_batch_shares(config: Config, dataset: Dataset, num_workers: int) -> None:
     """Raises:
     UserError: a batch has fewer than two images a worker, which BatchNorm needs.
     """
@@ -108,7 +52,7 @@ class Trainer:
     """Everything that changes while a family trains: parameters, optimiser, omega, and how far it has come."""
 
     def __init__(
-        self, config: Config, tree: PeerTree, dataset: Dataset, device: torch.device, shard: Shard | None = None
+        self, config: Config, tree: PeerTree, dataset: Dataset, device: torch.device, worker: WorkerRank | None = None
     ) -> None:
         """`tree` is already pruned, and the same on every worker; with several, torch.distributed is initialised.
 
@@ -116,12 +60,12 @@ class Trainer:
             UserError: more workers than images in a batch.
         """
         self.config, self.dataset, self.device = config, dataset, device
-        self.shard = shard or Shard()
-        check_shares(config, dataset, self.shard.world_size)
+        self.worker = worker or WorkerRank()
+        check_batch_shares(config, dataset, self.worker.world_size)
         self.tree = tree.to(device=device, memory_format=self._memory_format).train()  # type: ignore[call-overload]
-        if config.optim.sync_batchnorm and self.shard.world_size > 1:
-            synchronise(self.tree)
-        self.optimizer = _optimizer(config.optim, self.tree)
+        if config.optim.sync_batchnorm and self.worker.world_size > 1:
+            convert_sync_batchnorm(self.tree)
+        self.optimizer = make_optimizer(config.optim, self.tree)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
         self.log_weights_M = initial_state(tree.num_peers)["log_weights"].to(device)
         self.epoch = 0  # epochs done
@@ -140,15 +84,15 @@ class Trainer:
         return self.config.optim.epochs * self.dataset.steps_per_epoch
 
     def fit(
-        self, report: Report, leaving: Leaving | None = None, save: Callable[[MidEpoch], None] | None = None
+        self, report: OnEvent, preempted: Preempted | None = None, save: Callable[[MidEpochState], None] | None = None
     ) -> None:
-        """Train the epochs that are left. When `leaving` says so, `save` is called on all workers.
+        """Train the epochs that are left. When `preempted` says so, `save` is called on all workers.
 
         Raises:
             Diverged: something turned non-finite.
         """
         while self.epoch < self.config.optim.epochs:
-            loss, images_per_second = self._train_epoch(report, leaving, save)
+            loss, images_per_second = self._train_epoch(report, preempted, save)
             self._check_parameters()
             self._average_buffers()
             self.epoch, self.step = self.epoch + 1, 0
@@ -163,7 +107,7 @@ class Trainer:
         """Accuracies on a split, under their MLflow names."""
         prefix = {"validation": "val", "test": "test"}[split]
         with self._autocast():
-            found = evaluate(self.tree, self.dataset.evaluation_batches(split, self.shard), self.weights_M)
+            found = evaluate(self.tree, self.dataset.evaluation_batches(split, self.worker), self.weights_M)
         return found.metrics(prefix)
 
     def model_state(self) -> dict[str, Tensor]:
@@ -202,29 +146,35 @@ class Trainer:
             self.scaler.load_state_dict({**scaler, **counts})
 
     def _train_epoch(
-        self, report: Report, leaving: Leaving | None, save: Callable[[MidEpoch], None] | None
+        self, report: OnEvent, preempted: Preempted | None, save: Callable[[MidEpochState], None] | None
     ) -> tuple[float, float]:
         """Mean inner loss and images a second, over all workers."""
         steps, wml, first = self.dataset.steps_per_epoch, self.config.wml, self.step
         begin = self.epoch * steps
-        torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.shard.rank, first))
+        torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.worker.rank, first))
         learns = wml.weights == "learned" and self.tree.num_peers > 1
-        updates_done = (begin + first) // wml.inner_steps - begin // wml.inner_steps
-        outer_batches = self.dataset.outer_batches(self.epoch, self.shard, updates_done) if learns else None
+        updates_done = (begin + first) // wml.update_every - begin // wml.update_every
+        outer_batches = self.dataset.outer_batches(self.epoch, self.worker, updates_done) if learns else None
         start_s = last_tick_s = time.perf_counter()
-        batches = self.dataset.train_batches(self.epoch, self.shard, first)
+        batches = self.dataset.train_batches(self.epoch, self.worker, first)
         for step, batch in enumerate(batches, begin + first):
             loss = self._train_step(step, batch)
             self._loss_sum += loss
-            if outer_batches is not None and (step + 1) % wml.inner_steps == 0:
+            if outer_batches is not None and (step + 1) % wml.update_every == 0:
                 self._update_weights(step, batch, next(outer_batches))
             self.step += 1
-            if time.perf_counter() - last_tick_s >= TICK_S and self.shard.rank == 0:
+            if time.perf_counter() - last_tick_s >= PROGRESS_INTERVAL_S and self.worker.rank == 0:
                 last_tick_s = time.perf_counter()
-                report(Tick(self.epoch + 1, step + 1, self.total_steps, float(loss)))
-            if leaving and save and self.step % STEPS_BETWEEN_LOOKS == 0 and self.step < steps and leaving():
+                report(StepProgress(self.epoch + 1, step + 1, self.total_steps, float(loss)))
+            if (
+                preempted
+                and save
+                and self.step % STEPS_BETWEEN_PREEMPTION_CHECKS == 0
+                and self.step < steps
+                and preempted()
+            ):
                 self._agree()
-                save(MidEpoch(self.epoch, self.step))
+                save(MidEpochState(self.epoch, self.step))
         self._check_losses()
         mean_loss = float(self._over_workers(self._loss_sum)) / steps
         return mean_loss, (steps - first) * self.config.data.batch_size / (time.perf_counter() - start_s)
@@ -238,10 +188,10 @@ class Trainer:
 
     def _over_workers(self, value: Tensor) -> Tensor:
         """The mean of the workers' values."""
-        if self.shard.world_size > 1:
+        if self.worker.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.shard.world_size
+            value /= self.worker.world_size
         return value
 
     def _train_step(self, step: int, batch: Batch) -> Tensor:
@@ -253,7 +203,7 @@ class Trainer:
         with self._autocast():
             logits_MBK = self.model(inputs)
         loss = inner_loss(logits_MBK, targets, self.weights_M, self.config.wml.alpha, **self._kl_options)
-        loss = loss * (len(targets) * self.shard.world_size / self.config.data.batch_size)
+        loss = loss * (len(targets) * self.worker.world_size / self.config.data.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.config.optim.gradient_clip:
@@ -262,21 +212,21 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._losses.append((step, rate, cross_entropies(logits_MBK.detach().float(), targets)))
-        if self.device.type != "cuda" or len(self._losses) >= STEPS_BETWEEN_CHECKS_ON_GPU:
+        if self.device.type != "cuda" or len(self._losses) >= STEPS_BETWEEN_LOSS_CHECKS_ON_GPU:
             self._check_losses()
         return loss.detach()
 
     def _update_weights(self, step: int, inner_batch: Batch, outer_batch: Batch) -> None:
         """Eqs. 5 and 7. Always in float32: a tangent in eight bits of mantissa is mostly noise."""
         wml, rate = self.config.wml, self._learning_rate(step)
-        inner_step = rate if wml.inner_step is None else wml.inner_step
+        unroll_learning_rate = rate if wml.unroll_learning_rate is None else wml.unroll_learning_rate
         gradient_M = weight_gradient(
             self.tree,
             inner_batch,
             outer_batch,
             self.weights_M,
             wml.alpha,
-            inner_step,
+            unroll_learning_rate,
             unroll=wml.unroll,
             **self._kl_options,
         )
@@ -311,18 +261,18 @@ class Trainer:
 
     def _average_buffers(self) -> None:
         """Give every worker the mean of the workers' running statistics, so that all evaluate the same network."""
-        if self.shard.world_size == 1:
+        if self.worker.world_size == 1:
             return
         for buffer in self.tree.buffers():
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
-                buffer /= self.shard.world_size
+                buffer /= self.worker.world_size
 
     def _wrapped(self) -> nn.Module:
         model: nn.Module = self.tree
         if self.config.optim.compile:
             model = torch.compile(model)  # type: ignore[assignment]
-        if self.shard.world_size > 1:
+        if self.worker.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             model = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -348,18 +298,6 @@ class Trainer:
             kl_direction=wml.kl_direction,
             stop_gradient_teacher=wml.stop_gradient_teacher,
         )
-
-
-def _optimizer(config: OptimConfig, tree: PeerTree) -> torch.optim.Optimizer:
-    if config.name == "adamw":
-        return torch.optim.AdamW(tree.parameters(), config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        tree.parameters(),
-        config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from wml_ray.config import Config
-from wml_ray.ledger import Trial
-from wml_ray.loop import EpochEnd, Tick
-from wml_ray.sweep import Sweep
+from wml_ray.config.schema import Config
+from wml_ray.search.study import Study
+from wml_ray.search.trials import Trial
+from wml_ray.training.events import EpochEnd, StepProgress
 
 PLAIN_LINE_S = 10.0  # between two progress lines where there is no terminal
 
@@ -42,7 +42,7 @@ class TrainingProgress:
         if not self.plain:
             self.bar.stop()
 
-    def __call__(self, event: Tick | EpochEnd) -> None:
+    def __call__(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
             self.accuracy = f", ensemble {event.metrics['val/accuracy/ensemble_weighted'] * 100:.1f} %"
             return
@@ -84,7 +84,7 @@ class StudyProgress:
         if not self.plain:
             self.live.stop()
 
-    def __call__(self, sweep: Sweep) -> None:
+    def __call__(self, sweep: Study) -> None:
         if not self.plain:
             self.live.update(Group(Text(summary(sweep)), _running(sweep)))
             return
@@ -97,13 +97,13 @@ class StudyProgress:
             print(f"{sweep.search.study}: {summary(sweep)}", flush=True)
 
 
-def ending(sweep: Sweep, trial: Trial) -> str:
+def ending(sweep: Study, trial: Trial) -> str:
     """What became of a trial, in a line."""
     name = f"{sweep.search.study}: trial {trial.number} ({sweep.config(trial).run_id})"
     return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
 
 
-def summary(sweep: Sweep) -> str:
+def summary(sweep: Study) -> str:
     """Where a study stands, in a line."""
     counts, best, left_s = sweep.counts(), sweep.best(), sweep.left_s()
     done, running = counts.total() - counts["RUNNING"], len(sweep.running())
@@ -118,7 +118,7 @@ def summary(sweep: Sweep) -> str:
     return line + (f", {_clock(left_s)} left" if left_s is not None else "")
 
 
-def _running(sweep: Sweep) -> Table:
+def _running(sweep: Study) -> Table:
     metric, searched = sweep.search.stop_metric, sweep.space.searched
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("trial", "epoch", metric, *searched):

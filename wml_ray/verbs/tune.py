@@ -11,26 +11,37 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from wml_ray import preflight, ray_train, ray_tune, records, session, storage, study_report, tracking
-from wml_ray.config import UserError, place, with_values
-from wml_ray.data import load
-from wml_ray.lock import only_one
-from wml_ray.preflight import Finding
-from wml_ray.records import KIND_TAG, STUDY_TAG
-from wml_ray.space import Increasing, SearchConfig, Space, bounds, check_stop_metric
-from wml_ray.storage import patiently, read_json, write_json, write_text
-from wml_ray.study import Known, Study, open_storage
-from wml_ray.sweep import Sweep
-from wml_ray.tracking import TrackedRun
+from wml_ray.cluster.connect import join_cluster
+from wml_ray.cluster.preflight import CheckResult, require_checks, run_checks
+from wml_ray.cluster.train import DELIVERY_S, INTERRUPTED_DELIVERY_S
+from wml_ray.cluster.tune import run_trials
+from wml_ray.config.load import with_values
+from wml_ray.data.load import load_dataset
+from wml_ray.errors import UserError
+from wml_ray.report.study_page import write_study
+from wml_ray.search.optuna_study import TrialRecord, open_storage
+from wml_ray.search.ratios import Increasing
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.space import Space, bounds, check_stop_metric
+from wml_ray.search.study import Study
+from wml_ray.storage.files import check_storage, read_json, write_json, write_text
+from wml_ray.storage.lease import exclusive_access
+from wml_ray.storage.paths import to_path
+from wml_ray.storage.retry import retry_for
+from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
+from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
+from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
+from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
+from wml_ray.training.start import initial_checkpoint
 
-IDENTITY = "study.json"
+STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyResult:
     """A finished study: what MLflow has of it, where its files are, and what could not be delivered to MLflow."""
 
-    study: Study | None  # None where MLflow lacks something
+    study: StudyRecords | None  # None where MLflow lacks something
     folder: Path
     files: list[Path]
     tracked: TrackedRun
@@ -41,11 +52,11 @@ class Outcome:
 def tune(
     space: Space,
     search: SearchConfig,
-    on_change: Callable[[Sweep], None] | None = None,
+    on_change: Callable[[Study], None] | None = None,
     start: Sequence[Mapping[str, Any]] = (),
     warm_start: Sequence[str] = (),
     verbose: bool = False,
-) -> Outcome:
+) -> StudyResult:
     """Run a study, or the trials it still lacks, and report on it.
 
     `start` are points tried before the sampler is asked; `warm_start` names earlier studies whose complete trials the
@@ -55,83 +66,83 @@ def tune(
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
-    folder = place(space.base.run.storage_path) / search.study
+    folder = to_path(space.base.run.storage_path) / search.study
     check_stop_metric(search, space)
-    storage.check(folder)
-    tracking.check_reachable(tracking.tracking_uri())
-    with only_one(folder) as claim:
+    check_storage(folder)
+    check_reachable(tracking_uri())
+    with exclusive_access(folder) as lease:
         begun = _identity(folder)
         _check_same_study(folder, begun, space)
         optuna_storage = open_storage(search.storage, search.study, begun.get("token"))
         earlier = [known for name in dict.fromkeys(warm_start) for known in _earlier_trials(name, search, space)]
-        sweep = Sweep(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change, claim)
+        sweep = Study(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change, lease)
         if sweep.to_do:
-            ray_train.join_cluster(verbose)
-            preflight.check(space.base, searching=True)
+            join_cluster(verbose)
+            require_checks(space.base, searching=True)
             check_ratios(space)
         if not begun:
-            write_json(folder / IDENTITY, {"token": sweep.token, **_determinants(space)})
+            write_json(folder / STUDY_FILE, {"token": sweep.token, **_determinants(space)})
         parent, trains_now = _open(sweep), sweep.to_do > 0
         sweep.publish_to(parent)
         try:
             if trains_now:
-                ray_tune.search(sweep, optuna_storage, start, earlier, verbose)
+                run_trials(sweep, optuna_storage, start, earlier, verbose)
         except BaseException as error:
             _give_up(sweep, parent, error)
             raise
         return _conclude(sweep, parent, trains_now)
 
 
-def dry_run(space: Space, search: SearchConfig) -> Iterator[Finding]:
+def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
     """What `tune` looks at before the first trial; nothing is left behind.
 
     Raises:
         UserError: a mistake in the settings.
     """
     check_stop_metric(search, space)
-    yield from preflight.look(space.base, searching=True)
+    yield from run_checks(space.base, searching=True)
     try:
         check_ratios(space)
-        yield Finding("pruning", True, "every ratio of the space can be reached")
+        yield CheckResult("pruning", True, "every ratio of the space can be reached")
     except UserError as error:
-        yield Finding("pruning", False, str(error))
+        yield CheckResult("pruning", False, str(error))
 
 
-def _give_up(sweep: Sweep, parent: TrackedRun, error: BaseException) -> None:
+def _give_up(sweep: Study, parent: TrackedRun, error: BaseException) -> None:
     """Last words to MLflow of a study that is to be continued."""
     sweep.interrupted()
-    sweep.close(ray_train.INTERRUPTED_DELIVERY_S)
+    sweep.close(INTERRUPTED_DELIVERY_S)
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-    tracking.close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
+    close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
     sweep.tidy()
 
 
-def _conclude(sweep: Sweep, parent: TrackedRun, trained_now: bool) -> Outcome:
+def _conclude(sweep: Study, parent: TrackedRun, trained_now: bool) -> StudyResult:
     """The study's best config and its report, in its folder and in MLflow."""
     sweep.tidy()
-    undelivered = sweep.close(ray_train.DELIVERY_S)
+    undelivered = sweep.close(DELIVERY_S)
     if undelivered:
-        return Outcome(None, sweep.folder, [], parent, undelivered, trained_now)
+        return StudyResult(None, sweep.folder, [], parent, undelivered, trained_now)
     best = sweep.best()
     files = []
     if best is not None:
         files = [sweep.folder / "config.yaml"]
         write_text(files[0], sweep.config(best).to_yaml())
     try:
-        study = records.study(sweep.search.study, parent.run_id)
-        pictures = patiently(lambda: study_report.write_study(study, sweep.folder / "report"), sweep.folder)
-        tracking.log_files(parent, pictures, "report")
+        study = load_study(sweep.search.study, parent.run_id)
+        pictures = retry_for(lambda: write_study(study, sweep.folder / "report"), sweep.folder)
+        log_files(parent, pictures, "report")
         tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
-        tracking.finish_run(parent, "FINISHED", files, tags)
+        finish_run(parent, "FINISHED", files, tags)
     except Exception as error:
-        if isinstance(error, UserError) or tracking.is_gone():  # it was there a moment ago
-            return Outcome(None, sweep.folder, files, parent, 1, trained_now)
+        if isinstance(error, UserError) or is_unreachable():  # it was there a moment ago
+            return StudyResult(None, sweep.folder, files, parent, 1, trained_now)
         raise
-    return Outcome(study, sweep.folder, [*files, *pictures], parent, 0, trained_now)
+    return StudyResult(study, sweep.folder, [*files, *pictures], parent, 0, trained_now)
 
 
-@tracking.gone_is_a_sentence()
-def _open(sweep: Sweep) -> TrackedRun:
+@explain_connection_errors()
+def _open(sweep: Study) -> TrackedRun:
     """The study's own run in MLflow, with all that its report will need."""
     space, search = sweep.space, sweep.search
     settings = {key: str(value) for key, value in search.model_dump(exclude={"study", "storage", "trials"}).items()}
@@ -143,16 +154,16 @@ def _open(sweep: Sweep) -> TrackedRun:
         **{f"search.{key}": value for key, value in settings.items()},
     }
     tags = {KIND_TAG: "study", STUDY_TAG: json.dumps(about)}
-    parent = tracking.open_run(search.study, search.study, sweep.token, params, tags)
+    parent = open_run(search.study, search.study, sweep.token, params, tags)
     source = sweep.folder / "space.py"
     write_text(source, space.source)
-    tracking.log_files(parent, [source])
+    log_files(parent, [source])
     return parent
 
 
 def _identity(folder: Path) -> dict[str, Any]:
     """What makes a study this one, and the token by which MLflow and Optuna know it; nothing before it begins."""
-    return read_json(folder / IDENTITY) or {}
+    return read_json(folder / STUDY_FILE) or {}
 
 
 def _check_same_study(folder: Path, begun: Mapping[str, Any], space: Space) -> None:
@@ -198,17 +209,17 @@ def check_ratios(space: Space) -> None:
         if key.startswith(("model.", "pruning.")) and hasattr(domain, "categories")
     ]
     if extremes:
-        dataset = load(space.base)
+        dataset = load_dataset(space.base)
         for network, ratios in product(product(*networks), extremes):
-            session.beginning(with_values(space.base, {**dict(network), **ratios}), dataset)
+            initial_checkpoint(with_values(space.base, {**dict(network), **ratios}), dataset)
 
 
-def _earlier_trials(name: str, search: SearchConfig, space: Space) -> list[Known]:
+def _earlier_trials(name: str, search: SearchConfig, space: Space) -> list[TrialRecord]:
     """Complete trials of another study on the same data that lie in this space and know its objectives."""
     if name == search.study:
         raise UserError(f"warm_start = '{name}': a study remembers its own trials; name another one, or leave it out")
     known = []
-    for row in records.complete_trials(name, [*space.domains, "data.name"]):
+    for row in complete_trials(name, [*space.domains, "data.name"]):
         values = [float(row.get(metric, math.nan)) for metric in space.objectives]
         if any(map(math.isnan, values)) or row["data.name"] != space.base.data.name:
             continue
@@ -216,7 +227,7 @@ def _earlier_trials(name: str, search: SearchConfig, space: Space) -> list[Known
             point = space.point(with_values(space.base, {key: _parsed(row[key]) for key in space.domains}))
         except UserError:  # it lies elsewhere
             continue
-        known.append(Known(f"{name}/{row['trial']}", point, "COMPLETE", values, {}))
+        known.append(TrialRecord(f"{name}/{row['trial']}", point, "COMPLETE", values, {}))
     if not known:
         raise UserError(f"warm_start = '{name}': none of its complete trials lies in this space; leave it out")
     return known

@@ -1,0 +1,57 @@
+"""Runs as the tests start them and find them in MLflow."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+
+
+def client():
+    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+
+
+def only_run(name="wml"):
+    (run,) = client().search_runs([client().get_experiment_by_name(name).experiment_id])
+    return run
+
+
+def steps(run, metric):
+    return [entry.step for entry in client().get_metric_history(run.info.run_id, metric)]
+
+
+def ignore(event):
+    pass
+
+
+def assert_bit_equal(one, other):
+    for name in ("model.safetensors", "trainer.safetensors"):
+        ours, theirs = load_file(one / name), load_file(other / name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+def start_training():
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "wml_ray", "train", "config.yaml"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
+    )
+
+
+def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
+    deadline_s = time.monotonic() + timeout_s
+    while not checkpoints.epochs() or checkpoints.epochs()[-1] < epoch:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)

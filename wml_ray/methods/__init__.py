@@ -1,0 +1,1 @@
+"""What peers learn from: losses, the weight gradient, and one file a method."""

@@ -1,0 +1,35 @@
+"""The settings of each method."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from wml_ray.settings import Count, NonNegative, Positive, Section, Share
+
+
+class WmlConfig(Section):
+    alpha: Share = Field(0.5, description="weight of mutual learning against the labels in Eq. 1")
+    weights: Literal["learned", "fixed"] = Field(
+        "learned", description="learn the peer weights omega by Eqs. 5 and 7, or keep them equal"
+    )
+    mirror_step_size: NonNegative = Field(0.1, description="mirror-descent step size eta of Eq. 7")
+    update_every: Count = Field(20, description="training steps T between two updates of the peer weights")
+    unroll_learning_rate: NonNegative | None = Field(
+        None, description="gamma of Eq. 5, the SGD step the gradient looks through; null is the current learning rate"
+    )
+    unroll: Literal["same_point", "exact"] = Field(
+        "same_point", description="where Eq. 5 takes dL2/dtheta: at theta, or exactly at the stepped theta"
+    )
+    outer_data: Literal["train", "holdout"] = Field(
+        "train", description="images of the outer loss: training images, or a slice kept out of training"
+    )
+    holdout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.1, description="share of the training images kept for the outer loss when outer_data is holdout"
+    )
+    temperature: Positive = Field(1.0, description="temperature tau of the KL term (multiplied by tau squared)")
+    kl_direction: Literal["teacher_to_student", "student_to_teacher"] = Field(
+        "teacher_to_student", description="KL(p_teacher || p_student), or the other way round"
+    )
+    stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")

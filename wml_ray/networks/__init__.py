@@ -1,0 +1,1 @@
+"""Backbones, the peer tree, and what layers cost."""

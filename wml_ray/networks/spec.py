@@ -1,0 +1,22 @@
+"""What a backbone must fit, and the type of its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+Stages = dict[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a backbone must fit: input channels, side of the square images in pixels, number of classes K."""
+
+    channels: int
+    resolution: int
+    num_classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.resolution, self.resolution)

@@ -1,0 +1,1 @@
+"""A study: space, trials, and what Optuna keeps of it."""

@@ -1,0 +1,1 @@
+"""Files of runs and studies: paths, retries, and one writer a folder."""

@@ -1,0 +1,34 @@
+"""Local paths and addresses such as s3://bucket/folder, behind one interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from wml_ray.errors import UserError
+
+_STORAGE_OPTIONS: dict[str, Any] = {"use_listings_cache": False}  # other processes write there too
+_OPTIONS_OF: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_timeout": 5}}}
+
+
+def to_path(path: str | Path) -> Path:
+    """A path of this machine; or of an address such as s3://bucket/folder, which has the same methods for files.
+
+    Raises:
+        UserError: an address of a kind that nobody knows.
+    """
+    if "://" not in str(path):
+        return Path(path)
+    from upath import UPath
+
+    try:
+        return cast(Path, UPath(path, **_STORAGE_OPTIONS, **_OPTIONS_OF.get(str(path).partition("://")[0], {})))
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is no address of a storage ({error}); write s3://BUCKET/FOLDER, or a folder"
+        ) from None
+
+
+def is_remote(path: Path) -> bool:
+    """Whether files there are reached by uploads and downloads; all else is a file system to the programs."""
+    return not isinstance(path, Path)

@@ -1,0 +1,80 @@
+"""The verb `plan` as a function: what a run would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.load import build_tree
+from wml_ray.cluster.resources import worker_range
+from wml_ray.config.schema import Config
+from wml_ray.data.dataset import Dataset
+from wml_ray.data.in_memory import InMemoryDataset
+from wml_ray.data.load import load_dataset
+from wml_ray.data.readers import DataMissing, image_spec
+from wml_ray.data.splits import generator_for
+from wml_ray.networks.costs import count_params
+from wml_ray.pruning.prune import apply_channel_widths
+from wml_ray.storage.files import check_storage
+from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.trainer import check_batch_shares
+from wml_ray.verbs.train import stored_result
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run would be."""
+
+    peers: list[dict[str, Any]]
+    tree_params: int
+    memory_bytes: int  # estimated peak of one worker's training step
+    state: str
+    images: str
+
+
+def plan(config: Config) -> RunPlan:
+    """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+
+    Raises:
+        UserError: as `train`, but for the data: where it is missing, noise stands in for it.
+    """
+    check_storage(config.run_folder)
+    dataset, images = _data_or_noise(config)
+    start = initial_checkpoint(config, dataset)
+    tree = build_tree(config, dataset.spec)
+    apply_channel_widths(tree, start.plan["channels"])
+    tree.load_state_dict(start.model)
+    fewest, most = worker_range(config)
+    check_batch_shares(config, dataset, max(most, 1))
+    images_a_worker = -(-config.data.batch_size // max(fewest, 1))
+    memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)
+    return RunPlan(start.plan["peers"], count_params(tree), memory, _state(config), images)
+
+
+def _state(config: Config) -> str:
+    if stored_result(config):
+        return "finished"
+    epochs = Checkpoints(config.run_folder / "checkpoints", 1).epochs()
+    return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"
+
+
+def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+    name = config.data.name
+    try:
+        return load_dataset(
+            config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
+        ), name
+    except DataMissing:
+        spec = image_spec(config.data)
+        images = max(config.data.batch_size, config.pruning.saliency_images)
+        generator = generator_for(config.seed, "noise")
+        pixels = torch.randint(256, (images, *spec.shape), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(spec.num_classes, (images,), generator=generator)
+        every = torch.arange(images)
+        splits = {"train": every, "outer": every, "validation": every, "test": every}
+        dataset = InMemoryDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
+        return dataset, f"noise, as '{config.data.root}' holds no {name}; widths may differ a little"
