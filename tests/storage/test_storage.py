@@ -259,7 +259,7 @@ def test_a_run_that_was_taken_over_ends_with_who_did_it(workplace):
 
     with pytest.raises(LeaseLost, match="another-host"):
         train(config, take_over)
-    assert not (config.run_folder / "outcome.json").exists()
+    assert not (config.run_folder / "status.json").exists()
 
 
 @both

@@ -51,8 +51,8 @@ class _Reporter:
         else:
             self._report(entry)
 
-    def placed(self, group: PlacementGroup) -> None:
-        """Tell the driver what to free should this process die: Ray keeps it until the job ends."""
+    def on_placement(self, group: PlacementGroup) -> None:
+        """Report the workers' placement group, which the driver removes if this process dies; Ray would keep it."""
         ray.tune.report({"placed": group})
 
     def _report(self, entry: dict[str, Any]) -> None:
@@ -79,8 +79,8 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
             torch.set_num_threads(config.scale.cpus_per_worker or 1)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
             gauges = Gauges(config.run_id)
-            with watch_node() as is_to_go:
-                notices = PreemptionNotice(WorkerRank(), is_to_go)
+            with watch_node() as notified:
+                notices = PreemptionNotice(WorkerRank(), notified)
                 run_worker(
                     config, WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notices.preempted
                 )
