@@ -26,13 +26,13 @@ def test_the_weight_gradient_is_the_cpus(unroll):
 def test_a_run_on_the_gpu_learns(workplace, precision):
     outcome = train(tiny_config("scale.gpu=true", f"optim.precision={precision}", "optim.epochs=4"), ignore)
     assert outcome.result["device"] == "cuda"
-    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
     assert only_run().info.status == "FINISHED"
 
 
 def test_a_compiled_step_learns(workplace):
     outcome = train(tiny_config("scale.gpu=true", "optim.compile=true", "optim.epochs=4"), ignore)
-    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
 
 
 @pytest.mark.slow
