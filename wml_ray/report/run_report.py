@@ -160,7 +160,7 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
 
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     return path
