@@ -147,7 +147,7 @@ def test_the_best_epoch_is_tested_where_asked_for(workplace):
     outcome = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
     scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in outcome.result["history"]]
     assert scores[outcome.result["test_epoch"] - 1] == max(scores)
-    validation = outcome.result["ensembles"]["weighted"]["validation_accuracy"]
+    validation = outcome.result["predictions"]["ensemble_weighted"]["validation_accuracy"]
     assert validation == max(scores)
 
 
