@@ -20,7 +20,7 @@ from wml_ray.errors import UserError
 from wml_ray.storage.files import flush, local_files
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 
 SELECTION_METRIC = "val/accuracy/ensemble_weighted"
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
@@ -107,7 +107,7 @@ class Checkpoints:
         """Epochs that have a checkpoint, in order."""
         if is_remote(self.folder):  # one without digests was not uploaded to the end
             return _numbers(
-                path.parent for path in retry_for(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
+                path.parent for path in retry_storage(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
             )
         return _numbers(self.folder.iterdir()) if self.folder.is_dir() else []
 

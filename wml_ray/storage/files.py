@@ -14,7 +14,7 @@ from typing import Any
 
 from wml_ray.errors import UserError, root_cause
 from wml_ray.storage.paths import is_remote
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 
 STORAGE_VARIABLES = (  # where a storage is and who may write there; profiles and roles are each node's own
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageUnavailable: it did not take it for ten minutes.
     """
-    retry_for(lambda: put_text(path, text), path)
+    retry_storage(lambda: put_text(path, text), path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         StorageUnavailable: the storage did not answer for ten minutes.
     """
     try:
-        return dict(json.loads(retry_for(lambda: get_text(path), path)))
+        return dict(json.loads(retry_storage(lambda: get_text(path), path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -115,7 +115,7 @@ def local_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="wml_ray-") as here:
         for name in names:
-            retry_for(lambda: _get_file(folder / name, Path(here) / name), folder)  # noqa: B023  called at once
+            retry_storage(lambda: _get_file(folder / name, Path(here) / name), folder)  # noqa: B023  called at once
         yield Path(here)
 
 

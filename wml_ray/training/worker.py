@@ -16,7 +16,7 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import (
     EpochEnd,
     LogMetrics,
@@ -89,14 +89,14 @@ def _run_worker(
                 worker.rank == 0
             ):  # the checkpoint first: what is logged is then never trained again under another number
                 checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-                retry_for(lambda: checkpoints.save(checkpoint), checkpoints.folder)
+                retry_storage(lambda: checkpoints.save(checkpoint), checkpoints.folder)
             log_on_rank_0(event.epoch, metrics, timestamp_ms)
         report(event)
 
     def save(event: MidEpochState) -> None:
         if worker.rank == 0:
             checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-            retry_for(lambda: partial.save(checkpoint), partial.folder)
+            retry_storage(lambda: partial.save(checkpoint), partial.folder)
 
     trainer.fit(on_event, preempted, save)
     checkpoints.wait_for_uploads()

@@ -15,7 +15,7 @@ from wml_ray.errors import Diverged, UserError
 from wml_ray.report.run_report import write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
 from wml_ray.training.events import OnEvent
@@ -98,7 +98,7 @@ def _open(config: Config, token: str) -> TrackedRun:
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
     """Artifacts and final status; 0, or 1 if MLflow did not take them."""
-    files = retry_for(lambda: write_files(result, folder / "report"), folder)
+    files = retry_storage(lambda: write_files(result, folder / "report"), folder)
     if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files]):
         return 1
     _remember(folder, tracked, delivered=True)
