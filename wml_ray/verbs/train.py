@@ -11,7 +11,7 @@ from wml_ray.cluster.preflight import require_checks
 from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
 from wml_ray.config.schema import Config
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.report.run_report import write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
@@ -63,7 +63,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
         undelivered = fit(config, tracked, on_event, lease)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         close_run(tracked, status, reason=reason)
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
