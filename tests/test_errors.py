@@ -1,3 +1,5 @@
+import pytest
+
 from wml_ray.errors import one_line, root_cause
 
 
@@ -7,11 +9,14 @@ def test_an_error_is_one_line_of_limited_length():
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 
-def test_the_root_cause_is_the_message_of_the_first_error():
+def raise_in_layers():
     try:
-        try:
-            raise ConnectionRefusedError(111, "Connection refused")
-        except OSError as error:
-            raise RuntimeError("HTTPConnectionPool(...)") from error
-    except RuntimeError as error:
-        assert root_cause(error) == "Connection refused"
+        raise ConnectionRefusedError(111, "Connection refused")
+    except OSError as error:
+        raise RuntimeError("HTTPConnectionPool(...)") from error
+
+
+def test_the_root_cause_is_the_message_of_the_first_error():
+    with pytest.raises(RuntimeError) as caught:
+        raise_in_layers()
+    assert root_cause(caught.value) == "Connection refused"

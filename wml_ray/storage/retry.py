@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 import warnings
@@ -66,20 +67,23 @@ def retry_storage(call: Callable[[], T], path: Path) -> T:
         call,
         STORAGE_TIMEOUT_S,
         Exception if remote else OSError,  # client libraries raise errors of their own
-        lambda error: storage_unavailable(path, root_cause(error)),
+        lambda error: storage_unavailable(_problem(path, error)),
         permanent=(UserError, FileNotFoundError) if remote else (UserError, *PERMANENT_ERRORS),
-        warning=lambda error: (
-            f"{path}: the storage fails ({root_cause(error)}); retrying for {STORAGE_TIMEOUT_S:.0f} s"
-        ),
+        warning=lambda error: f"{_problem(path, error)}; retrying",
     )
 
 
-def storage_unavailable(path: Path, cause: str) -> StorageUnavailable:
+def storage_unavailable(problem: str) -> StorageUnavailable:
     """The error of a run whose storage failed for too long."""
     return StorageUnavailable(
-        f"{path}: the storage fails ({cause}); run the same command again when it works: it resumes from the newest "
-        "checkpoint there"
+        f"{problem}; run the same command again when it works: it resumes from the newest checkpoint"
     )
+
+
+def _problem(path: Path, error: Exception) -> str:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on {path}"
+    return f"{path}: the storage fails ({root_cause(error)})"
 
 
 class RetryQueue:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint, best_epoch
 from wml_ray.checkpoints.load import build_tree
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
@@ -73,10 +74,10 @@ def _run_worker(
     start = (partial if mid_epoch else checkpoints).load(epoch)
     dataset = load_dataset(config, device)
     tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
+    apply_channel_widths(tree, start.metadata["channels"])
     trainer = Trainer(config, tree, dataset, device, worker)
     trainer.load_state(start.model, start.state)
-    plan = dict(start.plan)
+    plan = dict(start.metadata)
     log_on_rank_0 = log if worker.rank == 0 else ignore_metrics
     log_history(plan, log_on_rank_0)
 
