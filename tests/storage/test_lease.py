@@ -15,6 +15,7 @@ from wml_ray.errors import UserError
 from wml_ray.storage import lease as lease_module
 from wml_ray.storage.files import get_text, put_text
 from wml_ray.storage.lease import LEASE_FILE, STALE_S, LeaseLost, exclusive_access
+from wml_ray.storage.paths import to_path
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -164,3 +165,14 @@ def test_folders_made_for_a_lease_are_removed_if_they_stay_empty(tmp_path):
     with exclusive_access(tmp_path / "made" / "run"):
         (tmp_path / "made" / "result").touch()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["result"]
+
+
+@pytest.mark.filterwarnings("ignore:the lease on")
+def test_a_lease_that_could_not_be_removed_does_not_bind_its_own_process(bucket, object_store):
+    folder = to_path(bucket)
+    with exclusive_access(folder):
+        object_store.refuse_writes()
+    object_store.accept_writes()
+    assert stored(folder)["pid"] == os.getpid()
+    with exclusive_access(folder) as lease:
+        lease.check()

@@ -62,21 +62,50 @@ def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
     """The tree of a checkpoint, in training mode; `name` is shown in errors.
 
     Raises:
-        DamagedCheckpoint: the tensors do not fit the network that the metadata describes.
+        DamagedCheckpoint: the metadata cannot be parsed, or the tensors do not fit the network that it describes.
         UserError: the backbone cannot be imported.
     """
+    config, spec = _described(checkpoint, name)
+    tree = build_tree(config, spec)
     try:
-        metadata = checkpoint.metadata
-        tree = build_tree(parse_config(metadata["config"]), ImageSpec(**metadata["image_spec"]))
-        apply_channel_widths(tree, metadata["channels"])
-    except UserError:
-        raise
+        apply_channel_widths(tree, checkpoint.metadata["channels"])
     except (*UNREADABLE, RuntimeError, AttributeError) as error:
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
     if difference := _difference(checkpoint.model, tree.state_dict()):
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (model.safetensors: {difference})")
     tree.load_state_dict(checkpoint.model)
     return tree
+
+
+def check_checkpoint(checkpoint: Checkpoint, config: Config, initial_state: Mapping[str, Tensor]) -> None:
+    """Check that the run of `config` can be resumed from a checkpoint.
+
+    `initial_state` has those tensors that the trainer's state always has, in their shapes.
+
+    Raises:
+        DamagedCheckpoint: it is of another run, or its tensors do not fit the network or the trainer.
+    """
+    name = f"of epoch {checkpoint.epoch}"
+    run_ids = {str(checkpoint.metadata.get("run_id")), _described(checkpoint, name)[0].run_id}
+    if run_ids != {config.run_id}:
+        raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
+    parameters = dict(rebuild_tree(checkpoint, name).named_parameters())
+    shapes = {key: tensor.shape for key, tensor in checkpoint.state.items()}
+    misfits = [key for key, tensor in initial_state.items() if shapes.get(key) != tensor.shape]
+    for key, shape in shapes.items():
+        kind, _, rest = key.partition("/")
+        parameter = parameters.get(rest.partition("/")[2])
+        if kind == "optimizer" and (parameter is None or shape not in (parameter.shape, ())):
+            misfits.append(key)
+    if misfits:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (trainer.safetensors: {misfits[0]} does not fit)")
+
+
+def _described(checkpoint: Checkpoint, name: str | Path) -> tuple[Config, ImageSpec]:
+    try:
+        return parse_config(checkpoint.metadata["config"]), ImageSpec(**checkpoint.metadata["image_spec"])
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
 
 
 def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -29,6 +29,7 @@ HEARTBEAT_S = 10.0
 STALE_S = 60.0  # without a heartbeat, after which another process may take a lease over
 SETTLE_S = 1.0  # after which a write of another process is visible
 RELEASE_TIMEOUT_S = 10.0  # how long the end of a process may be delayed by a storage that does not answer
+_held: set[str] = set()  # tokens of this process
 
 
 class LeaseLost(UserError):
@@ -87,7 +88,7 @@ class _Owner:
             except PermissionError:
                 pass  # another user's process
             if started := _start_time(self.pid):
-                return started == self.started
+                return started == self.started and (self.pid != os.getpid() or self.token in _held)
         return time.time() - self.renewed_s < STALE_S
 
     def write(self, folder: Path) -> None:
@@ -127,15 +128,25 @@ def exclusive_access(folder: Path) -> Iterator[Lease]:
     """
     folder = folder.resolve()
     owner = _Owner.of_this_process(uuid.uuid4().hex)
-    lease = Lease(folder, owner.token)
+    _held.add(owner.token)
     try:
-        made = missing_parents(folder)
-        _acquire(folder, owner)
-    except UserError:
-        raise
-    except Exception as error:  # of any client library
-        raise storage_error(folder, error) from error
-    ended = threading.Event()
+        try:
+            made = missing_parents(folder)
+            _acquire(folder, owner)
+        except UserError:
+            raise
+        except Exception as error:  # of any client library
+            raise storage_error(folder, error) from error
+        with _heartbeats(folder, owner, made) as lease:
+            yield lease
+    finally:
+        _held.discard(owner.token)
+
+
+@contextmanager
+def _heartbeats(folder: Path, owner: _Owner, made: list[Path]) -> Iterator[Lease]:
+    """Renew an acquired lease in a thread; at the end release it and remove those folders of `made` that are empty."""
+    lease, ended = Lease(folder, owner.token), threading.Event()
     heartbeat = threading.Thread(target=_send_heartbeats, args=(lease, owner, ended), name="lease", daemon=True)
     heartbeat.start()
     try:
@@ -154,17 +165,16 @@ def exclusive_access(folder: Path) -> Iterator[Lease]:
 
 def _acquire(folder: Path, owner: _Owner) -> None:
     holder = _read(folder)
-    if holder and holder.is_alive():
-        raise _in_use(folder, holder)
     if holder is None:
         try:
             owner.create(folder)
             return
         except FileExistsError:  # another process was faster
-            _acquire(folder, owner)
-            return
+            holder = _read(folder)
         except Exception:  # no hard links or conditional writes here; if nothing can be written, `write` fails
             pass
+    if holder and holder.is_alive():
+        raise _in_use(folder, holder)
     owner.write(folder)
     time.sleep(SETTLE_S)
     holder = _read(folder)
@@ -206,7 +216,7 @@ def _release(lease: Lease, made: list[Path]) -> None:
             (lease.folder / LEASE_FILE).unlink()
         remove_empty(made)
     except Exception as error:  # of any client library
-        warnings.warn(f"the lease on {lease.folder} expires in {STALE_S:.0f} s ({root_cause(error)})", stacklevel=1)
+        warnings.warn(f"the lease on {lease.folder} is not removed ({root_cause(error)})", stacklevel=1)
 
 
 def _read(folder: Path) -> _Owner | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 
 import torch
 
 from wml_ray.checkpoints.checkpoint import Checkpoint
-from wml_ray.checkpoints.load import build_tree
+from wml_ray.checkpoints.load import build_tree, check_checkpoint
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
@@ -17,27 +18,33 @@ from wml_ray.errors import UserError
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.pruning.prune import prune
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
 from wml_ray.training.trainer import check_batch_shares, initial_state
 
 
 def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease | None = None) -> Checkpoint:
-    """Where the run starts: its newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
+    """The newest intact checkpoint of a run, else the freshly pruned tree, saved as epoch 0.
 
     Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other. `num_workers` is
     how many there may come to be.
 
     Raises:
-        UserError: in the backbone, the sharing, the ratios or the data, before anything is written.
+        UserError: in the backbone, the sharing, the ratios or the data, before anything is written; or there are
+            checkpoints and none can be used.
     """
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest()
+        newest = checkpoints.latest(_check(config))
         if newest is None:
+            if checkpoints.epochs():
+                raise UserError(
+                    f"no checkpoint in {checkpoints.folder} can be used; restore one, or remove it to start over"
+                )
             dataset = load_dataset(config)
             check_batch_shares(config, dataset, num_workers)
-            newest = initial_checkpoint(config, dataset)
+            newest = created = initial_checkpoint(config, dataset)
             try:
-                checkpoints.save(newest)
+                retry_storage(lambda: checkpoints.save(created), checkpoints.folder)
             except OSError as error:
                 raise UserError(
                     f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
@@ -82,7 +89,11 @@ def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
 
 
+def _check(config: Config) -> Callable[[Checkpoint], None]:
+    return lambda found: check_checkpoint(found, config, initial_state(config.num_peers))
+
+
 def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether one of the middle of the next epoch goes on from there."""
-    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest()
+    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(_check(config))
     return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]
