@@ -32,10 +32,10 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.errors import Diverged, UserError
 from wml_ray.storage.files import read_json, write_json
 from wml_ray.storage.lease import Lease, LeaseLost
-from wml_ray.storage.retry import StorageUnavailable, retry_for
+from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress
-from wml_ray.training.worker import run_worker
+from wml_ray.training.worker import WorkerContext, run_worker
 
 DELIVERY_S = 120.0  # for metrics that an unreachable tracking server lacks, after training
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
@@ -87,7 +87,7 @@ def fit_trial(config: Config, listener: TrialListener, name: str, lease: Lease |
 
 
 def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | None) -> int:
-    retry_for(lambda: (config.run_folder / STATUS_FILE).unlink(missing_ok=True), config.run_folder)
+    retry_storage(lambda: (config.run_folder / STATUS_FILE).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     ray_files = ray_folder(config.run_folder)
@@ -181,7 +181,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     notice = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
     undelivered, delivery_s = 0, INTERRUPTED_DELIVERY_S
     try:
-        run_worker(config, worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
+        context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
+        run_worker(config, context)
         delivery_s = DELIVERY_S
     except (LeaseLost, StorageUnavailable):
         raise  # the status file must not or cannot be written

@@ -20,10 +20,10 @@ from wml_ray.cluster.resources import has_several_workers
 from wml_ray.cluster.train import fit_trial
 from wml_ray.config.load import parse_config
 from wml_ray.distributed import WorkerRank
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.storage.lease import LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
-from wml_ray.training.worker import run_worker
+from wml_ray.training.worker import WorkerContext, run_worker
 
 STOP_TIMEOUT_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
 
@@ -80,10 +80,11 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
             device = torch.device("cuda" if config.scale.gpu else "cpu")
             gauges = Gauges(config.run_id)
             with watch_node() as notified:
-                notices = PreemptionNotice(WorkerRank(), notified)
-                run_worker(
-                    config, WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notices.preempted
+                notice = PreemptionNotice(WorkerRank(), notified)
+                context = WorkerContext(
+                    WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notice.preempted
                 )
+                run_worker(config, context)
     except (LeaseLost, StorageUnavailable) as error:  # nothing that another trial would not meet too
         ray.tune.report({"halted": str(error)})
         raise
@@ -95,5 +96,5 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
 
 
 def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error, limit=1000)
     return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"

@@ -16,6 +16,7 @@ from wml_ray.report.style import (
     new_axes,
     new_table,
     percent,
+    prediction_words,
     save_figures,
     short_count,
 )
@@ -25,18 +26,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The average is dashed and drawn last, so that both are seen where they coincide.
-ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
-    "weighted": {"color": "black"},
-    "average": {"color": "tab:red", "linestyle": "--"},
-}
+AVERAGE_LINE = {"color": "tab:red", "linestyle": "--"}  # dashed and drawn last, to show where lines coincide
+PREDICTION_COLOURS = ("black", "tab:purple", "tab:brown", "tab:olive", "tab:cyan")
 
 
 def peer_table(result: dict[str, Any]) -> Table:
     """The table a finished training ends with; `result` is what `session.summary` makes."""
+    weight = ["\nweight"] if "weight" in result["peers"][0] else []
     table = new_table(
         *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
-        *("val\n%", "test\n%", "\nweight"),
+        *("val\n%", "test\n%", *weight),
     )
     for peer in result["peers"]:
         table.add_row(
@@ -47,12 +46,12 @@ def peer_table(result: dict[str, Any]) -> Table:
             f"{peer['latency_ms']:.2f}",
             percent(peer["validation_accuracy"]),
             percent(peer["test_accuracy"]),
-            f"{peer['weight']:.4f}",
+            *(f"{peer['weight']:.4f}" for _ in weight),
         )
     table.add_section()
-    for kind, ensemble in result["ensembles"].items():
-        accuracies = (percent(ensemble["validation_accuracy"]), percent(ensemble["test_accuracy"]))
-        table.add_row(kind, *[""] * 6, *accuracies, "")
+    for name, prediction in result["predictions"].items():
+        accuracies = (percent(prediction["validation_accuracy"]), percent(prediction["test_accuracy"]))
+        table.add_row(name.removeprefix("ensemble_"), *[""] * 6, *accuracies)
     return table
 
 
@@ -70,7 +69,7 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
 
 def runs_table(runs: pd.DataFrame) -> Table:
     """One line a finished run, as `records.finished_runs` gives them, the best by validation first."""
-    table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
+    table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "method\nval %", "method\ntest %", "peers\ntest %")
     for _, run in runs.iterrows():
         peers = run["peers"]
         macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
@@ -79,8 +78,8 @@ def runs_table(runs: pd.DataFrame) -> Table:
             str(len(peers)),
             short_count(min(macs)),
             short_count(max(macs)),
-            percent(run["val/accuracy/ensemble_weighted"]),
-            percent(run["test/accuracy/ensemble_weighted"]),
+            percent(run["val/accuracy/method"]),
+            percent(run["test/accuracy/method"]),
             f"{min(test) * 100:.2f}-{max(test) * 100:.2f}",
         )
     return table
@@ -92,10 +91,11 @@ def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
     epochs = [entry["epoch"] for entry in result["history"]]
     series = {key: [entry["metrics"][key] for entry in result["history"]] for key in result["history"][0]["metrics"]}
     figures = {
-        "accuracy": _accuracy_over_epochs(epochs, series, len(result["peers"])),
-        "weights": _weights_over_epochs(epochs, series, len(result["peers"])),
+        "accuracy": _accuracy_over_epochs(epochs, series, result),
         "accuracy_macs": _accuracy_against_macs(result),
     }
+    if "weights/peer0" in series:
+        figures["weights"] = _weights_over_epochs(epochs, series, len(result["peers"]))
     return [_write_csv(result["peers"], folder / "peers.csv"), *save_figures(figures, folder)]
 
 
@@ -114,14 +114,23 @@ def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
     return [_write_csv(rows, folder / "peers.csv"), *save_figures({"accuracy_macs": figure}, folder)]
 
 
-def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
-    figure, axes = new_axes("Validation accuracy of each peer and both ensembles", "epoch", "accuracy (%)")
-    for index, colour in enumerate(colours(num_peers)):
+def _prediction_lines(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The style and label of each prediction's line, by name."""
+    others = [name for name in result["predictions"] if name != "ensemble_average"]
+    lines: dict[str, dict[str, Any]] = {
+        name: {"color": PREDICTION_COLOURS[index % len(PREDICTION_COLOURS)]} for index, name in enumerate(others)
+    }
+    lines["ensemble_average"] = AVERAGE_LINE
+    return {name: {**line, "label": prediction_words(name)} for name, line in lines.items()}
+
+
+def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], result: dict[str, Any]) -> Figure:
+    figure, axes = new_axes("Validation accuracy of peers and ensembles", "epoch", "accuracy (%)")
+    for index, colour in enumerate(colours(len(result["peers"]))):
         values = [100 * value for value in series[f"val/accuracy/peer{index}"]]
         axes.plot(epochs, values, color=colour, label=f"peer {index}")
-    for kind, line in ENSEMBLE_LINES.items():
-        values = [100 * value for value in series[f"val/accuracy/ensemble_{kind}"]]
-        axes.plot(epochs, values, **line, label=f"{kind} ensemble")
+    for name, line in _prediction_lines(result).items():
+        axes.plot(epochs, [100 * value for value in series[f"val/accuracy/{name}"]], **line)
     lower_half = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
     axes.set_ylim(bottom=max(0.0, 100 * lower_half[len(lower_half) // 10] - 5))
     axes.legend(frameon=False)
@@ -142,8 +151,8 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
         point = (peer["macs"] / 1e6, 100 * peer["test_accuracy"])
         axes.scatter(*point, color=colour, s=60, zorder=3)
         axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
-    for kind, line in ENSEMBLE_LINES.items():
-        axes.axhline(100 * result["ensembles"][kind]["test_accuracy"], **line, label=f"{kind} ensemble")
+    for name, line in _prediction_lines(result).items():
+        axes.axhline(100 * result["predictions"][name]["test_accuracy"], **line)
     axes.margins(x=0.15, y=0.2)
     axes.legend(frameon=False)
     return figure
@@ -151,7 +160,7 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
 
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     return path

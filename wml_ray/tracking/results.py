@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def finished_runs(experiment: str) -> pd.DataFrame:
-    """The finished runs of an experiment, best weighted ensemble on the validation images first.
+    """The finished runs of an experiment, the highest validation accuracy of the method's prediction first.
 
     Columns: `run`, every metric under its MLflow name, every param, and `peers`, a list of dicts with the keys `peer`,
-    `macs`, `params`, `val`, `test` and `weight`.
+    `macs`, `params`, `val`, `test` and, where the method has weights, `weight`.
 
     Raises:
         UserError: there is no such experiment, or no run of it has finished.
@@ -34,10 +34,10 @@ def finished_runs(experiment: str) -> pd.DataFrame:
     client, experiment_id = _find(experiment)
     runs = _search(client, experiment_id, "attributes.status = 'FINISHED'")
     rows = [{"run": run.info.run_name, **_metrics_of(client, run), **run.data.params} for run in runs]
-    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/method" in row]
     if not rows:
         raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
-    return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows).sort_values("val/accuracy/method", ascending=False, ignore_index=True)
 
 
 def _metrics_of(client: Any, run: Any) -> dict[str, float]:
@@ -61,7 +61,8 @@ def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     names["weight"] = "weights"
     count = sum(key.startswith("test/accuracy/peer") for key in row)
     return [
-        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}}
+        {"peer": index}
+        | {short: row[f"{name}/peer{index}"] for short, name in names.items() if f"{name}/peer{index}" in row}
         for index in range(count)
     ]
 
@@ -147,6 +148,8 @@ def _value(params: Mapping[str, str], key: str) -> Any:
     if key in params:
         return _parsed(params[key])
     entries = {name: text for name, text in params.items() if name.startswith(f"{key}.")}
+    if not entries:  # the section of a method that was not chosen, at its defaults
+        return None
     return json.dumps([_parsed(entries[f"{key}.{index}"]) for index in range(len(entries))])
 
 
@@ -200,5 +203,5 @@ class StudyRecords:
     """Sampler, scheduler and the like, to be shown as they are."""
     trials: pd.DataFrame
     """A row a trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under its MLflow
-    name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and
-    `weight` (empty unless COMPLETE)."""
+    name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and,
+    where the method has weights, `weight` (empty unless COMPLETE)."""
