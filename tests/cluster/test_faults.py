@@ -24,10 +24,10 @@ from servers import Server
 from witness import Place
 
 from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.cluster.space import load_space
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import RetryQueue
 from wml_ray.tracking.client import check_reachable, tracking_uri
