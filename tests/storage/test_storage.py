@@ -316,10 +316,10 @@ def test_a_remote_run_that_begins_anew_leaves_no_later_checkpoints(uploaded):
 
 
 def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
-    ledger = TrialStore(uploaded.folder.parent)
-    trial = open_checkpoints(ledger.trial_folder(3) / "a-run" / "checkpoints", 2)
+    store = TrialStore(uploaded.folder.parent)
+    trial = open_checkpoints(store.trial_folder(3) / "a-run" / "checkpoints", 2)
     save(trial, 1)
-    ledger.drop_checkpoints(3)
+    store.delete_checkpoints(3)
     assert trial.epochs() == []
     assert uploaded.epochs() == [2, 3]
 
