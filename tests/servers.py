@@ -19,6 +19,9 @@ from pathlib import Path
 import pytest
 
 
+OUTAGE_S = float(os.environ.get("WML_TEST_OUTAGE_S", "8"))  # of a server in the tests that wait for its return
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ from ray.tune.search.sample import Categorical, LogUniform, Quantized
 from ray.tune.search.sample import Domain as RayDomain
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.search.space import Domain, Space, check_space, encode
 
 ALLOWED = (
@@ -41,7 +41,7 @@ def load_space(path: str | Path, base: Config) -> Space:
             "domains, and OBJECTIVES = {metric: 'max' or 'min'}, see tune_spaces/"
         ) from None
     except (Exception, SystemExit) as error:  # the user's own code
-        raise UserError(f"space file {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"space file {path}: {type(error).__name__}: {one_line(error)}") from error
     return make_space(base, domains, objectives, source, f"space file {path}")
 
 

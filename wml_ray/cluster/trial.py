@@ -21,7 +21,7 @@ from wml_ray.cluster.train import fit_trial
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config
 from wml_ray.distributed import WorkerRank
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.worker import run_worker
@@ -95,5 +95,5 @@ def _train_here(config: Config, reporter: _Reporter, lease: Lease | None) -> Non
 
 
 def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error, limit=1000)
     return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from optuna.trial import TrialState as OptunaState
 from wml_ray.errors import UserError, root_cause
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
+from wml_ray.storage.retry import retry_for
 from wml_ray.tracking.client import redacted
 from wml_ray.tracking.tags import TrialState
 
@@ -190,14 +190,10 @@ class OptunaStudy:
         )
 
     def _retry(self, call: Callable[[], T]) -> T:
-        deadline_s = time.monotonic() + STORAGE_TIMEOUT_S
-        while True:
-            try:
-                return call()
-            except optuna.exceptions.StorageInternalError as error:
-                if time.monotonic() > deadline_s:
-                    raise UserError(
-                        f"storage '{redacted(self._url)}' does not respond ({root_cause(error)}); run the same "
-                        "command again once it does: the study continues"
-                    ) from None
-                time.sleep(1)
+        return retry_for(call, STORAGE_TIMEOUT_S, optuna.exceptions.StorageInternalError, self._unavailable)
+
+    def _unavailable(self, error: Exception) -> UserError:
+        return UserError(
+            f"storage '{redacted(self._url)}' does not respond ({root_cause(error)}); run the same command again once "
+            "it does: the study continues"
+        )

@@ -145,7 +145,7 @@ def test_a_local_disk_that_fails_for_a_while_costs_nothing(workplace, monkeypatc
         save_file(tensors, path)
 
     monkeypatch.setattr("wml_ray.checkpoint.save_file", failing)
-    with pytest.warns(UserWarning, match="the storage fails .Input/output error.; trying again"):
+    with pytest.warns(UserWarning, match="the storage fails .Input/output error.; retrying"):
         outcome = train(tiny_config(), ignore)
     assert not left
     assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())[-2:] == ["epoch-0002", "epoch-0003"]
