@@ -183,15 +183,15 @@ def test_system_metrics_are_logged_where_asked_for(workplace, monkeypatch):
     assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may be another store's
 
 
-def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(workplace):
+def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(empty_workplace):
     with pytest.raises(UserError, match=r"scale\.workers = 2 is too many for batches of 3 images"):
         train(tiny_config("data.batch_size=3", "scale.workers=2", "scale.cpus_per_worker=1"), ignore)
     assert not os.listdir()
 
 
-def test_plan_writes_nothing_and_names_the_run(workplace, capsys):
+def test_plan_writes_nothing_and_names_the_run(empty_workplace, capsys):
     config = tiny_config()
-    (workplace / "config.yaml").write_text(config.to_yaml())
+    (empty_workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["plan", "config.yaml"]) == 0
     assert config.run_id in capsys.readouterr().out
     assert os.listdir() == ["config.yaml"]
