@@ -14,6 +14,7 @@ from runs import assert_bit_equal, client, ignore, only_run, start_training, ste
 
 from wml_ray.checkpoints.checkpoint import Checkpoints
 from wml_ray.cli.main import main
+from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
@@ -26,7 +27,8 @@ def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
     outcome = train(config, ignore)
     run = only_run()
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == config.run_id
+    assert run.info.run_name == run_title(config)
+    assert run.data.tags["wml_ray.run_id"] == config.run_id
     assert run.data.params == {key: str(value) for key, value in config.flatten().items()}
     for metric in ("val/accuracy/peer3", "val/accuracy/ensemble_average", "weights/peer0", "train/loss"):
         assert steps(run, metric) == [1, 2, 3]
