@@ -125,15 +125,15 @@ def test_a_broken_space_file_is_one_line(tmp_path, text, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_mistake_in_the_space_writes_no_file(workplace, capsys):
-    (workplace / "c.yaml").write_text("seed: 0")
-    (workplace / "s.py").write_text(
+def test_a_mistake_in_the_space_writes_no_file(empty_workplace, capsys):
+    (empty_workplace / "c.yaml").write_text("seed: 0")
+    (empty_workplace / "s.py").write_text(
         "from ray import tune\nOBJECTIVES = {'val/accuracy/peer0': 'max'}\n"
         "def space(): return {'wml.alpa': tune.uniform(0, 1)}"
     )
     assert main(["tune", "c.yaml", "--space", "s.py", "--trials", "2"]) == 2
     assert "did you mean 'wml.alpha'" in capsys.readouterr().err
-    assert sorted(path.name for path in workplace.iterdir()) == ["c.yaml", "s.py"]
+    assert sorted(path.name for path in empty_workplace.iterdir()) == ["c.yaml", "s.py"]
 
 
 def test_lists_are_choices_of_the_sampler_as_json_and_of_the_config_as_lists():

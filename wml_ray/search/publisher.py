@@ -6,13 +6,23 @@ from collections.abc import Mapping
 from functools import partial
 
 from wml_ray.config.schema import Config
-from wml_ray.report.run_report import write_files
+from wml_ray.report.run_report import peer_markdown, write_files
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import read_json, write_text
 from wml_ray.storage.retry import RetryQueue
+from wml_ray.tracking.origin import dataset_splits
 from wml_ray.tracking.runs import UNREACHABLE, MetricSender, TrackedRun, finish_run, open_run
-from wml_ray.tracking.tags import EPOCHS_TAG, PARENT_TAG, REASON_TAG, STATE_TAG, TRIAL_TAG, TrialState
+from wml_ray.tracking.tags import (
+    EPOCHS_TAG,
+    NOTE_TAG,
+    PARENT_TAG,
+    REASON_TAG,
+    RUN_ID_TAG,
+    STATE_TAG,
+    TRIAL_TAG,
+    TrialState,
+)
 from wml_ray.training.events import now_ms
 from wml_ray.training.result import RESULT
 
@@ -80,7 +90,7 @@ class Publisher:
         if trial.number in self._senders:
             return
         tags = {PARENT_TAG: self.parent.run_id, TRIAL_TAG: str(trial.number), STATE_TAG: "RUNNING"}
-        tags["wml_ray.run_id"] = config.run_id
+        tags[RUN_ID_TAG] = config.run_id
         name, token = f"trial {trial.number}", f"{self.study.token}-{trial.number}"
         tracked = open_run(self.study.search.study, name, token, config.flatten(), tags)
         self._senders[trial.number] = MetricSender(tracked)
@@ -92,15 +102,16 @@ class Publisher:
     def _finish(self, trial: Trial, config: Config) -> None:
         folder = self.study.store.trial_folder(trial.number)
         write_text(folder / "config.yaml", config.to_yaml())
-        files = [folder / "config.yaml"]
+        files, splits = [folder / "config.yaml"], []
+        tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
         if trial.state == "COMPLETE" and (result := read_json(folder / config.run_id / RESULT)):
             files += write_files(result, folder / "report")
-        tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
+            tags[NOTE_TAG], splits = peer_markdown(result), dataset_splits(result)
         if trial.state == "STOPPED":
             tags[REASON_TAG] = f"stopped early after epoch {trial.epochs}"
         elif trial.reason:
             tags[REASON_TAG] = trial.reason
-        finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags)
+        finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags, splits=splits)
         trial.delivered = True
         self.study.store.write(trial)
         del self._senders[trial.number]
