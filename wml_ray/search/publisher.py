@@ -23,7 +23,6 @@ from wml_ray.tracking.tags import (
     TRIAL_TAG,
     TrialState,
 )
-from wml_ray.training.events import now_ms
 from wml_ray.training.result import RESULT
 
 _STATUS: dict[TrialState, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
@@ -72,12 +71,6 @@ class Publisher:
         for trial in self.study.trials.values():
             if trial.state == "RUNNING":
                 self._queue.put(partial(self._interrupt, trial.number))
-
-    def log_best(self) -> None:
-        """Queue the best value of each objective as a metric of the study's run, at the step of its trial count."""
-        best = {f"best/{metric}": value for metric, value in self.study.best_values().items()}
-        if best:
-            self._queue.put(partial(MetricSender(self.parent).send, len(self.study.trials), best, now_ms()))
 
     def close(self, timeout_s: float) -> int:
         """Wait for the queue as `RetryQueue.close`; returns the number of operations left in it."""

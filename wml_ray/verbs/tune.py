@@ -167,7 +167,6 @@ def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyRes
     """Write the study's best config and its report, also to MLflow."""
     parent, best = publisher.parent, study.best()
     study.delete_stopped_checkpoints()
-    publisher.log_best()
     undelivered = publisher.close(DELIVERY_S)
     if undelivered:
         return StudyResult(None, study.folder, [], parent, undelivered, trained_now)
@@ -180,7 +179,8 @@ def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyRes
         report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
         log_files(parent, report, "report")
         tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
-        finish_run(parent, "FINISHED", files, tags)
+        best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
+        finish_run(parent, "FINISHED", files, tags, best_values)
     except Exception as error:
         if isinstance(error, UserError) or is_unreachable():  # MLflow stopped responding after `close`
             return StudyResult(None, study.folder, files, parent, 1, trained_now)
