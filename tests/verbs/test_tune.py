@@ -342,7 +342,7 @@ def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
     tune(small_space(), search_config(study="two", trials=1), again)
 
 
-def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
+def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
         load_study("nothing")
 

@@ -39,6 +39,7 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     names = prediction_names(config.method.name, config.num_peers)
     predictions = {name: _accuracies(name, validation, test) for name in names}
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {
         "predictions": predictions,
         "selects": plan["selects"],

@@ -105,7 +105,7 @@ def ending(sweep: Study, trial: Trial) -> str:
 
 def summary(sweep: Study) -> str:
     """Where a study stands, in a line."""
-    counts, best, left_s = sweep.counts(), sweep.best(), sweep.left_s()
+    counts, best, left_s = sweep.counts(), sweep.best(), sweep.eta_s()
     done, running = counts.total() - counts["RUNNING"], len(sweep.running())
     states = {"complete": counts["COMPLETE"], "stopped early": counts["STOPPED"], "failed": counts["FAILED"]}
     words = ", ".join(f"{count} {state}" for state, count in states.items() if count)
