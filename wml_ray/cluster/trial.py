@@ -73,8 +73,8 @@ class _Reporter:
         else:
             self._report(entry)
 
-    def placed(self, group: PlacementGroup) -> None:
-        """Send the workers' placement group to the driver, which removes it if this process dies."""
+    def on_placement(self, group: PlacementGroup) -> None:
+        """Report the workers' placement group, which the driver removes if this process dies; Ray would keep it."""
         ray.tune.report({"placement_group": group})
 
     def _report(self, entry: dict[str, Any]) -> None:

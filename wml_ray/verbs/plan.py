@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from wml_ray.checkpoints.store import Checkpoints
-from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
@@ -43,7 +42,7 @@ def plan(config: Config) -> RunPlan:
     dataset, images = _data_or_noise(config)
     start = initial_checkpoint(config, dataset)
     method = build_method(config, dataset.spec, start.metadata["channels"])
-    fewest, most = worker_range(config)
+    fewest, most = config.scale.worker_range
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.cluster.preflight import require_checks
-from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
 from wml_ray.config.schema import Config
 from wml_ray.config.title import run_title
@@ -58,7 +57,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
     folder = config.run_folder
     check_reachable(tracking_uri())
     require_checks(config)
-    load_or_create_checkpoint(config, max(worker_range(config)[1], 1), lease)
+    load_or_create_checkpoint(config, max(config.scale.worker_range[1], 1), lease)
     write_text(folder / "config.yaml", config.to_yaml())
     tracked = _open(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
