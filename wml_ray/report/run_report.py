@@ -1,4 +1,4 @@
-"""Tables and pictures of finished runs."""
+"""Tables and plots of finished runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.table import Table
 from wml_ray.report.style import (
     colours,
     count_labels,
+    integer_ticks,
+    legend_below,
     log_ticks,
     new_axes,
     new_table,
@@ -23,10 +25,11 @@ from wml_ray.report.style import (
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-# The average is dashed and drawn last, so that both are seen where they coincide.
+# The average is dashed and drawn last, so that both are visible where they coincide.
 ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
     "weighted": {"color": "black"},
     "average": {"color": "tab:red", "linestyle": "--"},
@@ -98,7 +101,7 @@ def _ensemble_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
-    """Sizes of the peers a run would train."""
+    """The sizes of the peers that a run would train."""
     removed = ("channels\nremoved", "params\nremoved", "MACs\nremoved")
     table = new_table("peer", *removed, "\nchannels", "\nparams", "\nMACs")
     for index, peer in enumerate(peers):
@@ -110,13 +113,13 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
 
 
 def runs_table(runs: pd.DataFrame) -> Table:
-    """One line a finished run, as `records.finished_runs` gives them, the best by validation first."""
+    """One row for each run of `tracking.results.finished_runs`, in their order."""
     table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
-    for _, run in runs.iterrows():
+    for name, (_, run) in zip(_short_names(runs["run"]), runs.iterrows(), strict=True):
         peers = run["peers"]
         macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
         table.add_row(
-            run["run"],
+            name,
             str(len(peers)),
             short_count(min(macs)),
             short_count(max(macs)),
@@ -128,7 +131,7 @@ def runs_table(runs: pd.DataFrame) -> Table:
 
 
 def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Pictures and `peers.csv` of one finished run; returns the files written."""
+    """Write the plots and `peers.csv` of one finished run; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     epochs = [entry["epoch"] for entry in result["history"]]
     series = {key: [entry["metrics"][key] for entry in result["history"]] for key in result["history"][0]["metrics"]}
@@ -141,18 +144,39 @@ def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
-    """Every peer of every run of an experiment: test accuracy against MACs, as a picture and as CSV."""
+    """Write the test accuracy and MACs of every peer of every run, as a plot and as CSV; returns the paths.
+
+    The plot has 95 % intervals where MLflow has the number of test images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_axes("Test accuracy against size, every peer of every run", "MACs an image", "test accuracy (%)")
-    for _, run in runs.iterrows():
+    for name, (_, run) in zip(_short_names(runs["run"]), runs.iterrows(), strict=True):
         peers = sorted(run["peers"], key=lambda peer: peer["macs"])
-        axes.plot([p["macs"] for p in peers], [100 * p["test"] for p in peers], marker="o", label=run["run"])
+        macs, shares = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
+        (line,) = axes.plot(macs, [100 * share for share in shares], marker="o", label=name)
+        _draw_intervals(axes, macs, shares, run["test_images"], line.get_color())
     axes.set_xscale("log")
     log_ticks(axes.xaxis)
     count_labels(axes.xaxis)
-    axes.legend(fontsize="small", frameon=False)
+    legend_below(figure, [axes])
     rows = [{"run": run["run"], **peer} for _, run in runs.iterrows() for peer in run["peers"]]
     return [_write_csv(rows, folder / "peers.csv"), *save_figures({"accuracy_macs": figure}, folder)]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Run names without the `key=value` words that all of them have."""
+    words = [name.split(" ") for name in names]
+    common = set(words[0][1:]).intersection(*words) if len(words) > 1 else set()
+    return [" ".join(word for word in name if word not in common) for name in words]
+
+
+def _draw_intervals(axes: Axes, x: Sequence[float], shares: Sequence[float], num_images: float, colour: Any) -> None:
+    """Vertical bars from the lower to the upper bound of the 95 % interval of each accuracy."""
+    if not math.isnan(num_images):
+        bounds = [wilson_interval(share, int(num_images)) for share in shares]
+        axes.vlines(
+            x, *([100 * bound for bound in side] for side in zip(*bounds, strict=True)), color=colour, alpha=0.5
+        )
 
 
 def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
@@ -163,9 +187,10 @@ def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num
     for kind, line in ENSEMBLE_LINES.items():
         values = [100 * value for value in series[f"val/accuracy/ensemble_{kind}"]]
         axes.plot(epochs, values, **line, label=f"{kind} ensemble")
-    lower_half = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
-    axes.set_ylim(bottom=max(0.0, 100 * lower_half[len(lower_half) // 10] - 5))
-    axes.legend(frameon=False)
+    ascending = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
+    axes.set_ylim(bottom=max(0.0, 100 * ascending[len(ascending) // 10] - 5))
+    integer_ticks(axes.xaxis)
+    legend_below(figure, [axes])
     return figure
 
 
@@ -173,20 +198,26 @@ def _weights_over_epochs(epochs: list[int], series: dict[str, list[float]], num_
     figure, axes = new_axes("Peer weights omega", "epoch", "weight")
     for index, colour in enumerate(colours(num_peers)):
         axes.plot([0, *epochs], [1 / num_peers, *series[f"weights/peer{index}"]], color=colour, label=f"peer {index}")
-    axes.legend(frameon=False)
+    integer_ticks(axes.xaxis)
+    legend_below(figure, [axes])
     return figure
 
 
 def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
     figure, axes = new_axes("Test accuracy against size", "MACs an image (millions)", "test accuracy (%)")
+    num_images = result["images"]["test"]
     for peer, colour in zip(result["peers"], colours(len(result["peers"])), strict=True):
         point = (peer["macs"] / 1e6, 100 * peer["test_accuracy"])
         axes.scatter(*point, color=colour, s=60, zorder=3)
+        _draw_intervals(axes, point[:1], [peer["test_accuracy"]], num_images, colour)
         axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
     for kind, line in ENSEMBLE_LINES.items():
-        axes.axhline(100 * result["ensembles"][kind]["test_accuracy"], **line, label=f"{kind} ensemble")
+        share = result["ensembles"][kind]["test_accuracy"]
+        axes.axhline(100 * share, **line, label=f"{kind} ensemble")
+        axes.axhspan(*(100 * bound for bound in wilson_interval(share, num_images)), color=line["color"], alpha=0.07)
+    axes.vlines([], [], [], color="grey", label=f"95 % interval ({num_images} test images)")
     axes.margins(x=0.15, y=0.2)
-    axes.legend(frameon=False)
+    legend_below(figure, [axes])
     return figure
 
 
