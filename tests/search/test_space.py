@@ -178,3 +178,15 @@ def test_a_start_point_between_the_steps_of_a_domain_is_outside():
     assert space.point(tiny_config("wml.alpha=0.75")) == {"wml.alpha": 0.75}
     with pytest.raises(UserError, match=r"wml.alpha = 0.8 is outside the space \(0 to 1 in steps of 0.25\)"):
         space.point(tiny_config("wml.alpha=0.8"))
+
+
+def test_a_space_of_several_methods_has_the_metrics_that_all_of_them_log():
+    both = {"method.name": tune.choice(["wml", "dml"]), "dml.weight": tune.uniform(0, 2)}
+    assert make_space(tiny_config(), both, {"val/accuracy/method": "max"}).methods() == ["wml", "dml"]
+    with pytest.raises(UserError, match=r"objective 'val/accuracy/ensemble_weighted' is not logged; allowed: .*method"):
+        make_space(tiny_config(), both, ACCURACY)
+
+
+def test_a_key_of_a_method_that_no_point_has_is_refused():
+    with pytest.raises(UserError, match=r"'dml.weight' has no effect with method.name = wml; leave it out"):
+        make_space(tiny_config(), {"dml.weight": tune.uniform(0, 2)}, ACCURACY)

@@ -22,7 +22,7 @@ from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote
 from wml_ray.storage.retry import retry_for
 
-SELECTION_METRIC = "val/accuracy/ensemble_weighted"
+SELECTION_METRIC = "val/accuracy/method"  # the prediction that the method selects by
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
 FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # the digests last: with them it is whole
 _FOLDER = re.compile(r"epoch-(\d{4,})")
@@ -43,7 +43,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and the best by the weighted ensemble's validation accuracy."""
+    """The checkpoints of one run: the newest `keep`, and the best by `SELECTION_METRIC`."""
 
     def __init__(self, folder: Path, keep: int, lease: Lease | None = None) -> None:
         """`lease` is what allows to write there."""
@@ -121,7 +121,7 @@ class Checkpoints:
 
 
 def best_epoch(history: list[dict[str, Any]]) -> int | None:
-    """The epoch of the highest validation accuracy of the weighted ensemble, the latest of equals."""
+    """The epoch of the highest `SELECTION_METRIC`, the latest of equals."""
     scored = [(entry["metrics"][SELECTION_METRIC], entry["epoch"]) for entry in history]
     return max(scored)[1] if scored else None
 

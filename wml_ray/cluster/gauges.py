@@ -9,7 +9,7 @@ from ray.util.metrics import Gauge
 
 from wml_ray.training.events import EpochEnd, StepProgress
 
-_MODEL = re.compile(r"(.+)/(peer\d+|tree|smallest_peer|ensemble_\w+)")
+_MODEL = re.compile(r"(.+)/(peer\d+|tree|(?<=accuracy/)\w+)")
 
 
 class Gauges:

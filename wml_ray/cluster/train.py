@@ -35,7 +35,7 @@ from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable, retry_for
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress, ignore_metrics
-from wml_ray.training.worker import run_worker
+from wml_ray.training.worker import WorkerContext, run_worker
 
 DELIVERY_S = 120.0  # how long a finished run waits for a tracking server that went away
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
@@ -200,7 +200,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     undelivered = 0
     try:
         notices = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
-        run_worker(config, worker, device, report, log, worker_environment.lease, notices.preempted)
+        run_worker(config, WorkerContext(worker, device, report, log, worker_environment.lease, notices.preempted))
         patience_s = DELIVERY_S
     except (LeaseLost, StorageUnavailable):
         raise  # the file is another's now, or cannot be written

@@ -23,7 +23,7 @@ from wml_ray.distributed import WorkerRank
 from wml_ray.errors import Diverged, UserError
 from wml_ray.storage.lease import LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
-from wml_ray.training.worker import run_worker
+from wml_ray.training.worker import WorkerContext, run_worker
 
 STOP_TIMEOUT_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
 
@@ -81,9 +81,10 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
             gauges = Gauges(config.run_id)
             with watch_node() as is_to_go:
                 notices = PreemptionNotice(WorkerRank(), is_to_go)
-                run_worker(
-                    config, WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notices.preempted
+                context = WorkerContext(
+                    WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notices.preempted
                 )
+                run_worker(config, context)
     except (LeaseLost, StorageUnavailable) as error:  # nothing that another trial would not meet too
         ray.tune.report({"halted": str(error)})
         raise

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
-from wml_ray.methods.settings import WmlConfig
+from wml_ray.methods.settings import DmlConfig, MethodConfig, MethodName, WmlConfig
 from wml_ray.settings import NAME, Count, NonNegative, Positive, Ratio, Section
 from wml_ray.storage.paths import to_path
 
@@ -160,7 +160,9 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     pruning: PruningConfig = PruningConfig()
+    method: MethodConfig = MethodConfig()
     wml: WmlConfig = WmlConfig()
+    dml: DmlConfig = DmlConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()
@@ -182,12 +184,12 @@ class Config(Section):
 
     @property
     def run_id(self) -> str:
-        """Name of the run: a hash of everything that determines its result, behind two words for people.
+        """Name of the run: dataset, backbone, and a hash of everything that determines its result.
 
-        Where the run is stored, where the data lies and how many workers share the work do not enter, so a run may
-        move or scale and still find its own checkpoint.
+        Storage, data folder, number of workers and the sections of other methods do not enter, so a run may move or
+        scale and still find its own checkpoint.
         """
-        dump = self.model_dump(mode="json")
+        dump = self.model_dump(mode="json", exclude=self._other_methods)
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for place_or_speed in ("root", "download", "loader_workers"):
@@ -202,10 +204,25 @@ class Config(Section):
 
     def flatten(self) -> dict[str, Any]:
         """Dotted keys to scalars (`wml.alpha`, `pruning.ratios.0`), the names of the MLflow params."""
-        return dict(_flatten("", self.model_dump(mode="json")))
+        return dict(_flatten("", self.dump()))
+
+    def dump(self) -> dict[str, Any]:
+        """The config as JSON types, without sections of other methods that are at their defaults."""
+        unused = {name for name in self._other_methods if getattr(self, name) == type(getattr(self, name))()}
+        return self.model_dump(mode="json", exclude=unused)
 
     def to_yaml(self) -> str:
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        return str(yaml.safe_dump(self.dump(), sort_keys=False))
+
+    @property
+    def method_settings(self) -> Section:
+        """The section of the chosen method."""
+        section: Section = getattr(self, self.method.name)
+        return section
+
+    @property
+    def _other_methods(self) -> set[str]:
+        return set(get_args(MethodName)) - {self.method.name}
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,8 +17,8 @@ def run_title(config: Config) -> str:
 
     The sections come in reverse order, the seed last: the end of a long title is cut in narrow columns.
     """
-    defaults = _values(Config())
-    changed = {key: value for key, value in _values(config).items() if value != defaults.get(key)}
+    defaults = _values(Config().model_dump(mode="json"))
+    changed = {key: value for key, value in _values(config.dump()).items() if value != defaults.get(key)}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)
     words = [f"{_short(key, last_words)}={_text(value)}" for key, value in shown.items()]
@@ -27,10 +27,10 @@ def run_title(config: Config) -> str:
     return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
 
 
-def _values(config: Config) -> dict[str, Any]:
+def _values(dump: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys to values, lists whole."""
     values: dict[str, Any] = {}
-    for section, content in reversed(config.model_dump(mode="json").items()):
+    for section, content in reversed(dump.items()):
         if isinstance(content, dict):
             values |= {f"{section}.{key}": value for key, value in content.items()}
         else:

@@ -19,6 +19,7 @@ from wml_ray.report.style import (
     new_axes,
     new_table,
     percent,
+    prediction_words,
     save_figures,
     short_count,
 )
@@ -29,39 +30,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# The average is dashed and drawn last, so that both are visible where they coincide.
-ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
-    "weighted": {"color": "black"},
-    "average": {"color": "tab:red", "linestyle": "--"},
-}
-
-
-PEER_HEADINGS = (
-    *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
-    *("val\n%", "test\n%", "\nweight"),
-)
+AVERAGE_LINE = {"color": "tab:red", "linestyle": "--"}  # dashed and drawn last, to show where lines coincide
+PREDICTION_COLOURS = ("black", "tab:purple", "tab:brown", "tab:olive", "tab:cyan")
 
 
 def peer_table(result: dict[str, Any]) -> Table:
     """The table printed at the end of a training; `result` is the content of result.json."""
-    table = new_table(*PEER_HEADINGS)
-    for row in _peer_rows(result):
+    headings, peers, predictions = _cells(result)
+    table = new_table(*headings)
+    for row in peers:
         table.add_row(*row)
     table.add_section()
-    for row in _ensemble_rows(result):
+    for row in predictions:
         table.add_row(*row)
     return table
 
 
 def peer_markdown(result: dict[str, Any]) -> str:
     """`peer_table` as Markdown, with the number of images and the epoch below."""
-    headings = [heading.replace("\n", " ").strip() for heading in PEER_HEADINGS]
-    rows = [headings, ["---:"] * len(headings), *_peer_rows(result), *_ensemble_rows(result)]
+    headings, peers, predictions = _cells(result)
+    headings = [heading.replace("\n", " ").strip() for heading in headings]
     images, shares = result["images"], [peer["test_accuracy"] for peer in result["peers"]]
     low, high = (100 * bound for bound in wilson_interval(sum(shares) / len(shares), images["test"]))
     return "\n".join(
         [
-            *(f"| {' | '.join(row)} |" for row in rows),
+            *(f"| {' | '.join(row)} |" for row in (headings, ["---:"] * len(headings), *peers, *predictions)),
             "",
             f"Accuracy of epoch {result['test_epoch']} on {images['validation']} validation and {images['test']} test "
             f"images. The 95 % interval of a test accuracy is {high - low:.1f} percentage points wide.",
@@ -77,8 +70,12 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
-def _peer_rows(result: dict[str, Any]) -> list[list[str]]:
-    return [
+def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]], list[list[str]]]:
+    """Headings, rows of the peers, and rows of the other predictions; no weights where the method has none."""
+    weight = ["\nweight"] if "weight" in result["peers"][0] else []
+    headings = ["peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"]
+    headings += ["val\n%", "test\n%", *weight]
+    peers = [
         [
             str(peer["peer"]),
             *(_removed(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
@@ -87,17 +84,21 @@ def _peer_rows(result: dict[str, Any]) -> list[list[str]]:
             f"{peer['latency_ms']:.2f}",
             percent(peer["validation_accuracy"]),
             percent(peer["test_accuracy"]),
-            f"{peer['weight']:.4f}",
+            *(f"{peer['weight']:.4f}" for _ in weight),
         ]
         for peer in result["peers"]
     ]
-
-
-def _ensemble_rows(result: dict[str, Any]) -> list[list[str]]:
-    return [
-        [kind, *[""] * 6, percent(ensemble["validation_accuracy"]), percent(ensemble["test_accuracy"]), ""]
-        for kind, ensemble in result["ensembles"].items()
+    predictions = [
+        [
+            name.removeprefix("ensemble_"),
+            *[""] * 6,
+            percent(prediction["validation_accuracy"]),
+            percent(prediction["test_accuracy"]),
+            *("" for _ in weight),
+        ]
+        for name, prediction in result["predictions"].items()
     ]
+    return headings, peers, predictions
 
 
 def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
@@ -114,8 +115,8 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
 
 def runs_table(runs: pd.DataFrame) -> Table:
     """One row for each run of `tracking.results.finished_runs`, in their order."""
-    table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "ensemble\nval %", "ensemble\ntest %", "peers\ntest %")
-    for name, (_, run) in zip(_short_names(runs["run"]), runs.iterrows(), strict=True):
+    table = new_table("run", "peers", "MACs\nfrom", "MACs\nto", "method\nval %", "method\ntest %", "peers\ntest %")
+    for name, (_, run) in zip(_short_names(list(runs["run"])), runs.iterrows(), strict=True):
         peers = run["peers"]
         macs, test = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
         table.add_row(
@@ -123,8 +124,8 @@ def runs_table(runs: pd.DataFrame) -> Table:
             str(len(peers)),
             short_count(min(macs)),
             short_count(max(macs)),
-            percent(run["val/accuracy/ensemble_weighted"]),
-            percent(run["test/accuracy/ensemble_weighted"]),
+            percent(run["val/accuracy/method"]),
+            percent(run["test/accuracy/method"]),
             f"{min(test) * 100:.2f}-{max(test) * 100:.2f}",
         )
     return table
@@ -136,10 +137,11 @@ def write_files(result: dict[str, Any], folder: Path) -> list[Path]:
     epochs = [entry["epoch"] for entry in result["history"]]
     series = {key: [entry["metrics"][key] for entry in result["history"]] for key in result["history"][0]["metrics"]}
     figures = {
-        "accuracy": _accuracy_over_epochs(epochs, series, len(result["peers"])),
-        "weights": _weights_over_epochs(epochs, series, len(result["peers"])),
+        "accuracy": _accuracy_over_epochs(epochs, series, result),
         "accuracy_macs": _accuracy_against_macs(result),
     }
+    if "weights/peer0" in series:
+        figures["weights"] = _weights_over_epochs(epochs, series, len(result["peers"]))
     return [_write_csv(result["peers"], folder / "peers.csv"), *save_figures(figures, folder)]
 
 
@@ -150,7 +152,7 @@ def write_comparison(runs: pd.DataFrame, folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     figure, axes = new_axes("Test accuracy against size, every peer of every run", "MACs an image", "test accuracy (%)")
-    for name, (_, run) in zip(_short_names(runs["run"]), runs.iterrows(), strict=True):
+    for name, (_, run) in zip(_short_names(list(runs["run"])), runs.iterrows(), strict=True):
         peers = sorted(run["peers"], key=lambda peer: peer["macs"])
         macs, shares = [peer["macs"] for peer in peers], [peer["test"] for peer in peers]
         (line,) = axes.plot(macs, [100 * share for share in shares], marker="o", label=name)
@@ -173,20 +175,27 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _draw_intervals(axes: Axes, x: Sequence[float], shares: Sequence[float], num_images: float, colour: Any) -> None:
     """Vertical bars from the lower to the upper bound of the 95 % interval of each accuracy."""
     if not math.isnan(num_images):
-        bounds = [wilson_interval(share, int(num_images)) for share in shares]
-        axes.vlines(
-            x, *([100 * bound for bound in side] for side in zip(*bounds, strict=True)), color=colour, alpha=0.5
-        )
+        low, high = zip(*(wilson_interval(share, int(num_images)) for share in shares), strict=True)
+        axes.vlines(x, [100 * bound for bound in low], [100 * bound for bound in high], color=colour, alpha=0.5)
 
 
-def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], num_peers: int) -> Figure:
-    figure, axes = new_axes("Validation accuracy of each peer and both ensembles", "epoch", "accuracy (%)")
-    for index, colour in enumerate(colours(num_peers)):
+def _prediction_lines(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The style and label of each prediction's line, by name."""
+    others = [name for name in result["predictions"] if name != "ensemble_average"]
+    lines: dict[str, dict[str, Any]] = {
+        name: {"color": PREDICTION_COLOURS[index % len(PREDICTION_COLOURS)]} for index, name in enumerate(others)
+    }
+    lines["ensemble_average"] = AVERAGE_LINE
+    return {name: {**line, "label": prediction_words(name)} for name, line in lines.items()}
+
+
+def _accuracy_over_epochs(epochs: list[int], series: dict[str, list[float]], result: dict[str, Any]) -> Figure:
+    figure, axes = new_axes("Validation accuracy of peers and ensembles", "epoch", "accuracy (%)")
+    for index, colour in enumerate(colours(len(result["peers"]))):
         values = [100 * value for value in series[f"val/accuracy/peer{index}"]]
         axes.plot(epochs, values, color=colour, label=f"peer {index}")
-    for kind, line in ENSEMBLE_LINES.items():
-        values = [100 * value for value in series[f"val/accuracy/ensemble_{kind}"]]
-        axes.plot(epochs, values, **line, label=f"{kind} ensemble")
+    for name, line in _prediction_lines(result).items():
+        axes.plot(epochs, [100 * value for value in series[f"val/accuracy/{name}"]], **line)
     ascending = sorted(value for key, values in series.items() if key.startswith("val/accuracy/") for value in values)
     axes.set_ylim(bottom=max(0.0, 100 * ascending[len(ascending) // 10] - 5))
     integer_ticks(axes.xaxis)
@@ -211,9 +220,9 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
         axes.scatter(*point, color=colour, s=60, zorder=3)
         _draw_intervals(axes, point[:1], [peer["test_accuracy"]], num_images, colour)
         axes.annotate(f"peer {peer['peer']}", point, xytext=(7, 5), textcoords="offset points")
-    for kind, line in ENSEMBLE_LINES.items():
-        share = result["ensembles"][kind]["test_accuracy"]
-        axes.axhline(100 * share, **line, label=f"{kind} ensemble")
+    for name, line in _prediction_lines(result).items():
+        share = result["predictions"][name]["test_accuracy"]
+        axes.axhline(100 * share, **line)
         axes.axhspan(*(100 * bound for bound in wilson_interval(share, num_images)), color=line["color"], alpha=0.07)
     axes.vlines([], [], [], color="grey", label=f"95 % interval ({num_images} test images)")
     axes.margins(x=0.15, y=0.2)
@@ -223,7 +232,7 @@ def _accuracy_against_macs(result: dict[str, Any]) -> Figure:
 
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
     return path

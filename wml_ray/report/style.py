@@ -101,6 +101,13 @@ def new_table(*headings: str) -> Table:
     return table
 
 
+def prediction_words(name: str) -> str:
+    """`ensemble_weighted` as "weighted ensemble", `peer0` as "peer 0"."""
+    if name.startswith("ensemble_"):
+        name = f"{name.removeprefix('ensemble_')} ensemble"
+    return re.sub(r"(\d+)$", r" \1", name).replace("_", " ")
+
+
 def percent(share: float) -> str:
     """A share in [0, 1] in per cent, without the sign."""
     return f"{share * 100:.2f}"

@@ -19,7 +19,7 @@ class SearchConfig(Section):
     trials: Count = Field(description="trials the study is to have in all; those it has already count")
     sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="who suggests points: Optuna's sampler")
     scheduler: Literal["asha", "median", "none"] = Field("asha", description="who stops trials early")
-    stop_metric: str = Field("val/accuracy/ensemble_weighted", description="metric that decides who is stopped")
+    stop_metric: str = Field("val/accuracy/method", description="metric that decides who is stopped")
     grace_epochs: Count | None = Field(
         None, description="epochs every trial is given before it can be stopped; none is the square root of all epochs"
     )

@@ -7,11 +7,12 @@ import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
+from wml_ray.methods.settings import MethodName
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
 from wml_ray.search.settings import SearchConfig
 from wml_ray.training.evaluation import metric_names
@@ -122,6 +123,16 @@ class Space:
         """Config key -> its domain in words."""
         return {key: _describe(domain) for key, domain in self.domains.items()}
 
+    def methods(self) -> list[str]:
+        """The methods that a point can have."""
+        domain = self.domains.get("method.name")
+        return list(getattr(domain, "categories", [self.base.method.name]))
+
+    def metrics(self) -> list[str]:
+        """The metrics that every method of the space logs."""
+        first, *others = ([*metric_names(method, self.base.num_peers)] for method in self.methods())
+        return [name for name in first if all(name in names for names in others)]
+
     def _value(self, key: str, domain: Any, point: Mapping[str, Any]) -> Any:
         if isinstance(domain, Increasing):
             return from_uniform([point[f"{key}.u{index}"] for index in range(self.base.num_peers)], domain)
@@ -160,9 +171,14 @@ def make_space(
     if not isinstance(domains, dict) or not domains:
         raise UserError(f"{where}: space() must return a dict of config keys and Ray Tune domains, see tune_spaces/")
     space = Space(base, domains, objectives, source)
-    _check_objectives(space, where)
     for key, domain in domains.items():
         _check_domain(base, key, domain, where)
+        if key.partition(".")[0] in set(get_args(MethodName)) - set(space.methods()):
+            raise UserError(
+                f"{where}: '{key}' has no effect with method.name = {' or '.join(space.methods())}; leave it out, or "
+                "search method.name too"
+            )
+    _check_objectives(space, where)
     for point in _draws(space):
         try:
             space.config(point)
@@ -180,9 +196,7 @@ def check_stop_metric(search: SearchConfig, space: Space) -> str:
         UserError: no such metric at the end of an epoch.
     """
     metric = search.stop_metric
-    each_epoch = [
-        name for name in metric_names(space.base.num_peers) if name.startswith(("val/", "train/", "weights/"))
-    ]
+    each_epoch = [name for name in space.metrics() if not name.startswith("peers/")]
     if metric not in each_epoch:
         raise UserError(f"stop_metric = '{metric}' is not known at each epoch; allowed: {', '.join(each_epoch)}")
     return space.objectives.get(metric, "min" if metric == "train/loss" else "max")
@@ -194,7 +208,7 @@ def encoded(category: Any) -> Any:
 
 
 def _check_objectives(space: Space, where: str) -> None:
-    objectives, names = space.objectives, metric_names(space.base.num_peers)
+    objectives, names = space.objectives, space.metrics()
     if not isinstance(objectives, dict) or not objectives:
         raise UserError(f"{where}: OBJECTIVES must be a dict such as {{'val/accuracy/ensemble_weighted': 'max'}}")
     for metric, mode in objectives.items():

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 
 def finished_runs(experiment: str) -> pd.DataFrame:
-    """The finished runs of an experiment, the best weighted ensemble on the validation images first.
+    """The finished runs of an experiment, the highest validation accuracy of the method's prediction first.
 
     Columns: `run` (its name), `run_id`, `test_images` (their number), every metric under its MLflow name, every param,
-    and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and `weight`.
+    and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and, where the method has
+    weights, `weight`.
 
     Raises:
         UserError: there is no such experiment, or no run of it has finished.
@@ -53,10 +54,10 @@ def finished_runs(experiment: str) -> pd.DataFrame:
         }
         for run in runs
     ]
-    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/method" in row]
     if not rows:
         raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
-    return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows).sort_values("val/accuracy/method", ascending=False, ignore_index=True)
 
 
 def _metrics_of(client: Any, run: Any) -> dict[str, float]:
@@ -80,7 +81,8 @@ def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     names["weight"] = "weights"
     count = sum(key.startswith("test/accuracy/peer") for key in row)
     return [
-        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}}
+        {"peer": index}
+        | {short: row[f"{name}/peer{index}"] for short, name in names.items() if f"{name}/peer{index}" in row}
         for index in range(count)
     ]
 
@@ -166,6 +168,8 @@ def _value(params: Mapping[str, str], key: str) -> Any:
     if key in params:
         return _parsed(params[key])
     entries = {name: text for name, text in params.items() if name.startswith(f"{key}.")}
+    if not entries:  # the section of a method that was not chosen, at its defaults
+        return None
     return json.dumps([_parsed(entries[f"{key}.{index}"]) for index in range(len(entries))])
 
 
@@ -222,4 +226,4 @@ class StudyRecords:
     trials: pd.DataFrame
     """One row for each trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under
     its MLflow name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`,
-    `test` and `weight` (empty unless COMPLETE)."""
+    `test` and, where the method has weights, `weight` (empty unless COMPLETE)."""

@@ -44,7 +44,7 @@ class TrainingProgress:
 
     def __call__(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            self.accuracy = f", ensemble {event.metrics['val/accuracy/ensemble_weighted'] * 100:.1f} %"
+            self.accuracy = f", accuracy {event.metrics['val/accuracy/method'] * 100:.1f} %"
             return
         text = f"epoch {event.epoch}/{self.epochs}, loss {event.loss:.3f}{self.accuracy}"
         now_s = time.monotonic()
