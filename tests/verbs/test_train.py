@@ -40,6 +40,14 @@ def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
     assert files == {"config.yaml", "peers.csv", "pictures"}
     pictures = {file.path for file in client().list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {"pictures/accuracy.png", "pictures/weights.png", "pictures/accuracy_macs.png"}
+    assert client().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    images = {entry.tags[0].value: entry.dataset.profile for entry in run.inputs.dataset_inputs}
+    assert images == {
+        name: f'{{"num_rows": {n}}}' for name, n in (("training", 1294), ("validation", 144), ("test", 359))
+    }
+    note = run.data.tags["mlflow.note.content"]
+    assert f"| {outcome.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(workplace, capsys):

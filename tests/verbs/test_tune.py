@@ -343,7 +343,7 @@ def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
 
 
 def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
-    with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
+    with pytest.raises(UserError, match=r"mlflow\.db does not exist"):
         load_study("nothing")
 
 

@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.storage.files import storage_environment
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path

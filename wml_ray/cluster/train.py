@@ -35,6 +35,7 @@ from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress
+from wml_ray.training.worker import WorkerContext, run_worker
 
 DELIVERY_S = 120.0  # for metrics that an unreachable tracking server lacks, after training
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C

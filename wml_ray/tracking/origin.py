@@ -5,9 +5,10 @@ from __future__ import annotations
 import getpass
 import hashlib
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,3 +62,11 @@ def dataset_splits(result: Mapping[str, Any]) -> list[DatasetSplit]:
     return [
         DatasetSplit(data["name"], digest(split), context, source, images[split]) for split, context in CONTEXTS.items()
     ]
+
+
+def num_images(dataset_inputs: Sequence[Any], context: str) -> float:
+    """The number of images of the split with this context among MLflow's dataset inputs of a run; NaN if unknown."""
+    for dataset_input in dataset_inputs:
+        if any(tag.value == context for tag in dataset_input.tags):
+            return float(json.loads(dataset_input.dataset.profile)["num_rows"])
+    return math.nan
