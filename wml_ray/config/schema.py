@@ -215,3 +215,9 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
     else:
         yield prefix, value
+
+
+def worker_range(config: Config) -> tuple[int, int]:
+    """The fewest and the most training workers; 0 stands for training in this process."""
+    workers = config.scale.workers
+    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)

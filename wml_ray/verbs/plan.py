@@ -9,8 +9,7 @@ import torch
 
 from wml_ray.checkpoints.checkpoint import Checkpoints
 from wml_ray.checkpoints.load import build_tree
-from wml_ray.cluster.resources import worker_range
-from wml_ray.config.schema import Config
+from wml_ray.config.schema import Config, worker_range
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
@@ -20,9 +19,9 @@ from wml_ray.networks.costs import count_params
 from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.result import stored_result
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.cluster.preflight import require_checks
-from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
-from wml_ray.config.schema import Config
+from wml_ray.config.schema import Config, worker_range
 from wml_ray.errors import Diverged, UserError
 from wml_ray.report.run_report import write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
@@ -19,7 +18,7 @@ from wml_ray.storage.retry import retry_for
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
 from wml_ray.training.events import OnEvent
-from wml_ray.training.result import RESULT, log_result
+from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
 
 
@@ -118,7 +117,3 @@ def _identity(folder: Path) -> dict[str, Any]:
 def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
     public = {**vars(tracked), "uri": redacted(tracked.uri)}
     write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
-
-
-def stored_result(config: Config) -> dict[str, Any] | None:
-    return read_json(config.run_folder / RESULT)
