@@ -19,8 +19,8 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wml_ray.cluster.connect import join_cluster, with_absolute_paths
-from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_resources
-from wml_ray.config.schema import Config, DataConfig, worker_range
+from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_range, worker_resources
+from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError, root_cause
 from wml_ray.storage.files import (

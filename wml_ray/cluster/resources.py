@@ -15,7 +15,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lack
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from wml_ray.config.schema import Config, worker_range
+from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.search.settings import SearchConfig
 
@@ -105,6 +105,11 @@ def _among(group: PlacementGroup, requests: Iterable[Any]) -> bool:
 def _in_words(resources: Mapping[str, float]) -> str:
     cores = resources["CPU"]
     return f"{cores:.0f} CPU core{'s' * (cores != 1)}{' and a GPU' if 'GPU' in resources else ''}"
+
+
+def worker_range(config: Config) -> tuple[int, int]:
+    workers = config.scale.workers
+    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
 
 
 def worker_resources(config: Config) -> dict[str, float]:

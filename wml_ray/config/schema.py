@@ -136,6 +136,11 @@ class ScaleConfig(Section):
         3, description="how often Ray restarts lost workers from the last checkpoint before giving up"
     )
 
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers; the same number twice unless the run is elastic."""
+        return (self.workers[0], self.workers[1]) if isinstance(self.workers, list) else (self.workers, self.workers)
+
 
 class RunConfig(Section):
     storage_path: str = Field(
@@ -215,9 +220,3 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
     else:
         yield prefix, value
-
-
-def worker_range(config: Config) -> tuple[int, int]:
-    """The fewest and the most training workers; 0 stands for training in this process."""
-    workers = config.scale.workers
-    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)

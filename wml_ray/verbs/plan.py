@@ -9,7 +9,7 @@ import torch
 
 from wml_ray.checkpoints.checkpoint import Checkpoints
 from wml_ray.checkpoints.load import build_tree
-from wml_ray.config.schema import Config, worker_range
+from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
@@ -47,7 +47,7 @@ def plan(config: Config) -> RunPlan:
     tree = build_tree(config, dataset.spec)
     apply_channel_widths(tree, start.plan["channels"])
     tree.load_state_dict(start.model)
-    fewest, most = worker_range(config)
+    fewest, most = config.scale.worker_range
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)

@@ -9,7 +9,7 @@ from typing import Any
 
 from wml_ray.cluster.preflight import require_checks
 from wml_ray.cluster.train import DELIVERY_S, fit
-from wml_ray.config.schema import Config, worker_range
+from wml_ray.config.schema import Config
 from wml_ray.errors import Diverged, UserError
 from wml_ray.report.run_report import write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
@@ -54,7 +54,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
     folder = config.run_folder
     check_reachable(tracking_uri())
     require_checks(config)
-    load_or_create_checkpoint(config, max(worker_range(config)[1], 1), lease)
+    load_or_create_checkpoint(config, max(config.scale.worker_range[1], 1), lease)
     write_text(folder / "config.yaml", config.to_yaml())
     tracked = _open(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
