@@ -3,6 +3,7 @@
 # make test-all       what CI runs: all tests but the nightly ones (20 minutes)
 # make test-nightly   all tests, with outages of a minute
 # make lint types     ruff and mypy
+# make docs           write docs/config.md, the table of all config keys
 # make bench          the benchmarks of benchmarks/README.md
 # make lock           resolve requirements.lock again, for changed dependencies; UPGRADE=--upgrade for newer versions
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: quickstart install test test-all test-nightly lint types bench lock
+.PHONY: quickstart install test test-all test-nightly lint types docs bench lock
 
 quickstart: install
 	$(BIN)/wml-ray train jobs/quickstart.yaml
@@ -45,6 +46,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -c 'from wml_ray.config.load import describe_keys as table; print("# Config keys\n\n" + table())' >docs/config.md
 
 bench: install
 	$(BIN)/python benchmarks/run.py
