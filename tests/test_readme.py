@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import wml_ray
 from wml_ray.cli.main import main
 from wml_ray.cli.options import parse_arguments
-from wml_ray.config.load import describe_keys, load_config
+from wml_ray.config.load import describe_keys
 from wml_ray.networks.backbones import BACKBONES
-from wml_ray.search.space import load_space
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -92,7 +92,7 @@ def test_the_commands_and_the_python_of_readme_and_docs_run(workplace, capsys):
         assert main([*words, *FASTER.get(words[0], [])]) == 0, capsys.readouterr().err
     space, *blocks = python_blocks(README)
     (workplace / "space.py").write_text(space)
-    assert load_space("space.py", load_config("jobs/search.yaml")).objectives
+    assert wml_ray.load_space("space.py", wml_ray.load_config("jobs/search.yaml")).objectives
     checkpoint = next(Path("results").glob("*/*/checkpoints/epoch-0001"))
     names: dict = {}
     for block in [*blocks, *python_blocks(DOCS["files"])]:
