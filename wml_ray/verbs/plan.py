@@ -16,9 +16,9 @@ from wml_ray.data.readers import DataMissing, image_spec
 from wml_ray.data.splits import generator_for
 from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.result import stored_result
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from wml_ray.tracking.origin import dataset_splits
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
 from wml_ray.tracking.tags import NOTE_TAG, RUN_ID_TAG
 from wml_ray.training.events import OnEvent
-from wml_ray.training.result import RESULT, log_result
+from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
 
 
@@ -120,7 +120,3 @@ def _identity(folder: Path) -> dict[str, Any]:
 def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
     public = {**vars(tracked), "uri": redacted(tracked.uri)}
     write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
-
-
-def stored_result(config: Config) -> dict[str, Any] | None:
-    return read_json(config.run_folder / RESULT)
