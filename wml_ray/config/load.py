@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,11 +15,11 @@ from pydantic import ValidationError
 from wml_ray.config.schema import Config, ModelConfig, PruningConfig
 from wml_ray.errors import UserError
 from wml_ray.settings import Section
-from wml_ray.storage.paths import to_path
+from wml_ray.storage.paths import is_remote, to_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides.
+    """Read a YAML file and apply `key=value` overrides. The module of a user's own backbone may be beside the file.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value outside its range.
@@ -36,7 +37,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"config file {path} holds a {type(raw).__name__}; it must hold keys such as `seed: 0`")
-    return parse_config(raw, overrides)
+    config = parse_config(raw, overrides)
+    if ":" in config.model.backbone and not is_remote(to_path(path)):
+        sys.path.append(str(Path(path).resolve().parent))
+    return config
 
 
 def parse_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

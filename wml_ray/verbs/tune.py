@@ -33,6 +33,7 @@ from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
 from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
+from wml_ray.verbs.progress import StudyProgress
 
 STUDY_FILE = "study.json"
 
@@ -59,6 +60,7 @@ def tune(
 ) -> StudyResult:
     """Run a study, or the trials it still lacks, and report on it.
 
+    `on_change` is called with the Study after each change, in place of the progress that is shown by default.
     `start` are points tried before the sampler is asked; `warm_start` names earlier studies whose complete trials the
     sampler learns from. Called again with the same space it continues: finished trials stay, interrupted ones go on
     from their checkpoints, and a larger `search.trials` adds the difference.
@@ -66,6 +68,9 @@ def tune(
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
+    if on_change is None and not verbose:
+        with StudyProgress() as progress:
+            return tune(space, search, progress, start, warm_start)
     folder = to_path(space.base.run.storage_path) / search.study
     check_stop_metric(search, space)
     check_storage(folder)
