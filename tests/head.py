@@ -54,14 +54,11 @@ class Head:
         return {**mine, "HOME": str(self.home), "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
     def wait(self):
-        deadline_s = time.monotonic() + 60
-        while True:
+        deadline_s, refusal = time.monotonic() + 120, ""
+        while "no job 'nobody'" not in refusal:
             assert self.process.poll() is None, (self.folder / "head.log").read_text()
-            assert time.monotonic() < deadline_s, (self.folder / "head.log").read_text()
-            jobs = self.run("jobs", "status", "nobody")
-            if "no job 'nobody'" in jobs.stderr:
-                return
-            time.sleep(0.5)
+            assert time.monotonic() < deadline_s, refusal
+            refusal = self.run("jobs", "status", "nobody").stderr
 
     def start(self, *words, folder=None, **variables):
         """`wml-ray` in a process of its own, with --address unless RAY_ADDRESS is given."""

@@ -1,4 +1,4 @@
-"""The names of `wml_ray`, and what a script does with them."""
+"""The names of `wml_ray`, and a script that uses them."""
 
 import subprocess
 import sys

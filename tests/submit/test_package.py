@@ -162,13 +162,13 @@ def test_results_inside_the_container_of_an_image_are_refused():
 
 
 def test_relative_folders_of_a_job_outlive_the_working_directory_that_ray_made(workplace, monkeypatch, capsys):
-    made, place = workplace / "working_dir_files" / "_ray_pkg_0", workplace / "place"
+    made, origin = workplace / "working_dir_files" / "_ray_pkg_0", workplace / "origin"
     made.mkdir(parents=True)
-    place.mkdir()
+    origin.mkdir()
     monkeypatch.setenv("HOME", str(workplace / "home"))
-    for host, expected in ((socket.gethostname(), place), ("another", workplace / "home" / "wml_ray_jobs")):
+    for host, expected in ((socket.gethostname(), origin), ("another", workplace / "home" / "wml_ray_jobs")):
         monkeypatch.chdir(made)
-        monkeypatch.setenv(SUBMITTED_FROM, f"{host}:{place}")
+        monkeypatch.setenv(SUBMITTED_FROM, f"{host}:{origin}")
         leave_ray_working_dir()
         assert os.getcwd() == str(expected)
         assert str(expected) in capsys.readouterr().out

@@ -79,7 +79,7 @@ def _train(job: Job) -> int:
         return show_checks(run_checks(job.config))
     from wml_ray.verbs.progress import TrainingProgress
 
-    with TrainingProgress(job.config) as progress:  # prints its first line before the imports, which take seconds
+    with TrainingProgress(job.config) as progress:  # its first line comes before the slow imports
         from wml_ray.verbs.train import train
 
         run = train(job.config, progress)

@@ -142,7 +142,7 @@ def _add_jobs(verbs: Any) -> None:
         parser.add_argument("name", metavar="NAME", nargs=count, help="run id, study, or job id")
         _add_address(parser)
         parser.set_defaults(command="jobs", action=action)
-    parser.add_argument("--follow", action="store_true", help="go on printing until the job ends")
+    parser.add_argument("--follow", action="store_true", help="continue until the job ends")
 
 
 def _add_address(parser: argparse.ArgumentParser) -> None:

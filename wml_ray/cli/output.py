@@ -80,9 +80,9 @@ def show_study(study: StudyRecords) -> None:
     console.print(front_table(study, console.width))
 
 
-def warn_undelivered(place: Path) -> None:
+def warn_undelivered(path: Path) -> None:
     print(
-        f"wml-ray: MLflow cannot be reached; every metric is in {place}: run the same command again when MLflow is "
+        f"wml-ray: MLflow cannot be reached; every metric is in {path}: run the same command again when MLflow is "
         "back, to deliver them",
         file=sys.stderr,
     )

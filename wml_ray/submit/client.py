@@ -31,7 +31,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     Raises:
         UserError: no such address, no cluster there, or the cluster does not accept the token.
     """
-    logging.disable(logging.WARNING)  # of Ray, about addresses and tokens: errors here say the same in one line
+    logging.disable(logging.WARNING)  # Ray's about addresses and tokens repeat the errors below
     token, _ = _token()
     if token:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -45,7 +45,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def _dashboard_url(cluster: str) -> str:
-    """The address of the dashboard of the cluster at RAY_ADDRESS, which the cluster itself knows."""
+    """The dashboard's URL of the cluster at RAY_ADDRESS, read from the cluster."""
     if "://" in cluster:
         return cluster
     if ":" not in cluster:  # none, or "auto"

@@ -46,16 +46,16 @@ def leave_ray_working_dir() -> None:
         return
     host, _, folder = os.environ.get(SUBMITTED_FROM, "").partition(":")
     here = host == socket.gethostname() and os.access(folder, os.W_OK)
-    place = Path(folder) if here else Path.home() / "wml_ray_jobs"
-    place.mkdir(parents=True, exist_ok=True)
-    os.chdir(place)
-    print(f"relative paths start at {place}", flush=True)
+    lasting = Path(folder) if here else Path.home() / "wml_ray_jobs"
+    lasting.mkdir(parents=True, exist_ok=True)
+    os.chdir(lasting)
+    print(f"relative paths start at {lasting}", flush=True)
 
 
 def _handle_sigterm_as_ctrl_c() -> None:
     """Raise KeyboardInterrupt on SIGTERM, which `ray job stop` sends, so that MLflow shows KILLED.
 
-    Ray Train's own handler of Ctrl-C is not used: it takes longer than the 3 s that Ray gives a job by default, and the
+    Ray Train's own handler of Ctrl-C is not used: it needs more than the 3 s that Ray gives a job by default, and the
     actors of a job end with its driver.
     """
 

@@ -186,8 +186,8 @@ def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
     found = [job for job in named if not job.status.is_terminal()] + named
     found += [job for job in jobs if job.submission_id == name]
     if not found:
-        known = ", ".join(str(job.submission_id) for job in jobs[:5]) or "none"
-        raise UserError(f"no job '{name}' on {client.get_address()}; the newest jobs there: {known}")
+        newest = ", ".join(str(job.submission_id) for job in jobs[:5]) or "none"
+        raise UserError(f"no job '{name}' on {client.get_address()}; the newest jobs there: {newest}")
     return found[0]
 
 

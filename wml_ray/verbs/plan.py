@@ -18,11 +18,11 @@ from wml_ray.data.readers import DataMissing, image_spec
 from wml_ray.data.splits import generator_for
 from wml_ray.networks.costs import count_params
 from wml_ray.pruning.prune import apply_channel_widths
-from wml_ray.storage.files import check_storage
+from wml_ray.storage.files import check_storage, read_json
 from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.result import RESULT
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def plan(config: Config) -> RunPlan:
 
 
 def _state(config: Config) -> str:
-    if stored_result(config):
+    if read_json(config.run_folder / RESULT):
         return "finished"
     epochs = Checkpoints(config.run_folder / "checkpoints", 1).epochs()
     return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"

@@ -37,7 +37,7 @@ class TrainingProgress:
         self._task = self._bar.add_task("starting", total=None)
         self._plain = not console.is_terminal
         self._accuracy = ""
-        self._first: tuple[float, StepProgress] | None = None  # when, and what was reported first
+        self._first: tuple[float, StepProgress] | None = None  # seconds and event of the first report
         self._eta_s = 0.0
 
     def __enter__(self) -> TrainingProgress:

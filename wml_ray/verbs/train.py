@@ -101,7 +101,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
 
 
 def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
-    """Log what MLflow lacks of a finished run."""
+    """Log the metrics and files that MLflow lacks of a finished run."""
     folder = config.run_folder
     record = _run_record(folder)
     try:
