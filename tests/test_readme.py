@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from wml_ray.cli.main import main
+from wml_ray.cluster.space import load_space
 from wml_ray.config.load import describe_keys, load_config
 from wml_ray.networks.backbones import BACKBONES
-from wml_ray.search.space import load_space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -25,13 +25,13 @@ def dry_run(environment, *words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process other mounts")
-def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(workplace):
-    images, results, packages = (workplace / name for name in ("images", "results", "packages"))
+def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(empty_workplace):
+    images, results, packages = (empty_workplace / name for name in ("images", "results", "packages"))
     for folder in (images / "train" / "cat", images / "val" / "cat", results, packages / "mlflow-0.1.dist-info"):
         folder.mkdir(parents=True)
     metadata = "Metadata-Version: 2.1\nName: mlflow\nVersion: 0.1\n"
     (packages / "mlflow-0.1.dist-info" / "METADATA").write_text(metadata)
-    write_study(workplace, tiny_config("scale.cpus_per_worker=1", "scale.workers=3"))
+    write_study(empty_workplace, tiny_config("scale.cpus_per_worker=1", "scale.workers=3"))
     with nodes(head_cpus=1) as cluster:
         cluster.add(cpus=2, hidden=[results, images], PYTHONPATH=f"{packages}:{ENVIRONMENT['PYTHONPATH']}")
         environment = cluster.environment()
@@ -49,8 +49,8 @@ def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(workp
     assert not os.listdir("results")
 
 
-def test_a_dry_run_on_one_machine_leaves_nothing_behind(workplace):
-    write_study(workplace, tiny_config())
+def test_a_dry_run_on_one_machine_leaves_nothing_behind(empty_workplace):
+    write_study(empty_workplace, tiny_config())
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     status, found = dry_run(environment, "train", "c.yaml", "run.storage_path=deep/results", "data.name=cifar10")
     assert status == 2

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from runs import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 from servers import Server, guarded
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.messages import DriverQueue
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
@@ -127,7 +127,7 @@ def test_an_elastic_range_takes_what_the_cluster_has(workplace):
 
 
 @pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
-def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(workplace, ask):
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, ask):
     with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such places, and no autoscaler"):
         train(tiny_config("scale.workers=2", ask), ignore)
     assert not os.listdir()

@@ -9,7 +9,7 @@ import pytest
 from head import Head
 from mlflow import MlflowClient
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.load import load_config
 from wml_ray.submit.client import connect
 from wml_ray.submit.entry import ENVIRONMENT_FILE

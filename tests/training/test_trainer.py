@@ -21,7 +21,7 @@ def trainer_of(config, worker=None):
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
     tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
+    apply_channel_widths(tree, start.metadata["channels"])
     tree.load_state_dict(start.model)
     return Trainer(config, tree, dataset, torch.device("cpu"), worker)
 

@@ -12,8 +12,9 @@ import yaml
 from family import tiny_config
 from runs import assert_bit_equal, client, ignore, only_run, start_training, steps, wait_for_epoch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
+from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
@@ -26,7 +27,8 @@ def test_a_run_is_logged_to_mlflow_with_params_metrics_and_files(workplace):
     run = train(config, ignore)
     logged = only_run()
     assert logged.info.status == "FINISHED"
-    assert logged.info.run_name == config.run_id
+    assert logged.info.run_name == run_title(config)
+    assert logged.data.tags["wml_ray.run_id"] == config.run_id
     assert logged.data.params == {key: str(value) for key, value in config.flatten().items()}
     for metric in ("val/accuracy/peer3", "val/accuracy/ensemble_average", "weights/peer0", "train/loss"):
         assert steps(logged, metric) == [1, 2, 3]
@@ -169,7 +171,7 @@ def test_two_commands_cannot_train_one_run_at_once(workplace):
     config = tiny_config("optim.epochs=1")
 
     def train_again(event):
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             train(config, ignore)
 
     train(config, train_again)
@@ -183,15 +185,15 @@ def test_system_metrics_are_logged_if_the_config_sets_them(workplace, monkeypatc
     assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may use another store
 
 
-def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(workplace):
+def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(empty_workplace):
     with pytest.raises(UserError, match=r"scale\.workers = 2 is too many for batches of 3 images"):
         train(tiny_config("data.batch_size=3", "scale.workers=2", "scale.cpus_per_worker=1"), ignore)
     assert not os.listdir()
 
 
-def test_plan_writes_nothing_and_names_the_run(workplace, capsys):
+def test_plan_writes_nothing_and_names_the_run(empty_workplace, capsys):
     config = tiny_config()
-    (workplace / "config.yaml").write_text(config.to_yaml())
+    (empty_workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["plan", "config.yaml"]) == 0
     assert config.run_id in capsys.readouterr().out
     assert os.listdir() == ["config.yaml"]

@@ -336,13 +336,13 @@ def test_a_start_point_outside_the_space_is_refused(workplace, text, says):
 
 def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
     def again(sweep):
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             tune(small_space(), search_config(study="two", trials=1))
 
     tune(small_space(), search_config(study="two", trials=1), again)
 
 
-def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
+def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
     with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
         load_study("nothing")
 

@@ -53,7 +53,8 @@ def job_from_options(options: argparse.Namespace) -> Job:
     config = load_config(options.config, options.overrides)
     if options.verb == "train":
         return Job("train", config, dry_run=options.dry_run)
-    from wml_ray.search.space import check_stop_metric, load_space, load_start_points
+    from wml_ray.cluster.space import load_space
+    from wml_ray.search.space import check_stop_metric, load_start_points
 
     space = load_space(options.space, config)
     search = search_settings(options, config)

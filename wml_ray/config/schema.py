@@ -149,6 +149,9 @@ class RunConfig(Section):
         "last", description="checkpoint the test accuracy is taken from: the last, or the best by validation"
     )
     system_metrics: bool = Field(False, description="log CPU, memory and GPU load to MLflow")
+    study: str | None = Field(
+        None, description="study and trial that this config comes from, such as wml-smoke/7; set by `wml-ray tune`"
+    )
 
 
 class Config(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,28 +33,68 @@ ENSEMBLE_LINES: dict[str, dict[str, Any]] = {
 }
 
 
+PEER_HEADINGS = (
+    *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
+    *("val\n%", "test\n%", "\nweight"),
+)
+
+
 def peer_table(result: dict[str, Any]) -> Table:
-    """The table a finished training ends with; `result` is what `session.summary` makes."""
-    table = new_table(
-        *("peer", "channels\nremoved", "params\nremoved", "MACs\nremoved", "\nparams", "\nMACs", "latency\nms"),
-        *("val\n%", "test\n%", "\nweight"),
+    """The table printed at the end of a training; `result` is the content of result.json."""
+    table = new_table(*PEER_HEADINGS)
+    for row in _peer_rows(result):
+        table.add_row(*row)
+    table.add_section()
+    for row in _ensemble_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def peer_markdown(result: dict[str, Any]) -> str:
+    """`peer_table` as Markdown, with the number of images and the epoch below."""
+    headings = [heading.replace("\n", " ").strip() for heading in PEER_HEADINGS]
+    rows = [headings, ["---:"] * len(headings), *_peer_rows(result), *_ensemble_rows(result)]
+    images, shares = result["images"], [peer["test_accuracy"] for peer in result["peers"]]
+    low, high = (100 * bound for bound in wilson_interval(sum(shares) / len(shares), images["test"]))
+    return "\n".join(
+        [
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            f"Accuracy of epoch {result['test_epoch']} on {images['validation']} validation and {images['test']} test "
+            f"images. The 95 % interval of a test accuracy is {high - low:.1f} percentage points wide.",
+        ]
     )
-    for peer in result["peers"]:
-        table.add_row(
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a share of `count` images (Wilson's score interval)."""
+    z = 1.96
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
+def _peer_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
             str(peer["peer"]),
-            *(_drop(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
+            *(_removed(peer[f"{unit}_drop"]) for unit in ("channels", "params", "macs")),
             short_count(peer["params"]),
             short_count(peer["macs"]),
             f"{peer['latency_ms']:.2f}",
             percent(peer["validation_accuracy"]),
             percent(peer["test_accuracy"]),
             f"{peer['weight']:.4f}",
-        )
-    table.add_section()
-    for kind, ensemble in result["ensembles"].items():
-        accuracies = (percent(ensemble["validation_accuracy"]), percent(ensemble["test_accuracy"]))
-        table.add_row(kind, *[""] * 6, *accuracies, "")
-    return table
+        ]
+        for peer in result["peers"]
+    ]
+
+
+def _ensemble_rows(result: dict[str, Any]) -> list[list[str]]:
+    return [
+        [kind, *[""] * 6, percent(ensemble["validation_accuracy"]), percent(ensemble["test_accuracy"]), ""]
+        for kind, ensemble in result["ensembles"].items()
+    ]
 
 
 def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
@@ -63,7 +104,7 @@ def plan_table(peers: Sequence[dict[str, Any]]) -> Table:
     for index, peer in enumerate(peers):
         units = ("channels", "params", "macs")
         table.add_row(
-            str(index), *(_drop(peer[f"{unit}_drop"]) for unit in units), *(short_count(peer[u]) for u in units)
+            str(index), *(_removed(peer[f"{unit}_drop"]) for unit in units), *(short_count(peer[u]) for u in units)
         )
     return table
 
@@ -157,5 +198,5 @@ def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _drop(share: float) -> str:
+def _removed(share: float) -> str:
     return f"{share * 100:.1f}%"

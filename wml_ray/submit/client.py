@@ -15,7 +15,7 @@ from ray.dashboard.utils import ray_address_to_api_server_url
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 URL_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -67,7 +67,7 @@ def _check_reachable(url: str, shown: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> UserError:
     return UserError(
-        f"no Ray cluster at {address} ({_first_line(error)}); start one with `ray start --head`, or give "
+        f"no Ray cluster at {address} ({one_line(error)}); start one with `ray start --head`, or give "
         "--address http://HOST:8265 of its dashboard (through an SSH tunnel or kubectl port-forward, if need be)"
     )
 
@@ -108,10 +108,6 @@ def _token() -> tuple[str, str]:
         return path.read_text().strip(), str(path)
     except OSError:
         return "", str(path)
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def last_line(error: object) -> str:

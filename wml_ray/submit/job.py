@@ -63,8 +63,8 @@ class Job:
         raw = json.loads(text)
         raw["config"] = parse_config(raw["config"])
         if raw["verb"] == "tune":
+            from wml_ray.cluster.space import load_space
             from wml_ray.search.settings import search_config
-            from wml_ray.search.space import load_space
 
             raw["search"] = search_config(**raw["search"], storage=os.environ.get("OPTUNA_STORAGE") or None)
             with tempfile.TemporaryDirectory() as folder:

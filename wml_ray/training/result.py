@@ -42,6 +42,7 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
         for kind in ("average", "weighted")
     }
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
     latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
     result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}

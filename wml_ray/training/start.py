@@ -6,9 +6,9 @@ from contextlib import closing
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints
+from wml_ray.checkpoints.checkpoint import Checkpoint
 from wml_ray.checkpoints.load import build_tree
-from wml_ray.checkpoints.remote import open_checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
@@ -74,15 +74,15 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
 
 
 def epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
-    return open_checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
+    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
 
 
 def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     """Of the middle of an epoch, written when the machine was about to go."""
-    return open_checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
 
 
 def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether one of the middle of the next epoch goes on from there."""
     newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest()
-    return newest.epoch, further is not None and further.plan["history"] == newest.plan["history"]
+    return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]

@@ -8,15 +8,16 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint, best_epoch
 from wml_ray.checkpoints.load import build_tree
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import (
     EpochEnd,
     LogMetrics,
@@ -73,10 +74,10 @@ def _run_worker(
     start = (partial if mid_epoch else checkpoints).load(epoch)
     dataset = load_dataset(config, device)
     tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
+    apply_channel_widths(tree, start.metadata["channels"])
     trainer = Trainer(config, tree, dataset, device, worker)
     trainer.load_state(start.model, start.state)
-    plan = dict(start.plan)
+    plan = dict(start.metadata)
     log_on_rank_0 = log if worker.rank == 0 else ignore_metrics
     log_history(plan, log_on_rank_0)
 
@@ -89,14 +90,14 @@ def _run_worker(
                 worker.rank == 0
             ):  # the checkpoint first: what is logged is then never trained again under another number
                 checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-                retry_for(lambda: checkpoints.save(checkpoint), checkpoints.folder)
+                retry_storage(lambda: checkpoints.save(checkpoint), checkpoints.folder)
             log_on_rank_0(event.epoch, metrics, timestamp_ms)
         report(event)
 
     def save(event: MidEpochState) -> None:
         if worker.rank == 0:
             checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-            retry_for(lambda: partial.save(checkpoint), partial.folder)
+            retry_storage(lambda: partial.save(checkpoint), partial.folder)
 
     trainer.fit(on_event, preempted, save)
     checkpoints.wait_for_uploads()

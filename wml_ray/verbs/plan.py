@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
 from wml_ray.checkpoints.load import build_tree
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
@@ -48,13 +48,13 @@ def plan(config: Config) -> RunPlan:
     dataset, images = _data_or_noise(config)
     start = initial_checkpoint(config, dataset)
     tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
+    apply_channel_widths(tree, start.metadata["channels"])
     tree.load_state_dict(start.model)
     fewest, most = worker_range(config)
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)
-    return RunPlan(start.plan["peers"], count_params(tree), memory, _state(config), images)
+    return RunPlan(start.metadata["peers"], count_params(tree), memory, _state(config), images)
 
 
 def _state(config: Config) -> str:

@@ -112,7 +112,7 @@ def end_line(study: Study, trial: Trial) -> str:
 
 def summary(study: Study) -> str:
     """Finished and running trials, the best objective and the ETA of a study, in one line."""
-    counts, best, eta_s = study.counts(), study.best(), study.left_s()
+    counts, best, eta_s = study.counts(), study.best(), study.eta_s()
     done, running = counts.total() - counts["RUNNING"], len(study.running())
     states = {"complete": counts["COMPLETE"], "stopped early": counts["STOPPED"], "failed": counts["FAILED"]}
     words = ", ".join(f"{count} {state}" for state, count in states.items() if count)

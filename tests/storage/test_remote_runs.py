@@ -145,7 +145,7 @@ def test_a_local_disk_that_fails_for_a_while_costs_nothing(workplace, monkeypatc
         save_file(tensors, path)
 
     monkeypatch.setattr("wml_ray.checkpoint.save_file", failing)
-    with pytest.warns(UserWarning, match="the storage fails .Input/output error.; trying again"):
+    with pytest.warns(UserWarning, match="the storage fails .Input/output error.; retrying"):
         outcome = train(tiny_config(), ignore)
     assert not left
     assert sorted(path.name for path in (outcome.folder / "checkpoints").iterdir())[-2:] == ["epoch-0002", "epoch-0003"]
@@ -316,10 +316,10 @@ def test_a_remote_run_that_begins_anew_leaves_no_later_checkpoints(uploaded):
 
 
 def test_checkpoints_of_a_stopped_trial_leave_the_storage(uploaded):
-    ledger = TrialStore(uploaded.folder.parent)
-    trial = open_checkpoints(ledger.trial_folder(3) / "a-run" / "checkpoints", 2)
+    store = TrialStore(uploaded.folder.parent)
+    trial = open_checkpoints(store.trial_folder(3) / "a-run" / "checkpoints", 2)
     save(trial, 1)
-    ledger.drop_checkpoints(3)
+    store.delete_checkpoints(3)
     assert trial.epochs() == []
     assert uploaded.epochs() == [2, 3]
 
