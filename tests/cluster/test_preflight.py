@@ -26,13 +26,13 @@ def dry_run(environment, *words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process other mounts")
-def test_a_node_with_other_files_and_packages_fails_the_checks(workplace):
-    images, results, packages = (workplace / name for name in ("images", "results", "packages"))
+def test_a_node_with_other_files_and_packages_fails_the_checks(empty_workplace):
+    images, results, packages = (empty_workplace / name for name in ("images", "results", "packages"))
     for folder in (images / "train" / "cat", images / "val" / "cat", results, packages / "mlflow-0.1.dist-info"):
         folder.mkdir(parents=True)
     metadata = "Metadata-Version: 2.1\nName: mlflow\nVersion: 0.1\n"
     (packages / "mlflow-0.1.dist-info" / "METADATA").write_text(metadata)
-    write_study(workplace, tiny_config("scale.cpus_per_worker=1", "scale.workers=3"))
+    write_study(empty_workplace, tiny_config("scale.cpus_per_worker=1", "scale.workers=3"))
     with nodes(head_cpus=1) as cluster:
         cluster.add(cpus=2, hidden=[results, images], PYTHONPATH=f"{packages}:{ENVIRONMENT['PYTHONPATH']}")
         environment = cluster.environment()
@@ -50,15 +50,15 @@ def test_a_node_with_other_files_and_packages_fails_the_checks(workplace):
     assert not os.listdir("results")
 
 
-def test_checks_of_one_machine_leave_no_file(workplace):
+def test_checks_of_one_machine_leave_no_file(empty_workplace):
     config = tiny_config("run.storage_path=deep/results", "data.name=cifar10")
     results = {result.subject: result for result in run_checks(config)}
     assert [subject for subject, result in results.items() if not result.passed] == ["data"]
     assert not os.listdir()
 
 
-def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(workplace):
-    (workplace / "c.yaml").write_text("data: {name: digits}")
+def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(empty_workplace):
+    (empty_workplace / "c.yaml").write_text("data: {name: digits}")
     program = (
         "import sys; from wml_ray.cli.main import main\n"
         "assert main(['train', 'c.yaml', '--dry-run']) == 0\n"

@@ -160,7 +160,7 @@ def test_an_elastic_run_uses_the_workers_that_fit_the_cluster(workplace):
 
 
 @pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
-def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(workplace, ask):
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, ask):
     with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such slots, and no autoscaler"):
         train(tiny_config("scale.workers=2", ask), ignore)
     assert not os.listdir()

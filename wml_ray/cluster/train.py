@@ -179,9 +179,9 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     callbacks = _Callbacks(config, settings)
     worker = callbacks.worker
     notice = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
+    context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
     undelivered, delivery_s = 0, INTERRUPTED_DELIVERY_S
     try:
-        context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
         run_worker(config, context)
         delivery_s = DELIVERY_S
     except (LeaseLost, StorageUnavailable):

@@ -185,6 +185,9 @@ class RunConfig(Section):
         "last", description="epoch whose checkpoint is tested: the last, or the best by validation"
     )
     system_metrics: bool = Field(False, description="log the load of CPU, memory and GPU to MLflow")
+    study: str | None = Field(
+        None, description="study and trial that this config comes from, such as wml-smoke/7; set by `wml-ray tune`"
+    )
 
 
 class Config(Section):

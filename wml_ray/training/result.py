@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from wml_ray.config.schema import Config
+from wml_ray.storage.files import read_json
 from wml_ray.training.evaluation import latency_ms, prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
+
+
+def stored_result(config: Config) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    return read_json(config.run_folder / RESULT)
 
 
 def log_result(result: dict[str, Any], log: LogMetrics) -> None:
@@ -39,6 +45,7 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     names = prediction_names(config.method.name, config.num_peers)
     predictions = {name: _accuracies(name, validation, test) for name in names}
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {
         "predictions": predictions,
         "selects": plan["selects"],

@@ -1,4 +1,4 @@
-"""The verb `plan` as a function: what a run would be."""
+"""The verb `plan` as a function: a run described without training it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would be."""
+    """The description of a run."""
 
-    peers: list[dict[str, Any]]
+    peers: list[dict[str, Any]]  # channels, params and MACs of each peer, and the shares removed
     tree_params: int
     memory_bytes: int  # estimated peak of one worker's training step
     state: str
@@ -33,10 +32,12 @@ class RunPlan:
 
 
 def plan(config: Config) -> RunPlan:
-    """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+    """Build and prune the tree, and measure it; trains nothing and writes nothing.
+
+    Where the dataset is missing, the saliency is computed on noise.
 
     Raises:
-        UserError: as `train`, but for the data: where it is missing, noise stands in for it.
+        UserError: a mistake in the config or the storage.
     """
     check_storage(config.run_folder)
     dataset, images = _data_or_noise(config)
@@ -57,11 +58,11 @@ def _state(config: Config) -> str:
 
 
 def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+    """The dataset and its name, or random images of the same shape and a note."""
     name = config.data.name
     try:
-        return load_dataset(
-            config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
-        ), name
+        no_download = config.data.model_copy(update={"download": False})
+        return load_dataset(config.model_copy(update={"data": no_download})), name
     except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size, config.pruning.saliency_images)
@@ -71,4 +72,4 @@ def _data_or_noise(config: Config) -> tuple[Dataset, str]:
         every = torch.arange(images)
         splits = {"train": every, "outer": every, "validation": every, "test": every}
         dataset = InMemoryDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
-        return dataset, f"noise, as '{config.data.root}' holds no {name}; widths may differ a little"
+        return dataset, f"noise, because '{config.data.root}' has no {name}; channel widths may differ slightly"
