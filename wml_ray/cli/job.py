@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,11 +96,9 @@ def _tune(job: Job) -> int:
         return show_checks(dry_run(job.space, job.search))
     keys, epochs = len(job.space.searched), job.config.optim.epochs
     print_line(f"study {job.search.study}: {job.search.trials} trials of {epochs} epochs, {keys} keys searched")
-    from wml_ray.verbs.progress import StudyProgress
     from wml_ray.verbs.tune import tune
 
-    with nullcontext() if job.verbose else StudyProgress() as progress:
-        result = tune(job.space, job.search, progress, job.start, job.warm_start, job.verbose)
+    result = tune(job.space, job.search, None, job.start, job.warm_start, job.verbose)
     if result.study is None:
         warn_undelivered(result.folder)
         return FAILED
