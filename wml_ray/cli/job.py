@@ -51,7 +51,7 @@ def job_from_options(options: argparse.Namespace) -> Job:
 
     config = load_config(options.config, options.overrides)
     if options.verb == "train":
-        return Job("train", config, dry_run=options.dry_run)
+        return Job("train", config, check_data=options.check_data, dry_run=options.dry_run)
     from wml_ray.cluster.space import load_space
     from wml_ray.search.space import check_stop_metric, load_start_points
 
@@ -59,7 +59,8 @@ def job_from_options(options: argparse.Namespace) -> Job:
     search = search_settings(options, config)
     check_stop_metric(search, space)
     start = load_start_points(Path(options.start), space) if options.start else []
-    return Job("tune", config, space, search, start, options.warm_start, options.dry_run, options.verbose)
+    flags = {"dry_run": options.dry_run, "verbose": options.verbose}
+    return Job("tune", config, space, search, start, options.warm_start, **flags)
 
 
 def run_job(job: Job) -> int:
@@ -73,6 +74,10 @@ def run_job(job: Job) -> int:
 
 
 def _train(job: Job) -> int:
+    if job.check_data:
+        from wml_ray.data.check import undecodable_images
+
+        undecodable_images(job.config.data, decode_all=True, show_progress=True)
     if job.dry_run:
         from wml_ray.cluster.preflight import run_checks
 

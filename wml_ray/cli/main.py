@@ -23,7 +23,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     from wml_ray.verbs.plan import plan
 
-    show_plan(config, plan(config))
+    show_plan(config, plan(config, options.check_data))
     return OK
 
 

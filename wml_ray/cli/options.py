@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "show the peers, params, MACs, memory, resources and id of a run; trains nothing"
-    _add_config(verbs.add_parser("plan", help=text, description=text), "plan")
+    plan = verbs.add_parser("plan", help=text, description=text)
+    _add_config(plan, "plan")
+    _add_check_data(plan)
     _add_train(verbs)
     _add_tune(verbs)
     text = "tables and pictures of a study, or of the finished runs of an MLflow experiment"
@@ -73,8 +75,14 @@ def _add_train(verbs: Any) -> argparse.ArgumentParser:
     text = "train, or resume the same run if it was interrupted"
     train: argparse.ArgumentParser = verbs.add_parser("train", help=text, description=text)
     _add_config(train, "train")
+    _add_check_data(train)
     _add_dry_run(train)
     return train
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    text = "decode every image of data.name=imagefolder first, and list all that cannot be decoded"
+    parser.add_argument("--check-data", action="store_true", help=text)
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:

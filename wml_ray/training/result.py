@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from wml_ray.config.schema import Config
-from wml_ray.training.evaluation import latency_ms
 from wml_ray.training.events import LogMetrics, now_ms
+from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
@@ -23,11 +23,13 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     """The finished run as JSON: each peer's size, latency, accuracy and weight; the ensembles; the history."""
     validation = plan["history"][trainer.epoch - 1]["metrics"]
     weights = trainer.weights_M.tolist()
+    latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
             **plan["peers"][index],
-            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
+            "latency_ms": latencies[index].median_ms,
+            "latency_spread_ms": latencies[index].spread_ms,
             "validation_accuracy": validation[f"val/accuracy/peer{index}"],
             "test_accuracy": test[f"test/accuracy/peer{index}"],
             "weight": weights[index],
@@ -44,8 +46,9 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
     result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
-    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"final": test | metrics, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
+    result |= {"skipped_images": plan["skipped_images"], "latency_threads": LATENCY_THREADS}
     return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
 
 

@@ -18,6 +18,7 @@ from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed
 from wml_ray.pruning.prune import prune
 from wml_ray.storage.lease import Lease
 from wml_ray.training.events import now_ms
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares, initial_state
 
 
@@ -52,7 +53,8 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
     batches = dataset.saliency_batches(config.pruning.saliency_images)
-    with torch.random.fork_rng(devices=[]):
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
         torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
         channels = prune(tree, config.pruning, dataset.spec, batches)
     plan = {
@@ -61,6 +63,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "config": config.model_dump(mode="json"),
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
+        "skipped_images": list(dataset.skipped),
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": removed_shares(full, peer_costs(tree, dataset.spec)),

@@ -72,7 +72,7 @@ def _run_worker(
 ) -> dict[str, Any] | None:
     epoch, mid_epoch = broadcast_from_rank_0(worker, lambda: starting_point(config, checkpoints.lease, partial))
     start = (partial if mid_epoch else checkpoints).load(epoch)
-    dataset = load_dataset(config, device)
+    dataset = load_dataset(config, device, start.metadata["skipped_images"])
     tree = build_tree(config, dataset.spec)
     apply_channel_widths(tree, start.metadata["channels"])
     trainer = Trainer(config, tree, dataset, device, worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from wml_ray.checkpoints.load import build_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
+from wml_ray.data.check import undecodable_images
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
@@ -36,16 +38,18 @@ class RunPlan:
     images: str
 
 
-def plan(config: Config) -> RunPlan:
+def plan(config: Config, check_data: bool = False) -> RunPlan:
     """Build and prune the tree, and measure it; trains nothing and writes nothing.
 
     Where the dataset is missing, the saliency is computed on noise.
+    The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
 
     Raises:
-        UserError: a mistake in the config or the storage.
+        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage.
     """
     check_storage(config.run_folder)
-    dataset, images = _data_or_noise(config)
+    skipped = undecodable_images(config.data, check_data, show_progress=check_data)
+    dataset, images = _data_or_noise(config, skipped)
     start = initial_checkpoint(config, dataset)
     tree = build_tree(config, dataset.spec)
     apply_channel_widths(tree, start.metadata["channels"])
@@ -64,12 +68,15 @@ def _state(config: Config) -> str:
     return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"
 
 
-def _data_or_noise(config: Config) -> tuple[Dataset, str]:
-    """The dataset and its name, or random images of the same shape and a note."""
+def _data_or_noise(config: Config, skipped: Collection[str]) -> tuple[Dataset, str]:
+    """The dataset without the images of `skipped`, or random images of the same shape; and a description."""
     name = config.data.name
+    present = config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
     try:
-        no_download = config.data.model_copy(update={"download": False})
-        return load_dataset(config.model_copy(update={"data": no_download})), name
+        dataset = load_dataset(present, skipped=skipped)
+        used = f", {len(dataset.splits['train']):,} training images" if config.data.train_images else ""
+        left_out = f", {len(skipped):,} left out that cannot be decoded" if skipped else ""
+        return dataset, name + used + left_out
     except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size, config.pruning.saliency_images)

@@ -23,7 +23,10 @@ PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
 
 def run_line(config: Config) -> str:
     """The first line of a run."""
-    return f"run {config.run_id}: {config.num_peers} peers of {config.model.backbone} on {config.data.name}"
+    from wml_ray.training.threads import describe_threads
+
+    peers = f"{config.num_peers} peers of {config.model.backbone}"
+    return f"run {config.run_id}: {peers} on {config.data.name}, {describe_threads(config)}"
 
 
 class TrainingProgress:
