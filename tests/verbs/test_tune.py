@@ -299,9 +299,9 @@ def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampl
     )
     complete = result.study.trials[result.study.trials["state"] == "COMPLETE"]
     assert complete[list(objectives)].notna().all(axis=None)
+    capsys.readouterr()  # the progress of the study
     assert main(["report", "many", "--csv"]) == 0
-    lines = capsys.readouterr().out
-    (workplace / "out.csv").write_text(lines)
+    (workplace / "out.csv").write_text(capsys.readouterr().out)
     table = pd.read_csv("out.csv")
     assert list(table["trial"]) == [0, 1, 2]
     assert table["wml.alpha"].tolist() == pytest.approx(result.study.trials["wml.alpha"].tolist())
