@@ -6,7 +6,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -75,8 +74,34 @@ def tune(
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
-    with nullcontext(on_change) if on_change or verbose else StudyProgress() as notify:
-        return _tune(space, search, notify, start, warm_start, verbose)
+    if on_change is None and not verbose:
+        with StudyProgress() as progress:
+            return tune(space, search, progress, start, warm_start)
+    folder = to_path(space.base.run.storage_path) / search.study
+    check_stop_metric(search, space)
+    check_storage(folder)
+    check_reachable(tracking_uri())
+    with exclusive_access(folder) as lease:
+        stored = read_json(folder / STUDY_FILE) or {}
+        _check_same_study(folder, stored, space)
+        storage = open_storage(search.storage, search.study, stored.get("token"))
+        earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
+        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
+        if study.remaining:
+            join_cluster(verbose)
+            require_checks(space.base, searching=True)
+            check_ratios(space)
+        if not stored:
+            write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
+        trains_now = study.remaining > 0
+        publisher = Publisher(study, _open_run(study))
+        try:
+            if trains_now:
+                run_trials(study, storage, start, earlier, verbose)
+        except BaseException as error:
+            _close_interrupted(study, publisher, error)
+            raise
+        return _conclude(study, publisher, trains_now)
 
 
 def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
@@ -117,41 +142,6 @@ def check_ratios(space: Space) -> None:
         dataset = load_dataset(space.base)
         for network, values in product(product(*networks), ratios):
             initial_checkpoint(with_values(space.base, {**dict(network), **values}), dataset)
-
-
-def _tune(
-    space: Space,
-    search: SearchConfig,
-    on_change: Callable[[Study], None] | None,
-    start: Sequence[Mapping[str, Any]],
-    warm_start: Sequence[str],
-    verbose: bool,
-) -> StudyResult:
-    folder = to_path(space.base.run.storage_path) / search.study
-    check_stop_metric(search, space)
-    check_storage(folder)
-    check_reachable(tracking_uri())
-    with exclusive_access(folder) as lease:
-        stored = read_json(folder / STUDY_FILE) or {}
-        _check_same_study(folder, stored, space)
-        storage = open_storage(search.storage, search.study, stored.get("token"))
-        earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
-        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
-        if study.remaining:
-            join_cluster(verbose)
-            require_checks(space.base, searching=True)
-            check_ratios(space)
-        if not stored:
-            write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
-        trains_now = study.remaining > 0
-        publisher = Publisher(study, _open_run(study))
-        try:
-            if trains_now:
-                run_trials(study, storage, start, earlier, verbose)
-        except BaseException as error:
-            _close_interrupted(study, publisher, error)
-            raise
-        return _conclude(study, publisher, trains_now)
 
 
 def _close_interrupted(study: Study, publisher: Publisher, error: BaseException) -> None:
