@@ -18,18 +18,17 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from wml_ray.cluster.connect import WorkerEnvironment
+from wml_ray.cluster.space import load_space, make_space
 from wml_ray.cluster.trial import train_trial
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import load_config
 from wml_ray.config.schema import Config
-from wml_ray.distributed import WorkerRank
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig, search_config
-from wml_ray.search.space import Space, load_space, make_space
+from wml_ray.search.space import Space
 from wml_ray.search.study import Study
 from wml_ray.tracking.runs import open_run
-from wml_ray.training.events import ignore_metrics
-from wml_ray.training.worker import run_worker
+from wml_ray.training.worker import WorkerContext, run_worker
 from wml_ray.verbs.tune import tune
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +71,7 @@ def warm_start(trials: int = 8) -> dict[str, float]:
 def _train_and_note_first_step(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
     from wml_ray.training.trainer import Trainer
 
-    plain = getattr(Trainer, "plain_step", Trainer._train_step)
+    plain = getattr(Trainer, "plain_step", Trainer.train_step)
     Trainer.plain_step = plain  # type: ignore[attr-defined]
     place = Path(json.loads(settings["config"])["run"]["storage_path"]) / f"{settings['trial']}.first"
 
@@ -81,7 +80,7 @@ def _train_and_note_first_step(settings: dict[str, Any], worker_environment: Wor
             place.write_text(str(time.time() * 1000))
         return plain(self, *arguments)
 
-    Trainer._train_step = noted  # type: ignore[method-assign]
+    Trainer.train_step = noted  # type: ignore[method-assign]
     train_trial(settings, worker_environment)
 
 
@@ -103,7 +102,7 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
         for trial in sweep.trials.values():
             config = sweep.config(trial)
             config = config.model_copy(update={"run": config.run.model_copy(update={"storage_path": name})})
-            run_worker(config, WorkerRank(), torch.device("cpu"), lambda event: None, ignore_metrics)
+            run_worker(config, WorkerContext())
     return {"Ray Tune": tuned_s, "bare loop": time.perf_counter() - start_s}
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ray.tune import loguniform, uniform
 
+from wml_ray.cluster.space import make_space
 from wml_ray.config.load import load_config, with_values
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import make_space
 from wml_ray.verbs.progress import StudyProgress
 from wml_ray.verbs.tune import StudyResult, tune
 

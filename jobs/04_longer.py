@@ -6,9 +6,9 @@ python jobs/04_longer.py [key=value ...]
 import sys
 from pathlib import Path
 
+from wml_ray.cluster.space import load_space
 from wml_ray.config.load import load_config
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
 from wml_ray.verbs.progress import StudyProgress
 from wml_ray.verbs.tune import StudyResult, tune
 

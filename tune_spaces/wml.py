@@ -1,7 +1,8 @@
 """The paper's knobs: pruning ratios, alpha and the mirror-descent step eta. Take the # away to search more."""
 
 from ray import tune
-from wml_ray.space import increasing
+
+from wml_ray import increasing
 
 OBJECTIVES = {"val/accuracy/ensemble_weighted": "max"}
 

@@ -60,8 +60,11 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["pruning.ratios.3=1.0"], ["pruning.ratios.3 = 1.0", "less than 1"]),
         (["pruning.ratios=[0, 0.2, 0.4, -0.1]"], ["pruning.ratios.3 = -0.1", "greater than or equal to 0"]),
         (["pruning.ratios.4=0.1"], ["pruning.ratios.4", "0 to 3"]),
-        (["pruning.ratios=[0.0, 0.5]"], ["pruning.ratios has 2 entries", "4 peers", "one ratio a peer"]),
-        (["model.sharing=[1, 2, 3]", "pruning.ratios=[0, 0, 0]"], ["sharing [1, 2, 3]", "(3)", "multiple", "(2)"]),
+        (["pruning.ratios=[0.0, 0.5]"], ["pruning.ratios has 2 entries", "4 peers", "one ratio per peer"]),
+        (
+            ["model.sharing=[1, 2, 3]", "pruning.ratios=[0, 0, 0]"],
+            ["model.sharing = [1, 2, 3]", "(3)", "multiple", "(2)"],
+        ),
         (["model.sharing=[1, 1, 0, 4, 4]"], ["model.sharing.2 = 0", "greater than or equal to 1"]),
         (["model.sharing=[1, 2, 4]"], ["model.sharing = [1, 2, 4]", "3 entries", "stem, layer1, layer2, layer3, head"]),
         (["model.backbone=resnet21"], ["model.backbone = 'resnet21'", *BACKBONES, "package.module:function"]),

@@ -14,6 +14,7 @@ from runs import assert_bit_equal, client, ignore, only_run, start_training, ste
 
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
+from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
@@ -26,7 +27,8 @@ def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
     outcome = train(config, ignore)
     run = only_run()
     assert run.info.status == "FINISHED"
-    assert run.info.run_name == config.run_id
+    assert run.info.run_name == run_title(config)
+    assert run.data.tags["wml_ray.run_id"] == config.run_id
     assert run.data.params == {key: str(value) for key, value in config.flatten().items()}
     for metric in ("val/accuracy/peer3", "val/accuracy/ensemble_average", "weights/peer0", "train/loss"):
         assert steps(run, metric) == [1, 2, 3]
@@ -38,6 +40,14 @@ def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
     assert files == {"config.yaml", "peers.csv", "pictures"}
     pictures = {file.path for file in client().list_artifacts(run.info.run_id, "pictures")}
     assert pictures == {"pictures/accuracy.png", "pictures/weights.png", "pictures/accuracy_macs.png"}
+    assert client().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    images = {entry.tags[0].value: entry.dataset.profile for entry in run.inputs.dataset_inputs}
+    assert images == {
+        name: f'{{"num_rows": {n}}}' for name, n in (("training", 1294), ("validation", 144), ("test", 359))
+    }
+    note = run.data.tags["mlflow.note.content"]
+    assert f"| {outcome.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
+    assert run.data.tags["mlflow.source.type"] == "LOCAL"
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(workplace, capsys):
@@ -147,7 +157,7 @@ def test_the_best_epoch_is_tested_where_asked_for(workplace):
     outcome = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
     scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in outcome.result["history"]]
     assert scores[outcome.result["test_epoch"] - 1] == max(scores)
-    validation = outcome.result["ensembles"]["weighted"]["validation_accuracy"]
+    validation = outcome.result["predictions"]["ensemble_weighted"]["validation_accuracy"]
     assert validation == max(scores)
 
 
@@ -183,15 +193,15 @@ def test_system_metrics_are_logged_where_asked_for(workplace, monkeypatch):
     assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may be another store's
 
 
-def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(workplace):
+def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(empty_workplace):
     with pytest.raises(UserError, match=r"scale\.workers = 2 is too many for batches of 3 images"):
         train(tiny_config("data.batch_size=3", "scale.workers=2", "scale.cpus_per_worker=1"), ignore)
     assert not os.listdir()
 
 
-def test_plan_writes_nothing_and_names_the_run(workplace, capsys):
+def test_plan_writes_nothing_and_names_the_run(empty_workplace, capsys):
     config = tiny_config()
-    (workplace / "config.yaml").write_text(config.to_yaml())
+    (empty_workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["plan", "config.yaml"]) == 0
     assert config.run_id in capsys.readouterr().out
     assert os.listdir() == ["config.yaml"]

@@ -342,8 +342,8 @@ def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
     tune(small_space(), search_config(study="two", trials=1), again)
 
 
-def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
-    with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
+def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
+    with pytest.raises(UserError, match=r"mlflow\.db does not exist"):
         load_study("nothing")
 
 

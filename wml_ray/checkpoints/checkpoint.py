@@ -25,7 +25,7 @@ from wml_ray.storage.files import local_files
 from wml_ray.storage.local import NotRegularFile, check_regular, flush
 from wml_ray.storage.retry import StorageUnavailable, retry_storage, storage_unavailable
 
-SELECTION_METRIC = "val/accuracy/ensemble_weighted"
+SELECTION_METRIC = "val/accuracy/method"  # the prediction that the method selects by
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
 FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # in the order of upload: the digests last
 UNREADABLE = (  # errors of reading damaged files; any other is one of the file system

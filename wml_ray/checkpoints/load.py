@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -77,10 +77,12 @@ def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
     return tree
 
 
-def check_checkpoint(checkpoint: Checkpoint, config: Config, initial_state: Mapping[str, Tensor]) -> None:
+def check_checkpoint(
+    checkpoint: Checkpoint, config: Config, initial_state: Callable[[PeerTree, ImageSpec], Mapping[str, Tensor]]
+) -> None:
     """Check that the run of `config` can be resumed from a checkpoint.
 
-    `initial_state` has those tensors that the trainer's state always has, in their shapes.
+    `initial_state` gives those tensors that the trainer's state of a tree always has, in their shapes.
 
     Raises:
         DamagedCheckpoint: it is of another run, or its tensors do not fit the network or the trainer.
@@ -89,9 +91,12 @@ def check_checkpoint(checkpoint: Checkpoint, config: Config, initial_state: Mapp
     run_ids = {str(checkpoint.metadata.get("run_id")), _described(checkpoint, name)[0].run_id}
     if run_ids != {config.run_id}:
         raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
-    parameters = dict(rebuild_tree(checkpoint, name).named_parameters())
+    tree = rebuild_tree(checkpoint, name)
+    initial = initial_state(tree, _described(checkpoint, name)[1])
+    own = {key.removeprefix("method/"): tensor for key, tensor in initial.items() if key.startswith("method/")}
+    parameters = {**own, **dict(tree.named_parameters())}
     shapes = {key: tensor.shape for key, tensor in checkpoint.state.items()}
-    misfits = [key for key, tensor in initial_state.items() if shapes.get(key) != tensor.shape]
+    misfits = [key for key, tensor in initial.items() if shapes.get(key) != tensor.shape]
     for key, shape in shapes.items():
         kind, _, rest = key.partition("/")
         parameter = parameters.get(rest.partition("/")[2])

@@ -94,8 +94,8 @@ def _train(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from wml_ray.cluster.space import load_space
     from wml_ray.config.load import load_config
-    from wml_ray.search.space import load_space
 
     base = load_config(options.config, options.overrides)
     space = load_space(options.space, base)

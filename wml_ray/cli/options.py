@@ -78,7 +78,7 @@ def _add_tune(verbs: Any) -> None:
     tune.add_argument("--study", metavar="NAME", help="its name (run.name and the space's, such as wml-smoke)")
     tune.add_argument("--sampler", choices=("tpe", "nsga2", "random"), help="Optuna's sampler (tpe)")
     tune.add_argument("--scheduler", choices=("asha", "median", "none"), help="who stops trials early (asha)")
-    tune.add_argument("--stop-metric", metavar="M", help="metric that decides (val/accuracy/ensemble_weighted)")
+    tune.add_argument("--stop-metric", metavar="M", help="metric that decides (val/accuracy/method)")
     tune.add_argument("--grace-epochs", metavar="N", type=int, help="epochs a trial is given first (root of all)")
     tune.add_argument("--reduction-factor", metavar="N", type=int, help="ASHA keeps one trial in N at a rung (3)")
     tune.add_argument(

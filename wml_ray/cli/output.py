@@ -56,9 +56,9 @@ def show_run(outcome: RunResult) -> None:
 def show_checks(findings: Iterable[CheckResult]) -> int:
     wrong = 0
     for finding in findings:  # as they come: a node may take a while to answer
-        wrong += not finding.fine
-        print_line(f"{finding.subject:<11} {'ok' if finding.fine else 'NO'}  {finding.text}")
-    print_line(f"{wrong} to mend" if wrong else "ready; nothing was started")
+        wrong += not finding.passed
+        print_line(f"{finding.subject:<11} {'ok' if finding.passed else 'NO'}  {finding.text}")
+    print_line(f"{wrong} check{'s' * (wrong > 1)} failed" if wrong else "ready; nothing was started")
     return USER_ERROR if wrong else OK
 
 

@@ -33,7 +33,7 @@ def make_splits(config: Config, num_train: int, test: Tensor, validation: Tensor
     if validation is None:
         validation, order = _take(order, config.data.validation_fraction)
     outer = order
-    if config.wml.outer_data == "holdout":
+    if config.method.name == "wml" and config.wml.outer_data == "holdout":
         outer, order = _take(order, config.wml.holdout_fraction)
     splits: dict[Split, Tensor] = {
         "train": order.sort().values,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.networks.costs import BATCHNORM, CONV, WEIGHTED, example, width
+from wml_ray.networks.modes import in_mode
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 
@@ -33,14 +34,12 @@ def channel_groups(tree: PeerTree, heads: Sequence[str], spec: ImageSpec) -> lis
     """The prunable channel groups of the whole tree; a group through anything but plain layers is left out."""
     import torch_pruning
 
-    was_training = tree.training
     graph = torch_pruning.DependencyGraph()
-    with warnings.catch_warnings():
+    with in_mode(tree, training=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of parameters outside plain layers, which are left whole here
         graph.build_dependency(
             tree, example(tree, spec), forward_fn=lambda model, images: model.logits(images), verbose=False
         )
-    tree.train(was_training)
     names = {module: name for name, module in tree.named_modules()}
     ignored = [tree.get_submodule(head) for head in heads]
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(WEIGHTED))

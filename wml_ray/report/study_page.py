@@ -135,11 +135,16 @@ def _peer_tables(study: StudyRecords) -> str:
         Column("weight", "weight", ""),
     ]
     tables = (
-        f"<div><h3>Trial {number}</h3>{_html_table(columns, pd.DataFrame(peers))}</div>"
+        f"<div><h3>Trial {number}</h3>{_html_table(_present(columns, peers), pd.DataFrame(peers))}</div>"
         for number, peers in best_trials(study)
     )
     note = '<p class="note">The search saw validation accuracy only; test accuracy was taken once, after training.</p>'
     return f'<div class="side">{"".join(tables)}</div>{note}'
+
+
+def _present(columns: Sequence[Column], peers: Sequence[dict[str, Any]]) -> list[Column]:
+    """The columns that the peers have: those of a method without weights have no weight."""
+    return [column for column in columns if column.column in peers[0]]
 
 
 def _html_table(columns: Sequence[Column], rows: pd.DataFrame, marked: Iterable[int] = ()) -> str:

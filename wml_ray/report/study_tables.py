@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wml_ray.report.analysis import pareto_front
-from wml_ray.report.style import count_labels, log_ticks, new_table, percent, short_count
+from wml_ray.report.style import count_labels, log_ticks, new_table, percent, prediction_words, short_count
 from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ LETTERS = {
     "wml.temperature": "tau",
 }
 """The letters of the README."""
-WHOSE = {"ensemble_weighted": "weighted ensemble", "ensemble_average": "average ensemble", "tree": "peer tree"}
+WHOSE = {"tree": "peer tree", "method": "method's prediction"}
 SPLITS = {"val": "validation", "test": "test"}
 
 
@@ -117,7 +117,7 @@ def front_table(study: StudyRecords, width: int = 120) -> Table:
 def metric_of(name: str) -> Column:
     section, _, rest = name.partition("/")
     what, _, whose = rest.partition("/")
-    whose = WHOSE.get(whose, re.sub(r"(\d+)$", r" \1", whose).replace("_", " "))
+    whose = WHOSE.get(whose) or prediction_words(whose)
     if what == "accuracy":
         title = f"{SPLITS.get(section, section)} accuracy (%)\n{whose}"
         return Column(name, f"{textwrap.fill(whose, 9)}\n{section} %", title, "percent")

@@ -85,7 +85,8 @@ def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
 
 def _checked_study(options: Any, config: Config) -> str:
     """Name of the study, after all that can be checked without a cluster."""
-    from wml_ray.search.space import check_stop_metric, load_space, load_start_points
+    from wml_ray.cluster.space import load_space
+    from wml_ray.search.space import check_stop_metric, load_start_points
 
     space = load_space(options.space, config)
     search = search_settings(options, config)

@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.load import build_tree
 from wml_ray.checkpoints.store import Checkpoints
-from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
 from wml_ray.data.readers import DataMissing, image_spec
 from wml_ray.data.splits import generator_for
-from wml_ray.networks.costs import count_params
-from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
-from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.result import stored_result
+from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,12 @@ def plan(config: Config) -> RunPlan:
     check_storage(config.run_folder)
     dataset, images = _data_or_noise(config)
     start = initial_checkpoint(config, dataset)
-    tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.metadata["channels"])
-    tree.load_state_dict(start.model)
-    fewest, most = worker_range(config)
+    method = build_method(config, dataset.spec, start.metadata["channels"])
+    fewest, most = config.scale.worker_range
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
-    memory = training_memory_bytes(tree, dataset.spec, images_a_worker, config)
-    return RunPlan(start.metadata["peers"], count_params(tree), memory, _state(config), images)
+    memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)
+    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images)
 
 
 def _state(config: Config) -> str:

@@ -44,7 +44,7 @@ class TrainingProgress:
 
     def __call__(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            self.accuracy = f", ensemble {event.metrics['val/accuracy/ensemble_weighted'] * 100:.1f} %"
+            self.accuracy = f", accuracy {event.metrics['val/accuracy/method'] * 100:.1f} %"
             return
         text = f"epoch {event.epoch}/{self.epochs}, loss {event.loss:.3f}{self.accuracy}"
         now_s = time.monotonic()
@@ -105,7 +105,7 @@ def ending(sweep: Study, trial: Trial) -> str:
 
 def summary(sweep: Study) -> str:
     """Where a study stands, in a line."""
-    counts, best, left_s = sweep.counts(), sweep.best(), sweep.left_s()
+    counts, best, left_s = sweep.counts(), sweep.best(), sweep.eta_s()
     done, running = counts.total() - counts["RUNNING"], len(sweep.running())
     states = {"complete": counts["COMPLETE"], "stopped early": counts["STOPPED"], "failed": counts["FAILED"]}
     words = ", ".join(f"{count} {state}" for state, count in states.items() if count)

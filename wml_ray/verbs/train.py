@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.cluster.preflight import require_checks
-from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
 from wml_ray.config.schema import Config
+from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError, one_line
-from wml_ray.report.run_report import write_files
+from wml_ray.report.run_report import peer_markdown, write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
 from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
+from wml_ray.tracking.origin import dataset_splits
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
+from wml_ray.tracking.tags import NOTE_TAG, RUN_ID_TAG
 from wml_ray.training.events import OnEvent
-from wml_ray.training.result import RESULT, log_result
+from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
 
 
@@ -55,7 +57,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
     folder = config.run_folder
     check_reachable(tracking_uri())
     require_checks(config)
-    load_or_create_checkpoint(config, max(worker_range(config)[1], 1), lease)
+    load_or_create_checkpoint(config, max(config.scale.worker_range[1], 1), lease)
     write_text(folder / "config.yaml", config.to_yaml())
     tracked = _open(config, _identity(folder)["token"])
     _remember(folder, tracked, delivered=False)
@@ -91,15 +93,15 @@ def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
 
 
 def _open(config: Config, token: str) -> TrackedRun:
-    tags = {"wml_ray.run_id": config.run_id}
     with explain_connection_errors():
-        return open_run(config.run.name, config.run_id, token, config.flatten(), tags)
+        return open_run(config.run.name, run_title(config), token, config.flatten(), {RUN_ID_TAG: config.run_id})
 
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
     """Artifacts and final status; 0, or 1 if MLflow did not take them."""
     files = retry_storage(lambda: write_files(result, folder / "report"), folder)
-    if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files]):
+    note, splits = {NOTE_TAG: peer_markdown(result)}, dataset_splits(result)
+    if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files], tags=note, splits=splits):
         return 1
     _remember(folder, tracked, delivered=True)
     return 0
@@ -118,7 +120,3 @@ def _identity(folder: Path) -> dict[str, Any]:
 def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
     public = {**vars(tracked), "uri": redacted(tracked.uri)}
     write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
-
-
-def stored_result(config: Config) -> dict[str, Any] | None:
-    return read_json(config.run_folder / RESULT)
