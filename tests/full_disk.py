@@ -1,61 +1,69 @@
-"""`python full_disk.py enlarge|stay SEED`: a run on a file system that is full again and again, in a mount namespace.
+"""Runs on a file system that is full again and again: `unshare --map-root-user --mount python full_disk.py MODE`.
 
-Every warning about the full disk is printed. With `enlarge` there is room again after it.
+With MODE "enlarge" there is room again after each warning; with "stay" there is none until the run has ended. Warnings
+about the full disk are printed.
 """
 
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 from family import tiny_config
 
-from wml_ray.cli import main as cli
+from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.cli.main import main
 from wml_ray.storage import retry
+from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.events import EpochEnd
-from wml_ray.verbs import train as verb
+from wml_ray.verbs.train import train
 
-LARGE, ONLY_A_LEASE = 64 * 2**20, 32 * 2**10
-
-
-def resize(size_bytes: int, *options: str) -> None:
-    remount = ",".join(["remount", f"size={size_bytes}", *options])
-    subprocess.run(["mount", "-o", remount, "results"], check=True)
+LARGE_BYTES, LEASE_ONLY_BYTES = 64 * 2**20, 32 * 2**10
+CONFIG = tiny_config("optim.epochs=2")
 
 
-def fill() -> None:
-    """Leave no free block."""
-    used = os.statvfs("results")
-    resize((used.f_blocks - used.f_bfree) * used.f_frsize)
+def mount(size_bytes, *options):
+    command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size_bytes}", *options]), "none", "results"]
+    subprocess.run(command, check=True)
 
 
-def main(then: str) -> int:
-    os.mkdir("results")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ONLY_A_LEASE}", "none", "results"], check=True)
-    retry.RETRY_S = 0.05
-    if then == "stay":
-        resize(LARGE)
-        retry.STORAGE_TIMEOUT_S = 0.2
+def fill(event):
+    """Leave no free block at the end of an epoch."""
+    if isinstance(event, EpochEnd):
+        used = os.statvfs("results")
+        mount((used.f_blocks - used.f_bfree) * used.f_frsize, "remount")
 
-    def show(message, *_: object) -> None:
-        if "no space left on" in str(message):
-            print(message, flush=True)
-            if then == "enlarge":
-                resize(LARGE)
 
-    warnings.showwarning = show
-    warnings.simplefilter("always")
+def enlarge():
+    mount(LARGE_BYTES, "remount")
 
-    def on_event(event: object) -> None:
-        if isinstance(event, EpochEnd):
-            fill()
 
-    config = tiny_config("optim.epochs=2")
-    if then == "enlarge":
-        verb.train(config, on_event)
-        return 0
-    return cli.exit_code(lambda: verb.train(config, on_event))
+def print_warning(message, *_):
+    if "no space left on" in str(message):
+        print(message, flush=True)
+        if sys.argv[1] == "enlarge":
+            enlarge()
+
+
+def stay():
+    retry.STORAGE_TIMEOUT_S = 0.2
+    Path("config.yaml").write_text(CONFIG.to_yaml())
+    assert main(["train", "config.yaml"]) == 1
+    enlarge()
+    try:
+        train(CONFIG, fill)
+    except StorageUnavailable:
+        checkpoints = Checkpoints(CONFIG.run_folder / "checkpoints", 2)
+        assert checkpoints.latest().epoch == checkpoints.epochs()[-1] == 1
+    enlarge()
+    assert main(["train", "config.yaml"]) == 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    os.mkdir("results")
+    mount(LEASE_ONLY_BYTES)
+    retry.RETRY_S = 0.05
+    warnings.showwarning = print_warning
+    warnings.simplefilter("always")
+    train(CONFIG, fill) if sys.argv[1] == "enlarge" else stay()
