@@ -35,6 +35,7 @@ from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.worker import WorkerContext, run_worker
 
 DELIVERY_S = 120.0  # for metrics that an unreachable tracking server lacks, after training
@@ -93,7 +94,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | N
     ray_files = ray_folder(config.run_folder)
     settings |= {
         "config": with_absolute_paths(config),
-        "threads": cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
+        "threads": training_threads(config, cpus_per_worker(config) if config.scale.workers else None),
         "worker_environment": WorkerEnvironment.capture(config.run_folder, lease),
     }
     trainer = ray.train.torch.TorchTrainer(
@@ -173,8 +174,6 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     config = parse_config(settings["config"])
     if _status(config):
         return
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     callbacks = _Callbacks(config, settings)
     worker = callbacks.worker
@@ -182,7 +181,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
     undelivered, delivery_s = 0, INTERRUPTED_DELIVERY_S
     try:
-        run_worker(config, context)
+        with torch_threads(settings["threads"]):
+            run_worker(config, context)
         delivery_s = DELIVERY_S
     except (LeaseLost, StorageUnavailable):
         raise  # the status file must not or cannot be written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,11 +16,11 @@ from wml_ray.config.schema import Config, ModelConfig, PruningConfig
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError, root_cause
 from wml_ray.settings import Section, shortened
-from wml_ray.storage.paths import to_path
+from wml_ray.storage.paths import is_remote, to_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides.
+    """Read a YAML file and apply `key=value` overrides. The module of a user's own backbone may be beside the file.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value outside its range.
@@ -34,7 +35,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"config file {name} contains a {type(raw).__name__}, not keys such as `seed: 0`")
-    return parse_config(raw, overrides)
+    config = parse_config(raw, overrides)
+    if ":" in config.model.backbone and not is_remote(to_path(path)):
+        sys.path.append(str(Path(path).resolve().parent))
+    return config
 
 
 def parse_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

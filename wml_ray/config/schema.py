@@ -55,6 +55,21 @@ class DataConfig(Section):
     loader_workers: CountOrZero = Field(
         2, description="processes that load images, per training worker; `imagefolder` only"
     )
+    skip_bad: bool = Field(
+        False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
+    )
+    train_images: Count | None = Field(
+        None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
+    )
+
+    @model_validator(mode="after")
+    def _train_images_fill_a_batch(self) -> DataConfig:
+        if self.train_images is not None and self.train_images < self.batch_size:
+            raise ValueError(
+                f"data.train_images = {self.train_images} is less than data.batch_size = {self.batch_size}; use at "
+                "least one batch of images, or a smaller batch"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -158,7 +173,8 @@ class ScaleConfig(Section):
     )
     gpu: bool = Field(False, description="use one GPU per worker")
     cpus_per_worker: Count | None = Field(
-        None, description="CPU threads per worker; null divides the cores among the workers"
+        None,
+        description="CPU threads per worker; null divides the cores, and uses one thread for small images",
     )
     max_failures: CountOrZero = Field(
         3, description="restarts from the last checkpoint after a lost worker, before the run fails"

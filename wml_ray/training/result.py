@@ -7,8 +7,9 @@ from typing import Any
 
 from wml_ray.config.schema import Config
 from wml_ray.storage.files import read_json
-from wml_ray.training.evaluation import latency_ms, prediction_names
+from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
+from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
@@ -30,11 +31,13 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     predictions, and the history.
     """
     validation = plan["history"][trainer.epoch - 1]["metrics"]
+    latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
             **plan["peers"][index],
-            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
+            "latency_ms": latencies[index].median_ms,
+            "latency_spread_ms": latencies[index].spread_ms,
             **_accuracies(f"peer{index}", validation, test),
         }
         for index in range(config.num_peers)
@@ -52,8 +55,9 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
-    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
+    result |= {"skipped_images": plan["skipped_images"], "latency_threads": LATENCY_THREADS}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"final": test | metrics, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
     return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
 
 
