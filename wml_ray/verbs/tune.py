@@ -19,6 +19,7 @@ from wml_ray.config.load import with_values
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.report.study_page import write_study
+from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
 from wml_ray.search.ratios import Increasing
 from wml_ray.search.settings import SearchConfig
@@ -31,7 +32,7 @@ from wml_ray.storage.retry import retry_for
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
-from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
+from wml_ray.tracking.tags import KIND_TAG, NOTE_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
 
 STUDY_FILE = "study.json"
@@ -132,7 +133,7 @@ def _conclude(sweep: Study, parent: TrackedRun, trained_now: bool) -> StudyResul
         study = load_study(sweep.search.study, parent.run_id)
         pictures = retry_for(lambda: write_study(study, sweep.folder / "report"), sweep.folder)
         log_files(parent, pictures, "report")
-        tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(study)}
         finish_run(parent, "FINISHED", files, tags)
     except Exception as error:
         if isinstance(error, UserError) or is_unreachable():  # it was there a moment ago
