@@ -19,6 +19,7 @@ from wml_ray.config.load import with_values
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.report.study_page import write_study
+from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import Increasing
@@ -32,7 +33,7 @@ from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
-from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
+from wml_ray.tracking.tags import KIND_TAG, NOTE_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.verbs.progress import StudyProgress
 
@@ -168,7 +169,7 @@ def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyRes
         records = load_study(study.search.study, parent.run_id)
         report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
         log_files(parent, report, "report")
-        tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(records)}
         best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
         finish_run(parent, "FINISHED", files, tags, best_values)
     except Exception as error:
