@@ -23,7 +23,7 @@ from runs import ignore
 from servers import Server
 from witness import Place
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
 from wml_ray.search.settings import search_config
@@ -197,12 +197,12 @@ def test_a_job_outlives_its_driver_and_then_its_head(server, workplace):
     assert process.returncode == 2
     assert f"checkpoints and results stay in {config.run_folder}" in errors
     done_before = checkpoints.latest().epoch
-    before = checkpoints.latest().plan["history"]
+    before = checkpoints.latest().metadata["history"]
     assert done_before < 24
     with head_of_jobs(workplace / "second") as head:
         again = head.run("train", *words, folder=workplace, **tracked)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert checkpoints.latest().plan["history"][:done_before] == before
+    assert checkpoints.latest().metadata["history"][:done_before] == before
     assert logged("outlives") == {name: whole(24)}
 
 

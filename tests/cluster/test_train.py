@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from runs import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 from servers import Server, guarded
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.messages import DriverQueue
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd

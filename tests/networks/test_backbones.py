@@ -355,7 +355,7 @@ def test_one_seed_gives_one_plan_and_another_seed_another_start():
     def start(seed):
         config = parse_config({"seed": seed, "model": {"sharing": [1, 1, 1, 2, 2]}, "pruning": {"ratios": [0.2, 0.3]}})
         checkpoint = initial_checkpoint(config, load_dataset(config))
-        return checkpoint.model, checkpoint.plan["channels"]
+        return checkpoint.model, checkpoint.metadata["channels"]
 
     (model, plan), (again, plan_again), (other, _) = start(0), start(0), start(1)
     assert plan

@@ -12,7 +12,7 @@ import pytest
 from head import Head
 from mlflow import MlflowClient
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
 from wml_ray.submit.client import connect

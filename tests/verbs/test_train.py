@@ -12,7 +12,7 @@ import yaml
 from family import tiny_config
 from runs import assert_bit_equal, client, ignore, only_run, start_training, steps, wait_for_epoch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
@@ -169,7 +169,7 @@ def test_two_commands_cannot_train_one_run_at_once(workplace):
     config = tiny_config("optim.epochs=1")
 
     def train_again(event):
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             train(config, ignore)
 
     train(config, train_again)

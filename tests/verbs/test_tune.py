@@ -336,7 +336,7 @@ def test_a_start_point_outside_the_space_is_refused(workplace, text, says):
 
 def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
     def again(sweep):
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             tune(small_space(), search_config(study="two", trials=1))
 
     tune(small_space(), search_config(study="two", trials=1), again)

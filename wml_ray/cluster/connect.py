@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.storage.files import storage_environment
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path
@@ -39,7 +39,7 @@ def join_cluster(verbose: bool = False) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         address = os.environ.get("RAY_ADDRESS", "of this machine")
         raise UserError(
-            f"RAY_ADDRESS: the Ray cluster {address} does not take us in ({' '.join(str(error).split())[:200]}); check "
+            f"RAY_ADDRESS: the Ray cluster {address} does not take us in ({one_line(error)}); check "
             "the address, and with token authentication set RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
 

@@ -32,7 +32,7 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.errors import Diverged, UserError
 from wml_ray.storage.files import read_json, write_json
 from wml_ray.storage.lease import Lease, LeaseLost
-from wml_ray.storage.retry import StorageUnavailable, retry_for
+from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress, ignore_metrics
 from wml_ray.training.worker import WorkerContext, run_worker
@@ -96,7 +96,7 @@ def fit_trial(config: Config, listener: TrialListener, name: str, lease: Lease |
 
 
 def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | None) -> int:
-    retry_for(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
+    retry_storage(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     timing = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S)}

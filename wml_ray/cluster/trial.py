@@ -20,7 +20,7 @@ from wml_ray.cluster.resources import has_several_workers
 from wml_ray.cluster.train import fit_trial
 from wml_ray.config.load import parse_config
 from wml_ray.distributed import WorkerRank
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.storage.lease import LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.worker import WorkerContext, run_worker
@@ -96,5 +96,5 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
 
 
 def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error, limit=1000)
     return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from wml_ray.config.schema import Config, ModelConfig, PruningConfig
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.settings import Section
 from wml_ray.storage.paths import to_path
 
@@ -30,9 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"config file {path}: {error.strerror or 'not there'}; give the path of a YAML file, see jobs/"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config file {path} is not valid YAML: {' '.join(str(error).split())}; see jobs/ for examples"
-        ) from error
+        raise UserError(f"config file {path} is not valid YAML: {one_line(error)}; see jobs/ for examples") from error
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
         raise UserError(f"config file {path} holds a {type(raw).__name__}; it must hold keys such as `seed: 0`")

@@ -14,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from wml_ray.config.schema import DataConfig
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.networks.spec import ImageSpec
 
 
@@ -160,7 +160,7 @@ def _image_folder(root: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (FileNotFoundError, NotADirectoryError) as error:
-        reason = str(error).splitlines()[0]
+        reason = one_line(error)
         raise UserError(
             f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
         ) from None
@@ -173,7 +173,7 @@ def _download(root: Path, fetch: Callable[[], object]) -> None:
             fetch()
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"data.download = true: the download into '{root}' failed ({' '.join(str(error).split())}); check the "
+                f"data.download = true: the download into '{root}' failed ({one_line(error)}); check the "
                 "network, or set data.root to a folder that holds the dataset"
             ) from None
 

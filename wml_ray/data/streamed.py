@@ -15,7 +15,7 @@ from wml_ray.data.dataset import EVAL_BATCH, Batch, Dataset, NumberedBatches
 from wml_ray.data.readers import image_folder
 from wml_ray.data.splits import Split, make_splits, seed_for
 from wml_ray.distributed import WorkerRank
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.networks.spec import ImageSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,7 +108,7 @@ class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         try:
             image = decode_image(path, mode=ImageReadMode.RGB)
         except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             raise UserError(f"image {path} cannot be read ({reason}); mend or remove the file") from None
         if seed is None:
             return self.evaluation(image), label

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.methods.settings import MethodName
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
 from wml_ray.search.settings import SearchConfig
@@ -29,7 +29,7 @@ def load_start_points(path: Path, space: Space) -> list[dict[str, Any]]:
     try:
         entries = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"start points {path}: {' '.join(str(error).split())}; give a YAML list of points") from None
+        raise UserError(f"start points {path}: {one_line(error)}; give a YAML list of points") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"start points {path}: must be a YAML list such as [{{wml.alpha: 0.3}}, {{wml.alpha: 0.7}}]")
     searched = {*space.domains, *space.searched}
@@ -160,7 +160,7 @@ def load_space(path: str | Path, base: Config) -> Space:
             "domains, and OBJECTIVES = {metric: 'max' or 'min'}, see tune_spaces/"
         ) from None
     except (Exception, SystemExit) as error:  # the user's own code
-        raise UserError(f"space file {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"space file {path}: {type(error).__name__}: {one_line(error)}") from error
     return make_space(base, domains, objectives, source, f"space file {path}")
 
 

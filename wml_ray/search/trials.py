@@ -9,7 +9,7 @@ from typing import Any
 
 from wml_ray.storage.files import get_text, remove_tree, write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.tags import TrialState
 
 
@@ -55,7 +55,7 @@ class TrialStore:
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        texts = retry_for(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
+        texts = retry_storage(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
         return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:
@@ -63,14 +63,14 @@ class TrialStore:
         LeaseLost: another process has taken the study over.
         """
         if self.lease:
-            retry_for(self.lease.check, self.folder)
+            retry_storage(self.lease.check, self.folder)
         write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
     def drop_checkpoints(self, number: int) -> None:
-        retry_for(lambda: self._drop_checkpoints(number), self.folder)
+        retry_storage(lambda: self._drop_checkpoints(number), self.folder)
 
     def _drop_checkpoints(self, number: int) -> None:
         for name in ("checkpoints", ".ray"):

@@ -14,7 +14,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 
 DASHBOARD_PORT = 8265
 API_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -66,7 +66,7 @@ def _check_answers(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> UserError:
     return UserError(
-        f"no Ray cluster answers at {address} ({_first_line(error)}); start one with `ray start --head`, or give "
+        f"no Ray cluster answers at {address} ({one_line(error)}); start one with `ray start --head`, or give "
         "--address http://HOST:8265 of its dashboard (through an SSH tunnel or kubectl port-forward, if need be)"
     )
 
@@ -105,10 +105,6 @@ def _token() -> tuple[str, str]:
         return path.read_text().strip(), str(path)
     except OSError:
         return "", str(path)
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def last_line(error: object) -> str:

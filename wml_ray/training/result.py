@@ -19,15 +19,15 @@ def log_result(result: dict[str, Any], log: LogMetrics) -> None:
     log(result["test_epoch"], result["final"], result["timestamp_ms"])
 
 
-def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The finished run as JSON: size, latency and accuracy of each peer (and weight, where the method has weights), the
     predictions, and the history.
     """
-    validation = plan["history"][trainer.epoch - 1]["metrics"]
+    validation = metadata["history"][trainer.epoch - 1]["metrics"]
     peers = [
         {
             "peer": index,
-            **plan["peers"][index],
+            **metadata["peers"][index],
             "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
             **_accuracies(f"peer{index}", validation, test),
         }
@@ -41,13 +41,13 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
     result |= {
         "predictions": predictions,
-        "selects": plan["selects"],
+        "selects": metadata["selects"],
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
     latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
-    return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
+    result |= {"final": test | latencies, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
+    return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
 
 def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:

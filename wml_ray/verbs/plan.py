@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
@@ -42,12 +42,12 @@ def plan(config: Config) -> RunPlan:
     check_storage(config.run_folder)
     dataset, images = _data_or_noise(config)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.plan["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"])
     fewest, most = worker_range(config)
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)
-    return RunPlan(start.plan["peers"], start.plan["tree"]["params"], memory, _state(config), images)
+    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images)
 
 
 def _state(config: Config) -> str:

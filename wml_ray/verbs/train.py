@@ -11,11 +11,11 @@ from wml_ray.cluster.preflight import require_checks
 from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
 from wml_ray.config.schema import Config
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.report.run_report import write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
 from wml_ray.training.events import OnEvent
@@ -63,7 +63,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
         undelivered = fit(config, tracked, on_event, lease)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         close_run(tracked, status, reason=reason)
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
@@ -98,7 +98,7 @@ def _open(config: Config, token: str) -> TrackedRun:
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
     """Artifacts and final status; 0, or 1 if MLflow did not take them."""
-    files = retry_for(lambda: write_files(result, folder / "report"), folder)
+    files = retry_storage(lambda: write_files(result, folder / "report"), folder)
     if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files]):
         return 1
     _remember(folder, tracked, delivered=True)

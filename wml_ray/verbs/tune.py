@@ -27,7 +27,7 @@ from wml_ray.search.study import Study
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import exclusive_access
 from wml_ray.storage.paths import to_path
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
@@ -130,7 +130,7 @@ def _conclude(sweep: Study, parent: TrackedRun, trained_now: bool) -> StudyResul
         write_text(files[0], sweep.config(best).to_yaml())
     try:
         study = load_study(sweep.search.study, parent.run_id)
-        pictures = retry_for(lambda: write_study(study, sweep.folder / "report"), sweep.folder)
+        pictures = retry_storage(lambda: write_study(study, sweep.folder / "report"), sweep.folder)
         log_files(parent, pictures, "report")
         tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
         finish_run(parent, "FINISHED", files, tags)
