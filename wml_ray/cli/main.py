@@ -56,7 +56,7 @@ def _plan(options: argparse.Namespace) -> int:
     from wml_ray.verbs.plan import plan
 
     config = load_config(options.config, options.overrides)
-    found = plan(config)
+    found = plan(config, options.check_data)
     console = Console()
     console.print(plan_table(found.peers))
     separate = sum(peer["params"] for peer in found.peers)
@@ -77,11 +77,18 @@ def _train(options: argparse.Namespace) -> int:
     from wml_ray.config.load import load_config
 
     config = load_config(options.config, options.overrides)
+    if options.check_data:
+        from wml_ray.data.check import undecodable_images
+
+        undecodable_images(config.data, decode_all=True, show_progress=True)
     if options.dry_run:
         from wml_ray.cluster.preflight import run_checks
 
         return show_checks(run_checks(config))
-    print_line(f"run {config.run_id}: {config.num_peers} peers of {config.model.backbone} on {config.data.name}")
+    from wml_ray.training.threads import describe_threads
+
+    peers = f"{config.num_peers} peers of {config.model.backbone}"
+    print_line(f"run {config.run_id}: {peers} on {config.data.name}, {describe_threads(config)}")
     from wml_ray.verbs.progress import TrainingProgress
     from wml_ray.verbs.train import train
 

@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         one = verbs.add_parser(name, help=text, description=text)
         _add_config(one)
+        text = "decode every image of data.name=imagefolder first, and list all that cannot be decoded"
+        one.add_argument("--check-data", action="store_true", help=text)
         one.set_defaults(verb=name)
     _add_dry_run(one)
     _add_tune(verbs)

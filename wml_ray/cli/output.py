@@ -44,7 +44,9 @@ def show_run(outcome: RunResult) -> None:
     rule = "the last epoch" if result["test_rule"] == "last" else "the best epoch by validation"
     device = "CPU" if result["device"] == "cpu" else "GPU"
     print_line(f"accuracy    of epoch {result['test_epoch']}, {rule}; the test images were looked at once, at the end")
-    print_line(f"latency     of one image on the {device} it was trained on")
+    print_line(
+        f"latency     of one image on the {device}, {result['latency_threads']} CPU thread, median of repeated calls"
+    )
     print_line(f"run         {folder} (pictures in report/)")
     print_line(f"MLflow      {outcome.tracked.command}")
     if not outcome.trained_now:

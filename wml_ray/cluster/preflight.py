@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from wml_ray.cluster.connect import join_cluster, with_absolute_paths
 from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_range, worker_resources
 from wml_ray.config.schema import Config, DataConfig
+from wml_ray.data.check import undecodable_images
 from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError, root_cause
 from wml_ray.storage.files import (
@@ -76,6 +77,8 @@ def run_checks(config: Config, searching: bool = False) -> Iterator[CheckResult]
     yield from _room(config, searching)
     if not _on_cluster(config, searching) or ray.is_initialized():
         yield from _places(config, searching, _other_nodes(config, searching))
+    if config.data.name == "imagefolder":
+        yield _found("images", partial(_decodable, config.data))
 
 
 def _room(config: Config, searching: bool) -> Iterator[CheckResult]:
@@ -167,6 +170,12 @@ def _reachable(uri: str, from_elsewhere: bool) -> str:
 
 def _data(config: DataConfig) -> str:
     return f"{config.name} {check_dataset(config)}"
+
+
+def _decodable(config: DataConfig) -> str:
+    if bad := undecodable_images(config):
+        return f"{len(bad):,} cannot be decoded and are left out (data.skip_bad=true)"
+    return "every header is intact and a sample can be decoded"
 
 
 def _alike(answers: list[NodeReport]) -> str:

@@ -35,6 +35,7 @@ from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd, OnEvent, StepProgress, ignore_metrics
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.worker import WorkerContext, run_worker
 
 DELIVERY_S = 120.0  # how long a finished run waits for a tracking server that went away
@@ -105,7 +106,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | N
     of_ray = ray_folder(config.run_folder)
     settings |= {
         "config": with_absolute_paths(config),
-        "threads": cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
+        "threads": training_threads(config, cpus_per_worker(config) if config.scale.workers else None),
         "worker_environment": WorkerEnvironment.capture(config.run_folder, lease),
     }
     trainer = ray.train.torch.TorchTrainer(
@@ -169,8 +170,6 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         return
     context = ray.train.get_context()
     worker = WorkerRank(context.get_world_rank(), context.get_world_size())
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     tracked = settings.get("tracked")
     tracker = MetricLogger(TrackedRun(**tracked), config.run.system_metrics) if tracked and worker.rank == 0 else None
@@ -200,7 +199,8 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     undelivered = 0
     try:
         notices = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
-        run_worker(config, WorkerContext(worker, device, report, log, worker_environment.lease, notices.preempted))
+        with torch_threads(settings["threads"]):
+            run_worker(config, WorkerContext(worker, device, report, log, worker_environment.lease, notices.preempted))
         patience_s = DELIVERY_S
     except (LeaseLost, StorageUnavailable):
         raise  # the file is another's now, or cannot be written

@@ -43,6 +43,21 @@ class DataConfig(Section):
     loader_workers: Annotated[int, Field(ge=0)] = Field(
         2, description="loader processes per training worker; `imagefolder` only"
     )
+    skip_bad: bool = Field(
+        False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
+    )
+    train_images: Count | None = Field(
+        None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
+    )
+
+    @model_validator(mode="after")
+    def _train_images_fill_a_batch(self) -> DataConfig:
+        if self.train_images is not None and self.train_images < self.batch_size:
+            raise ValueError(
+                f"data.train_images = {self.train_images} is less than data.batch_size = {self.batch_size}; use at "
+                "least one batch of images, or a smaller batch"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -131,7 +146,9 @@ class ScaleConfig(Section):
         0, description="training workers: 0 trains in this process, N on N Ray workers, [min, max] is elastic"
     )
     gpu: bool = Field(False, description="one GPU a worker")
-    cpus_per_worker: Count | None = Field(None, description="CPU threads a worker; null shares the cores evenly")
+    cpus_per_worker: Count | None = Field(
+        None, description="CPU threads a worker; null shares the cores evenly, and small images use one thread"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="how often Ray restarts lost workers from the last checkpoint before giving up"
     )

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from wml_ray.config.schema import Config
-from wml_ray.training.evaluation import latency_ms, prediction_names
+from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
+from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
@@ -24,11 +25,13 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
     predictions, and the history.
     """
     validation = metadata["history"][trainer.epoch - 1]["metrics"]
+    latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
             **metadata["peers"][index],
-            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
+            "latency_ms": latencies[index].median_ms,
+            "latency_spread_ms": latencies[index].spread_ms,
             **_accuracies(f"peer{index}", validation, test),
         }
         for index in range(config.num_peers)
@@ -45,8 +48,9 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
-    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
+    result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
     return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
 

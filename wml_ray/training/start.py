@@ -26,6 +26,7 @@ from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import initial_state
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
 
@@ -65,7 +66,8 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
     batches = dataset.saliency_batches(config.pruning.saliency_images)
-    with torch.random.fork_rng(devices=[]):
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
         torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
         channels = prune(tree, config.pruning, dataset.spec, batches)
     metadata = {
@@ -75,6 +77,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "selects": METHODS[config.method.name].selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
+        "skipped_images": list(dataset.skipped),
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": removed_shares(full, peer_costs(tree, dataset.spec)),

@@ -77,7 +77,7 @@ class _WorkerRun:
             context.worker, lambda: starting_point(config, checkpoints.lease, mid_epoch)
         )
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
-        dataset = load_dataset(config, context.device)
+        dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
         method = build_method(config, dataset.spec, start.metadata["channels"])
         self.trainer = Trainer(config, method, dataset, context.device, context.worker)
         self.trainer.load_state(start.model, start.state)

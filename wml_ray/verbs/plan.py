@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.resources import worker_range
 from wml_ray.config.schema import Config
+from wml_ray.data.check import undecodable_images
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
@@ -33,14 +35,17 @@ class RunPlan:
     images: str
 
 
-def plan(config: Config) -> RunPlan:
+def plan(config: Config, check_data: bool = False) -> RunPlan:
     """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+
+    The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
 
     Raises:
         UserError: as `train`, but for the data: where it is missing, noise stands in for it.
     """
     check_storage(config.run_folder)
-    dataset, images = _data_or_noise(config)
+    skipped = undecodable_images(config.data, check_data, show_progress=check_data)
+    dataset, images = _data_or_noise(config, skipped)
     start = initial_checkpoint(config, dataset)
     method = build_method(config, dataset.spec, start.metadata["channels"])
     fewest, most = worker_range(config)
@@ -57,12 +62,14 @@ def _state(config: Config) -> str:
     return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"
 
 
-def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+def _data_or_noise(config: Config, skipped: Collection[str]) -> tuple[Dataset, str]:
     name = config.data.name
+    present = config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
     try:
-        return load_dataset(
-            config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
-        ), name
+        dataset = load_dataset(present, skipped=skipped)
+        used = f", {len(dataset.splits['train']):,} training images" if config.data.train_images else ""
+        left_out = f", {len(skipped):,} left out that cannot be decoded" if skipped else ""
+        return dataset, name + used + left_out
     except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size, config.pruning.saliency_images)
