@@ -67,7 +67,7 @@ def _plain(config: Config) -> list[float]:
     torch.set_num_threads(1)
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.plan["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"])
     trainer = Trainer(config, method, dataset, torch.device("cpu"))
     speeds: list[float] = []
     trainer.fit(lambda event: speeds.append(event.metrics[SPEED]) if isinstance(event, EpochEnd) else None)

@@ -18,13 +18,14 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from wml_ray.cluster.connect import WorkerEnvironment
+from wml_ray.cluster.space import load_space, make_space
 from wml_ray.cluster.trial import train_trial
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import load_config
 from wml_ray.config.schema import Config
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig, search_config
-from wml_ray.search.space import Space, load_space, make_space
+from wml_ray.search.space import Space
 from wml_ray.search.study import Study
 from wml_ray.tracking.runs import open_run
 from wml_ray.training.worker import WorkerContext, run_worker

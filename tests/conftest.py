@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty mlflow.db with MLflow's tables: creating them takes seconds."""
+    from wml_ray.tracking.client import client_of
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client_of(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def workplace(empty_workplace: Path, migrated_store: Path) -> Path:
+    """A working directory that holds a migrated mlflow.db and nothing else."""
+    shutil.copy(migrated_store, empty_workplace)
+    return empty_workplace
 
 
 @pytest.fixture(scope="session")

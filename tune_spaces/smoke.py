@@ -1,4 +1,4 @@
-"""Two minutes on a laptop: one knob of the losses, one of the weights."""
+"""Two minutes on a laptop: one key of the losses, one of the weights."""
 
 from ray import tune
 

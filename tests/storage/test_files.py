@@ -28,5 +28,5 @@ def test_files_are_read_as_they_were_written(folder):
 )
 def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "result.json")
-    with pytest.raises(UserError, match=r"result.json is not a regular file"):
+    with pytest.raises(UserError, match=r"result\.json is not a regular file"):
         get_text(tmp_path / "result.json")

@@ -195,7 +195,7 @@ def test_a_run_that_was_taken_over_ends_and_names_the_other_process(workplace):
 
     with pytest.raises(LeaseLost, match="process 7 on another-host"):
         train(config, take_over)
-    assert not (config.run_folder / "outcome.json").exists()
+    assert not (config.run_folder / "status.json").exists()
 
 
 def test_a_storage_that_cannot_be_used_is_refused_in_one_line(bucket):

@@ -342,17 +342,21 @@ def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
     tune(small_space(), search_config(study="two", trials=1), again)
 
 
-def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
-    with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
+def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
+    with pytest.raises(UserError, match=r"mlflow\.db does not exist"):
         load_study("nothing")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("job", sorted((TESTS.parent / "jobs").glob("0*.py")), ids=lambda path: path.stem)
-def test_every_numbered_job_runs(workplace, capsys, job):
-    outcome = runpy.run_path(str(job))["main"](["optim.epochs=1"], trials=2)
-    assert list(outcome.study.trials["state"]) == ["COMPLETE", "COMPLETE"]
-    assert capsys.readouterr().out
+def test_every_numbered_job_runs_as_many_trials_as_asked(workplace, capsys, monkeypatch, job):
+    monkeypatch.setattr(sys, "argv", [str(job), "--trials", "2", "optim.epochs=1"])
+    runpy.run_path(str(job), run_name="__main__")
+    studies = [path.parent for path in Path("results").glob("*/study.json")]
+    assert studies
+    for study in studies:
+        assert [trial.state for trial in TrialStore(study).trials()] == ["COMPLETE", "COMPLETE"]
+    assert "2 of 2 trials done" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("ray_cluster")

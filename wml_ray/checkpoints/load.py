@@ -19,8 +19,6 @@ from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.paths import to_path
 
-StateOf = Callable[[PeerTree, ImageSpec], Mapping[str, Tensor]]
-
 
 def load_tree(folder: str | Path) -> PeerTree:
     """The tree of a checkpoint, in evaluation mode on the CPU.
@@ -79,10 +77,12 @@ def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
     return tree
 
 
-def check_checkpoint(checkpoint: Checkpoint, config: Config, state_of: StateOf) -> None:
+def check_checkpoint(
+    checkpoint: Checkpoint, config: Config, initial_state: Callable[[PeerTree, ImageSpec], Mapping[str, Tensor]]
+) -> None:
     """Check that the run of `config` can be resumed from a checkpoint.
 
-    `state_of` returns the tensors that the trainer's state of a tree always has, the method's own among them.
+    `initial_state` gives those tensors that the trainer's state of a tree always has, in their shapes.
 
     Raises:
         DamagedCheckpoint: it is of another run, or its tensors do not fit the network or the trainer.
@@ -92,11 +92,11 @@ def check_checkpoint(checkpoint: Checkpoint, config: Config, state_of: StateOf) 
     if run_ids != {config.run_id}:
         raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
     tree = rebuild_tree(checkpoint, name)
-    expected = state_of(tree, ImageSpec(**checkpoint.metadata["image_spec"]))
-    parameters = {key.removeprefix("method/"): tensor for key, tensor in expected.items()}
-    parameters |= dict(tree.named_parameters())
+    initial = initial_state(tree, _described(checkpoint, name)[1])
+    own = {key.removeprefix("method/"): tensor for key, tensor in initial.items() if key.startswith("method/")}
+    parameters = {**own, **dict(tree.named_parameters())}
     shapes = {key: tensor.shape for key, tensor in checkpoint.state.items()}
-    misfits = [key for key, tensor in expected.items() if shapes.get(key) != tensor.shape]
+    misfits = [key for key, tensor in initial.items() if shapes.get(key) != tensor.shape]
     for key, shape in shapes.items():
         kind, _, rest = key.partition("/")
         parameter = parameters.get(rest.partition("/")[2])

@@ -6,6 +6,7 @@ A new dataset is a reader function, an entry in DATASETS and a name in DataConfi
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ def check_dataset(config: DataConfig) -> str:
 
 
 def _read_digits(config: DataConfig) -> Images:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    return images, torch.from_numpy(digits.target.astype(np.int64)), len(images)
+    spec = importlib.util.find_spec("sklearn")  # its file is read without it: to import scikit-learn takes 2 s
+    assert spec is not None
+    assert spec.origin is not None
+    with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 64 pixels and the label
+    images = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 8, 8)).contiguous()
+    return images, torch.from_numpy(rows[:, -1].astype(np.int64)), len(images)
 
 
 def _read_fashion_mnist(config: DataConfig) -> Images:

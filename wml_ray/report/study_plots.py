@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from wml_ray.report.analysis import best_so_far, best_trial_numbers, comparable_trials, hypervolume, pareto_front
 from wml_ray.report.study_tables import TRIAL, Column, key_of, metric_of
-from wml_ray.report.style import colours, dress, new_axes
+from wml_ray.report.style import colours, dress, legend_below, new_axes
 from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -108,20 +107,6 @@ def _grid(panels: int, columns: int, width: float, height: float, **shared: Any)
     return figure, list(every[:panels])
 
 
-def _legend(figure: Figure, all_axes: Iterable[Axes]) -> None:
-    """One legend below all panels, each label once."""
-    handles: dict[str, Artist] = {}
-    for axes in all_axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if handles:
-        inches = [0.55 + 0.068 * len(label) for label in handles]
-        width = figure.get_figwidth()
-        columns = len(inches) if sum(inches) < width else max(1, int(width / max(inches)))
-        look: dict[str, Any] = {"ncols": columns, "frameon": False, "fontsize": "small"}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", **look)
-
-
 def _pareto(study: StudyRecords) -> Figure | None:
     names = sorted(study.objectives, key=lambda name: metric_of(name).kind != "percent")  # accuracy goes up the page
     if study.trials[names].isna().all(axis=None):
@@ -142,7 +127,7 @@ def _pareto(study: StudyRecords) -> Figure | None:
         if len(names) == 2:
             _staircase(axes, study, x, y)
     figure.suptitle(title)
-    _legend(figure, panels)
+    legend_below(figure, panels)
     figure.draw_without_rendering()  # the labels need to know where the points come to lie
     for axes, (x, y) in zip(panels, pairs, strict=True):
         _label_front(axes, study, x, y)
@@ -197,7 +182,7 @@ def _parameters(study: StudyRecords) -> Figure | None:
         _scatter(axes, study, x, y)
         if study.trials[y.column].isna().all():
             axes.set_yticks([])
-    _legend(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
@@ -216,7 +201,7 @@ def _importance(study: StudyRecords, shares: dict[str, dict[str, float]]) -> Fig
     axes.set_yticks(range(len(keys)), [key_of(study, key).title for key in keys])
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.1)
-    _legend(figure, [axes])
+    legend_below(figure, [axes])
     return figure
 
 
@@ -236,7 +221,7 @@ def _history(study: StudyRecords) -> Figure | None:
         _hypervolume(panels[-1], study)
     for axes in panels:
         axes.set_xlim(-0.5 - 0.02 * len(study.trials), 1.02 * max(len(study.trials), 1) - 0.5)
-    _legend(figure, panels)
+    legend_below(figure, panels)
     return figure
 
 
@@ -267,7 +252,7 @@ def _peers(study: StudyRecords) -> Figure | None:
         values = [100 * peer["val"] for peer in peers]
         axes.plot([peer["macs"] for peer in peers], values, marker="o", color=colour, label=f"trial {number}")
     Column("", "", "", "count").dress(axes.xaxis)
-    axes.legend(frameon=False)
+    legend_below(figure, [axes])
     return figure
 
 

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from wml_ray.config.schema import Config
+from wml_ray.storage.files import read_json
 from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
 from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
+
+
+def stored_result(config: Config) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    return read_json(config.run_folder / RESULT)
 
 
 def log_result(result: dict[str, Any], log: LogMetrics) -> None:
@@ -42,14 +48,15 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
     names = prediction_names(config.method.name, config.num_peers)
     predictions = {name: _accuracies(name, validation, test) for name in names}
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {
         "predictions": predictions,
         "selects": metadata["selects"],
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
-    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
     result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
     result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
     return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
