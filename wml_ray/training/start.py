@@ -21,7 +21,8 @@ from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.pruning.prune import apply_channel_widths, prune
+from wml_ray.pruning.prune import prune
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
