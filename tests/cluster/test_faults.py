@@ -135,8 +135,8 @@ def test_an_elastic_run_that_loses_and_gains_nodes_in_mid_epoch_gives_the_same_r
     wait_until(lambda: len(place.waiting(6, 1)) == 1, process)
     two_nodes.add()
     two_nodes.add()
-    said = ended(process)
-    assert "Traceback" not in said
+    output = ended(process)
+    assert "Traceback" not in output
     workers, digests = defaultdict(set), defaultdict(set)
     for line in place.seen():
         workers[line["epoch"]].add((line["workers"], line["rank"]))

@@ -159,8 +159,8 @@ def test_an_elastic_run_uses_the_workers_that_fit_the_cluster(workplace):
     assert steps(only_run(), "train/loss") == [1, 2]
 
 
-@pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
-def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, ask):
+@pytest.mark.parametrize("override", ["scale.workers=64", "scale.cpus_per_worker=64"])
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, override):
     with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such slots, and no autoscaler"):
-        train(tiny_config("scale.workers=2", ask), ignore)
+        train(tiny_config("scale.workers=2", override), ignore)
     assert not os.listdir()
