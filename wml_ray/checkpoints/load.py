@@ -16,7 +16,7 @@ from wml_ray.errors import UserError, one_line
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.pruning.prune import apply_channel_widths
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.paths import to_path
 
 

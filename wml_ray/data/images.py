@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,16 +91,14 @@ def class_names(config: DataConfig) -> list[str]:
 def read_image(path: str) -> Tensor:
     """Decode an image file to uint8 RGB (3, H, W), rotated as its EXIF orientation says.
 
-    JPEG goes through torchvision, the faster decoder. All other formats go through Pillow: torchvision crashes the
-    process on some damaged PNG files, ignores the orientation of WebP, and reads no BMP or TIFF.
+    Pillow decodes: torchvision's decoder, which is deprecated, crashes the process on some damaged PNG files, ignores
+    the orientation of WebP, and reads no BMP or TIFF.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
-        with open(path, "rb") as file:
-            is_jpeg = file.read(3) == b"\xff\xd8\xff"
-        return _read_jpeg(path) if is_jpeg else _read_with_pillow(path)
+        return _decode(path)
     except Exception as error:  # decoders raise many types; each means that this file cannot be decoded
         raise UserError(
             f"image {printable(path)} cannot be decoded ({decode_reason(error)}); mend or remove the file, or set "
@@ -110,13 +107,12 @@ def read_image(path: str) -> Tensor:
 
 
 def decode_reason(error: BaseException) -> str:
-    """A decoder's error in a few words, without the source position (torchvision) or the path (Pillow)."""
+    """A decoder's error in a few words, without the path."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if type(error).__name__ == "UnidentifiedImageError":
         return "not an image, or of an unknown format"
-    first_line = (str(error) or type(error).__name__).splitlines()[0]
-    return printable(re.sub(r"^\S+, \S+\.cpp:\d+, ", "", first_line))
+    return printable((str(error) or type(error).__name__).splitlines()[0])
 
 
 def printable(text: str) -> str:
@@ -124,21 +120,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def _read_jpeg(path: str) -> Tensor:
-    from torchvision.io import ImageReadMode, decode_image
-
-    image: Tensor = decode_image(path, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    return image
-
-
-def _read_with_pillow(path: str) -> Tensor:
+def _decode(path: str) -> Tensor:
     from PIL import Image, ImageOps
 
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
+            pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        else:
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _read_folder(root: str, read: Callable[[str], T], folder: Path) -> T:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wml_ray.networks.costs import example
+from wml_ray.networks.modes import in_mode
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.training.threads import torch_threads
 
@@ -29,13 +30,10 @@ class Latency:
 @torch.no_grad()
 def measure_latency(network: nn.Module, spec: ImageSpec) -> Latency:
     """Time single images through `network` in eval mode, on its device and with one CPU thread, after a warm-up."""
-    was_training = network.training
-    network.eval()
     image = example(network, spec)
-    with torch_threads(LATENCY_THREADS):
+    with in_mode(network, training=False), torch_threads(LATENCY_THREADS):
         _time_calls(network, image, WARMUP, WARMUP_S)
         times_ms = 1000 * np.array(_time_calls(network, image, REPEATS, REPEATS_S))
-    network.train(was_training)
     low, median, high = np.percentile(times_ms, [10, 50, 90]).tolist()
     return Latency(median, high - low)
 

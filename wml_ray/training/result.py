@@ -26,16 +26,16 @@ def log_result(result: dict[str, Any], log: LogMetrics) -> None:
     log(result["test_epoch"], result["final"], result["timestamp_ms"])
 
 
-def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The finished run as JSON: size, latency and accuracy of each peer (and weight, where the method has weights), the
     predictions, and the history.
     """
-    validation = plan["history"][trainer.epoch - 1]["metrics"]
+    validation = metadata["history"][trainer.epoch - 1]["metrics"]
     latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
-            **plan["peers"][index],
+            **metadata["peers"][index],
             "latency_ms": latencies[index].median_ms,
             "latency_spread_ms": latencies[index].spread_ms,
             **_accuracies(f"peer{index}", validation, test),
@@ -51,14 +51,14 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {
         "predictions": predictions,
-        "selects": plan["selects"],
+        "selects": metadata["selects"],
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
-    result |= {"skipped_images": plan["skipped_images"], "latency_threads": LATENCY_THREADS}
+    result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
     metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | metrics, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
-    return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
+    result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
+    return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
 
 def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:

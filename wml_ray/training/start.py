@@ -21,7 +21,8 @@ from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.pruning.prune import apply_channel_widths, prune
+from wml_ray.pruning.prune import prune
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
@@ -70,7 +71,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     with torch.random.fork_rng(devices=[]), torch_threads(threads):
         torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
         channels = prune(tree, config.pruning, dataset.spec, batches)
-    plan = {
+    metadata = {
         "format": 1,
         "run_id": config.run_id,
         "config": config.dump(),
@@ -87,7 +88,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "metrics": {},
         "history": [],
     }
-    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), plan)
+    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), metadata)
 
 
 def build_method(config: Config, spec: ImageSpec, channels: Mapping[str, Sequence[int]]) -> Method:
