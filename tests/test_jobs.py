@@ -20,6 +20,8 @@ BACKBONES = {
     "mobilenet_v2": "MobileNetV2",
 }
 CLASSES_OF_IMAGENET = 1000
+TIERS = {name: pytest.mark.nightly for name in CONFIGS if re.search("resnet(50|101)$", name)}
+TIERS["imagenet_mobilenet_v2"] = pytest.mark.slow
 
 
 def read(name):
@@ -82,8 +84,7 @@ def test_the_pruned_rows_are_peers_with_the_published_drops():
         assert all(f"({drop:.1%})".replace("%", " %") in comment for drop in drops[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TIERS.get(name, ())) for name in CONFIGS])
 def test_plan_takes_a_config(workplace, capsys, name):
     """The tree is the one the file describes; only the saliency that says which channels go is taken on two images."""
     config, _ = read(name)

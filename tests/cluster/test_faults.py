@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from nodes import kill_family, nodes
 from postgres import postgres
 from runs import ignore
-from servers import Server
+from servers import OUTAGE_S, Server
 from witness import Place
 
 from wml_ray.checkpoints.checkpoint import Checkpoints
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 WITHIN_S = 180
-HUNG_S, AWAY_S = 10, 60
+HUNG_S, AWAY_S = 10, OUTAGE_S
 METRICS = ("train/loss", "val/accuracy/peer3", "weights/peer0")
 
 
@@ -388,6 +388,7 @@ def start_again(server):
     MlflowClient(server.uri).search_experiments()  # the first answer of a server is slow
 
 
+@pytest.mark.nightly
 def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", "1", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

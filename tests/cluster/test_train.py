@@ -32,6 +32,7 @@ def training_workers():
     return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
 
 
+@pytest.mark.core
 def test_two_workers_one_of_them_killed_end_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)

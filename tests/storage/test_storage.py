@@ -165,7 +165,7 @@ def start(config, **environment):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_killed_run_continues_from_what_was_uploaded_with_every_epoch_logged_once(bucket, workplace):
     overrides = ["optim.epochs=12", "data.batch_size=32"]
     whole = train(tiny_config(*overrides, "run.name=whole"), ignore)

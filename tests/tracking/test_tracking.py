@@ -37,7 +37,7 @@ def at_epoch(epoch, action):
     return on_event
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_server_killed_in_mid_run_and_back_later_misses_nothing(workplace, server):
     def restart():
         server.kill()

@@ -59,6 +59,7 @@ def steps(run, metric):
     return [entry.step for entry in client().get_metric_history(run.info.run_id, metric)]
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_study_is_whole_in_mlflow(workplace):
     """Parent and children, params and metrics, tags and files; and the best config is one that `train` takes."""
@@ -156,6 +157,7 @@ def trial_processes(sweep, number):
     return found
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_trial_goes_on_from_its_checkpoint(workplace):
     killed = []
@@ -237,7 +239,9 @@ def test_an_earlier_study_is_learnt_from(workplace):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nsga2", "random"))]
+)
 def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampler):
     objectives = {"val/accuracy/smallest_peer": "max", "peers/macs/tree": "min", "peers/latency_ms/peer0": "min"}
     domains = {"pruning.ratios.3": ray_tune_api.uniform(0.0, 0.3), **ALPHA}
@@ -254,6 +258,7 @@ def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampl
     assert table["wml.alpha"].tolist() == pytest.approx(outcome.study.trials["wml.alpha"].tolist())
 
 
+@pytest.mark.core
 def test_a_driver_killed_at_any_moment_is_continued_by_the_same_command(workplace):
     """Killed twice: once while the first trials train, once after some are finished."""
     config = tiny_config("optim.epochs=25", "scale.cpus_per_worker=1")
@@ -347,6 +352,7 @@ def test_a_report_of_an_experiment_without_a_study_says_so(workplace):
         load_study("nothing")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("job", sorted((TESTS.parent / "jobs").glob("0*.py")), ids=lambda path: path.stem)
 def test_every_numbered_job_runs(workplace, capsys, job):
