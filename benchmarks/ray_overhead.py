@@ -13,14 +13,11 @@ import numpy as np
 import ray
 import torch
 
-from wml_ray.checkpoints.load import build_tree
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
-from wml_ray.distributed import WorkerRank
-from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.training.events import EpochEnd
-from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import Trainer
 from wml_ray.verbs.train import train
 
@@ -70,9 +67,8 @@ def _plain(config: Config) -> list[float]:
     torch.set_num_threads(1)
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
-    trainer = Trainer(config, tree, dataset, torch.device("cpu"), WorkerRank())
+    method = build_method(config, dataset.spec, start.metadata["channels"])
+    trainer = Trainer(config, method, dataset, torch.device("cpu"))
     speeds: list[float] = []
     trainer.fit(lambda event: speeds.append(event.metrics[SPEED]) if isinstance(event, EpochEnd) else None)
     return speeds[1:]

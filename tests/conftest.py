@@ -1,9 +1,15 @@
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from servers import ObjectStore
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference, workers and tiny are modules of the tests
 
@@ -30,10 +36,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty mlflow.db with MLflow's tables: creating them takes seconds."""
+    from wml_ray.tracking.client import client_of
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    client_of(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def workplace(empty_workplace: Path, migrated_store: Path) -> Path:
+    """A working directory that holds a migrated mlflow.db and nothing else."""
+    shutil.copy(migrated_store, empty_workplace)
+    return empty_workplace
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +67,39 @@ def ray_cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ObjectStore"]:
+    """An S3 server in a process of its own, shared by all tests."""
+    from servers import ObjectStore
+
+    store = ObjectStore(tmp_path_factory.mktemp("s3"))
+    store.start()
+    store.wait()
+    yield store
+    store.kill()
+
+
+@pytest.fixture
+def bucket(object_store: "ObjectStore", workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty folder of that server, in an empty working directory."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the retries of the client are not what is tested
+    for module in ("storage.retry", "checkpoints.store"):
+        monkeypatch.setattr(f"wml_ray.{module}.STORAGE_TIMEOUT_S", 30.0)
+    monkeypatch.setattr("wml_ray.checkpoints.store.INTERRUPTED_UPLOAD_S", 0.0)  # upload only what a run waits for
+    yield f"s3://runs/{workplace.name}"
+    object_store.resume()
+    object_store.accept_writes()
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that does not exist, local or remote by the parameter."""
+    from wml_ray.storage.paths import to_path
+
+    if request.param == "remote":
+        return to_path(request.getfixturevalue("bucket"))
+    return tmp_path / "shared"

@@ -1,4 +1,4 @@
-"""The slow, obvious twin: Eq. 1 by pairwise loops, Eq. 5 by autograd through the SGD step."""
+"""Slow twins: Eq. 1 and DML by pairwise loops, Eq. 5 by autograd through the SGD step."""
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,32 @@ def inner_loss(
         for j, teacher in enumerate(logits):
             divergence = kl(student, teacher, temperature, kl_direction, stop_gradient_teacher)
             total = total + alpha * weights[j] * divergence
+    return total
+
+
+def divergences_from_others(logits, temperature):
+    """Of each peer, the mean of KL_T(z_i <- z_j) over the others, images and classes one by one."""
+    divergences = []
+    for i, student in enumerate(logits):
+        total = torch.zeros((), dtype=logits.dtype)
+        for j, teacher in enumerate(logits):
+            if i == j:
+                continue
+            p, q = (teacher.detach() / temperature).softmax(-1), (student / temperature).softmax(-1)
+            for image in range(len(student)):
+                for label in range(student.shape[-1]):
+                    total = total + p[image, label] * (p[image, label] / q[image, label]).log()
+        divergences.append(temperature**2 * total / len(student) / max(len(logits) - 1, 1))
+    return divergences
+
+
+def dml_loss(logits, targets, temperature, weight):
+    """sum_i [CE(z_i, y) + w mean_{j != i} KL_T(z_i <- z_j)]."""
+    total = 0.0
+    for student, divergence in zip(logits, divergences_from_others(logits, temperature), strict=True):
+        for image, label in enumerate(targets):
+            total = total - student[image].softmax(-1)[label].log() / len(targets)
+        total = total + weight * divergence
     return total
 
 

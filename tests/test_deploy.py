@@ -420,9 +420,8 @@ def test_the_job_goes_with_its_cluster_and_can_be_read():
     spec = document("kuberay/rayjob.yaml")["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
-    python, script, config, *overrides = shlex.split(spec["entrypoint"])
-    assert (python, script) == ("python", "jobs/train.py")
-    assert (ROOT / script).exists()
+    program, verb, config, *overrides = shlex.split(spec["entrypoint"])
+    assert (program, verb) == ("wml-ray", "train")
     parsed = load_config(ROOT / config, overrides)
     (group,) = ray_cluster("kuberay/rayjob.yaml")["workerGroupSpecs"]
     assert parsed.scale.workers == [1, group["maxReplicas"]]

@@ -1,4 +1,4 @@
-"""`wml-ray` with witnesses in its workers and trials: they write down what each rank holds, and wait at gates.
+"""`wml-ray` whose workers and trials note the state of each rank and wait at gates.
 
 python -m witness train c.yaml
 """
@@ -19,16 +19,17 @@ from unittest import mock
 from wml_ray.cli.main import main as run_command
 from wml_ray.cluster import train as ray_train
 from wml_ray.cluster import tune as ray_tune
+from wml_ray.training import worker as training_worker
 from wml_ray.training.events import EpochEnd
 from wml_ray.training.trainer import Trainer
 
-RESIZE_S = 2  # between two looks for nodes that have come
+RESIZE_S = 2  # between two checks of an elastic run for new nodes
 GATE_S = 120
 plain_worker, plain_trial = ray_train.train_loop_per_worker, ray_tune.train_trial
 
 
 class Place:
-    """Where witnesses and a test leave each other notes."""
+    """The folder through which trainers and a test exchange notes."""
 
     def __init__(self, storage_path: str | Path) -> None:
         self.folder = Path(storage_path).resolve() / "witness"
@@ -36,7 +37,7 @@ class Place:
         self.notice = self.folder / "await-notice"
 
     def close_gate(self, epoch: int, workers: int) -> Path:
-        """A group of so many workers is to wait in the middle of that epoch until the returned file is gone."""
+        """A group of `workers` workers waits in the middle of epoch `epoch` until the returned file is deleted."""
         gate = self.folder / f"gate-{epoch}-{workers}"
         gate.touch()
         return gate
@@ -47,11 +48,11 @@ class Place:
         return {int(rank): int(pid) for rank, pid in notes}
 
     def seen(self) -> list[dict]:
-        """What each rank held at the end of each epoch: epoch, workers, rank, digest."""
+        """The state of each rank at the end of each epoch: epoch, workers, rank, digest."""
         return [json.loads(line) for path in self.folder.glob("seen-*") for line in path.read_text().splitlines()]
 
     def await_notice(self) -> None:
-        """Training is to stand still where it first looks for a notice of preemption, until there is one."""
+        """Training waits at its first check for a notice of preemption until there is one."""
         self.notice.touch()
 
     def begin(self, epoch: int, step: int) -> None:
@@ -60,7 +61,7 @@ class Place:
         beside.rename(self.folder / f"begun-{os.getpid()}")
 
     def begun(self) -> list[tuple[int, int]]:
-        """Where training began, each time a process did: whole epochs done, and steps of the next."""
+        """Epochs done, and steps done of the next, at each start of a training process."""
         return sorted(tuple(json.loads(path.read_text())) for path in self.folder.glob("begun-*"))
 
     def pass_gate(self, epoch: int, workers: int, rank: int) -> None:
@@ -79,57 +80,63 @@ class Place:
 
 
 def worker(settings: dict) -> None:
-    """What Ray Train runs on each worker."""
+    """Replaces the function that Ray Train runs on each worker."""
     with watched(Place(settings["config"]["run"]["storage_path"])):
         plain_worker(settings)
 
 
 def trial(settings: dict, **worker_environment: object) -> None:
-    """What Ray Tune runs for each trial."""
+    """Replaces the function that Ray Tune runs for each trial."""
     with watched(Place(Path(json.loads(settings["config"])["run"]["storage_path"]).parent.parent)):
         plain_trial(settings, **worker_environment)
 
 
 @contextmanager
 def watched(place: Place) -> Iterator[None]:
-    plain_fit, plain_step = Trainer.fit, Trainer._train_step
+    """Workers started inside train with a `WatchedTrainer`."""
 
-    def fit(trainer, report, preempted, save):
-        place.begin(trainer.epoch, trainer.step)
+    class Watched(WatchedTrainer):
+        notes = place
 
-        def noticed():
-            while place.notice.exists():  # stands still until it has come
+    with mock.patch.object(training_worker, "Trainer", Watched):
+        yield
+
+
+class WatchedTrainer(Trainer):
+    """A trainer that notes its start and the end of each epoch, and waits at gates and for a notice of preemption."""
+
+    notes: Place
+
+    def fit(self, report, preempted=None, save=None):
+        self.notes.begin(self.epoch, self.step)
+
+        def preempted_at_last():
+            while self.notes.notice.exists():
                 if preempted():
-                    place.notice.unlink()
+                    self.notes.notice.unlink()
                     return True
                 time.sleep(0.02)
             return preempted()
 
-        def reported(event):
+        def report_and_note(event):
             if isinstance(event, EpochEnd):
-                worker = trainer.worker
-                line = {"epoch": event.epoch, "workers": worker.world_size, "rank": worker.rank}
-                place.write({**line, "digest": digest(trainer)})
+                line = {"epoch": event.epoch, "workers": self.worker.world_size, "rank": self.worker.rank}
+                self.notes.write({**line, "digest": digest(self)})
             report(event)
 
-        plain_fit(trainer, reported, noticed, save)
+        super().fit(report_and_note, preempted_at_last, save)
 
-    def step(trainer, number, batch):
-        epoch, within = divmod(number, trainer.dataset.steps_per_epoch)
-        if within == trainer.dataset.steps_per_epoch // 2:
-            place.pass_gate(epoch + 1, trainer.worker.world_size, trainer.worker.rank)
-        return plain_step(trainer, number, batch)
-
-    with mock.patch.object(Trainer, "fit", fit), mock.patch.object(Trainer, "_train_step", step):
-        yield
+    def train_step(self, context, batch):
+        if self.step == self.dataset.steps_per_epoch // 2:
+            self.notes.pass_gate(context.epoch + 1, self.worker.world_size, self.worker.rank)
+        return super().train_step(context, batch)
 
 
 def digest(trainer: Trainer) -> str:
-    """Of all tensors of the tree, running statistics included, and of omega."""
-    tensors = {**trainer.model_state(), "omega": trainer.log_weights_M}
+    """SHA-256 of all tensors of the method: parameters, running statistics and omega."""
     found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+    for name, tensor in sorted(trainer.method.state_dict().items()):
+        found.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 
@@ -141,6 +148,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import witness  # under the name that the workers know it by
+    import witness  # under the name by which the workers import it
 
     sys.exit(witness.main())

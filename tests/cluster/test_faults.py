@@ -23,11 +23,12 @@ from runs import ignore
 from servers import OUTAGE_S, Server
 from witness import Place
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.cluster.space import load_space
 from wml_ray.config.load import load_config
+from wml_ray.config.title import run_title
 from wml_ray.errors import UserError
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import RetryQueue
 from wml_ray.tracking.client import check_reachable, tracking_uri
@@ -146,7 +147,7 @@ def test_an_elastic_run_loses_and_gains_nodes_in_mid_epoch_and_is_the_run_it_wou
     expected = [2, 2, 1, 1, 1, 3, 3, 3]
     assert [workers[epoch] for epoch in range(1, 9)] == [{(n, rank) for rank in range(n)} for n in expected]
     assert all(len(found) == 1 for found in digests.values()), "the ranks differ"
-    assert logged("elastic") == {config.run_id: whole(8)}
+    assert logged("elastic") == {run_title(config): whole(8)}
     elastic = json.loads((config.run_folder / "result.json").read_text())
     for metric, tolerance in (("train/learning_rate", 0), ("train/loss", 1e-3), ("weights/peer3", 1e-3)):
         ours, theirs = ([entry["metrics"][metric] for entry in result["history"]] for result in (elastic, undisturbed))
@@ -155,11 +156,10 @@ def test_an_elastic_run_loses_and_gains_nodes_in_mid_epoch_and_is_the_run_it_wou
 
 FOLLOW = """
 import sys
-from wml_ray import submission
-submission.SILENCE_S = 2
-sys.path.insert(0, {jobs!r})
-import submit
-sys.exit(submit.main(sys.argv[1:]))
+from wml_ray.cli.main import main
+from wml_ray.submit import jobs
+jobs.UNREACHABLE_S = 2
+sys.exit(main(["submit", *sys.argv[1:]]))
 """
 
 
@@ -175,14 +175,14 @@ def test_a_job_outlives_its_driver_and_then_its_head(server, workplace):
         return lambda: bool(checkpoints.epochs()) and checkpoints.epochs()[-1] >= epoch
 
     with head_of_jobs(workplace / "first") as head:
-        assert head.run("train", *words, "--detach", folder=workplace, **tracked).returncode == 0
+        assert head.run("submit", "train", *words, "--detach", folder=workplace, **tracked).returncode == 0
         wait_until(reached(2), head.process)
         for process in psutil.Process(head.process.pid).children(recursive=True):
-            if "jobs/train.py" in process.cmdline() and "python" in process.name():
+            if "wml_ray.cli.job" in process.cmdline() and "python" in process.name():
                 process.kill()
-        wait_until(lambda: f"job         {name} FAILED" in head.run("status", name).stdout, head.process)
+        wait_until(lambda: f"job         {name} FAILED" in head.run("jobs", "status", name).stdout, head.process)
         done_before = checkpoints.latest().epoch
-        follower = [sys.executable, "-c", FOLLOW.format(jobs=str(ROOT / "jobs")), "train", *words]
+        follower = [sys.executable, "-c", FOLLOW, "train", *words]
         process = subprocess.Popen(
             [*follower, "--address", head.url],
             cwd=workplace,
@@ -197,13 +197,13 @@ def test_a_job_outlives_its_driver_and_then_its_head(server, workplace):
     assert process.returncode == 2
     assert f"checkpoints and results stay in {config.run_folder}" in errors
     done_before = checkpoints.latest().epoch
-    before = checkpoints.latest().plan["history"]
+    before = checkpoints.latest().metadata["history"]
     assert done_before < 24
     with head_of_jobs(workplace / "second") as head:
-        again = head.run("train", *words, folder=workplace, **tracked)
+        again = head.run("submit", "train", *words, folder=workplace, **tracked)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert checkpoints.latest().plan["history"][:done_before] == before
-    assert logged("outlives") == {name: whole(24)}
+    assert checkpoints.latest().metadata["history"][:done_before] == before
+    assert logged("outlives") == {run_title(config): whole(24)}
 
 
 @contextmanager
@@ -394,5 +394,5 @@ def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in done.stdout.splitlines()}
-    assert sum(int(rows[f"{victim}s killed"]) for victim in ("trial", "driver", "server")) > 1, done.stdout
+    assert sum(int(rows[f"{target}s killed"]) for target in ("trial", "driver", "server")) > 1, done.stdout
     assert int(rows["epochs logged"]) == int(rows["epochs asked"]) > 0

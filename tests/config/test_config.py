@@ -57,12 +57,13 @@ def with_value(key, value):
 
 @pytest.mark.parametrize("key", known_keys())
 def test_the_run_id_follows_every_key_but_place_and_speed(key):
+    """A setting of another method than the chosen one changes nothing."""
     before = parse_config(BASE)
     value = value_at(before, key)
     after = with_value(key, another(value, known_keys()[key].annotation))
     assert value_at(after, key) != value_at(before, key)
     of_place_or_speed = key.split(".")[0] in SECTIONS_THAT_ARE_PLACE_OR_SPEED and key != "run.test_epoch"
-    stays = key in KEYS_THAT_ARE_PLACE_OR_SPEED or of_place_or_speed
+    stays = key in KEYS_THAT_ARE_PLACE_OR_SPEED or of_place_or_speed or key.startswith("dml.")
     assert (after.run_id == before.run_id) == stays
 
 
@@ -79,6 +80,12 @@ def test_a_config_survives_yaml(settings, tmp_path):
     again = load_config(path)
     assert again == config
     assert again.run_id == config.run_id
+
+
+def test_a_dump_leaves_out_other_methods_unless_they_are_configured():
+    assert "dml" not in parse_config({}).dump()
+    assert parse_config({}, ["dml.weight=2"]).dump()["dml"]["weight"] == 2
+    assert "wml" not in parse_config({}, ["method.name=dml"]).dump()
 
 
 @pytest.mark.parametrize("settings", [{}, UNUSUAL], ids=["defaults", "unusual"])

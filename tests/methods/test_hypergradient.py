@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from wml_ray.methods.hypergradient import log_mirror_descent, mirror_descent, weight_gradient
-from wml_ray.methods.losses import ensemble_loss, peer_losses
+from wml_ray.methods.hypergradient import Unroll, log_mirror_descent, mirror_descent, weight_gradient
+from wml_ray.methods.losses import MutualOptions, ensemble_loss, peer_losses
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
 
 OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
+MUTUAL, EXACT, SAME_POINT = MutualOptions(0.4), Unroll(0.3, "exact"), Unroll(0.3, "same_point")
 OPTIONS = [
     {},
     {"temperature": 2.0, "kl_direction": "student_to_teacher"},
@@ -26,7 +27,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_gradient_equals_autograd_through_the_sgd_step(options):
     tree, inner, outer = pruned_tree(), batch(8, 1), batch(6, 2)
-    ours = weight_gradient(tree, inner, outer, OMEGA, 0.4, 0.3, unroll="exact", **options)
+    ours = weight_gradient(tree, inner, outer, OMEGA, MutualOptions(0.4, **options), EXACT)
     twin = reference.unrolled_gradient(tree, [inner], [outer], OMEGA, 0.4, 0.3, **options)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
 
@@ -37,10 +38,10 @@ def test_same_point_gradient_is_equation_5_by_backward_passes():
     outer = ensemble_loss(functional_forward(tree, parameters, outer_x), outer_y, omega)
     direct, *v = torch.autograd.grad(outer, [omega, *parameters.values()])
     expected = []
-    for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, 0.4)):
+    for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, MUTUAL)):
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
         expected.append(direct[i] - 0.3 * sum((a * b).sum() for a, b in zip(v, slopes, strict=True)))
-    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, 0.4, 0.3, unroll="same_point")
+    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, MUTUAL, SAME_POINT)
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-11, atol=1e-13)
 
 
@@ -48,7 +49,7 @@ def test_same_point_gradient_is_equation_5_by_backward_passes():
 def test_the_model_keeps_buffers_gradients_parameters_and_mode(training):
     tree = pruned_tree().train(training)
     before = {name: tensor.clone() for name, tensor in tree.state_dict().items()}
-    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, 0.4, 0.3)
+    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, MUTUAL, EXACT)
     assert all(tensor.equal(before[name]) for name, tensor in tree.state_dict().items())
     assert all(p.grad is None for p in tree.parameters())
     assert tree.training is training
@@ -63,7 +64,7 @@ def test_dropout_draws_the_same_masks_in_both_inner_passes():
     omega = torch.ones(1, dtype=torch.float64)
     inner, outer = batch(8, 1), batch(6, 2)
     torch.manual_seed(7)
-    ours = weight_gradient(tree, inner, outer, omega, 0.0, 0.3)
+    ours = weight_gradient(tree, inner, outer, omega, MutualOptions(0.0), EXACT)
     torch.manual_seed(7)
     twin = reference.unrolled_gradient(tree, [inner], [outer], omega, 0.0, 0.3)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
@@ -80,15 +81,16 @@ def test_a_list_of_logits_serves_as_well_as_a_stack():
 
     torch.manual_seed(0)
     pair, omega = Pair().double(), torch.tensor([0.3, 0.7], dtype=torch.float64)
-    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, 0.5, 0.1)
+    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, MutualOptions(0.5), Unroll(0.1))
     twin = reference.unrolled_gradient(pair, [batch(8, 1)], [batch(6, 2)], omega, 0.5, 0.1)
     torch.testing.assert_close(ours, twin, rtol=1e-11, atol=1e-13)
 
 
 def test_float32_is_close_to_float64():
     tree, inner, outer = pruned_tree(), batch(32, 1), batch(32, 2)
-    exact = weight_gradient(tree, inner, outer, OMEGA, 0.4, 0.3)
-    single = weight_gradient(tree.float(), (inner[0].float(), inner[1]), (outer[0].float(), outer[1]), OMEGA, 0.4, 0.3)
+    exact = weight_gradient(tree, inner, outer, OMEGA, MUTUAL, EXACT)
+    single_batches = (inner[0].float(), inner[1]), (outer[0].float(), outer[1])
+    single = weight_gradient(tree.float(), *single_batches, OMEGA, MUTUAL, EXACT)
     torch.testing.assert_close(single, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_equal_peers_keep_equal_weights_to_the_bit():
         for twin in copies[1:]:
             twin.load_state_dict(copies[0].state_dict())
     omega = torch.full((4,), 0.25, dtype=torch.float64)
-    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, 0.5, 0.1)
+    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, MutualOptions(0.5), Unroll(0.1))
     updated = mirror_descent(omega, gradient, 1.0)
     assert updated.eq(updated[0]).all()
 
@@ -114,7 +116,7 @@ def _shards(rank):
 
 def _gradients(rank):
     inner, outer = _shards(rank)
-    return [weight_gradient(pruned_tree(), inner, outer, OMEGA, 0.4, 0.3, unroll=u) for u in ("exact", "same_point")]
+    return [weight_gradient(pruned_tree(), inner, outer, OMEGA, MUTUAL, unroll) for unroll in (EXACT, SAME_POINT)]
 
 
 def test_two_workers_agree_to_the_bit_and_with_autograd_over_both_shares(tmp_path):
@@ -130,7 +132,7 @@ def _synchronised_gradient(rank):
     tree = pruned_tree()
     convert_sync_batchnorm(tree)
     inner, outer = _shards(rank)
-    gradient = weight_gradient(tree, inner, outer, OMEGA, 0.4, 0.3)
+    gradient = weight_gradient(tree, inner, outer, OMEGA, MUTUAL, EXACT)
     tree(inner[0])
     return gradient, dict(tree.named_buffers())
 
@@ -176,7 +178,7 @@ def test_mirror_descent_is_equation_7():
     torch.testing.assert_close(mirror_descent(weights, gradient, 0.4), unnormalised / unnormalised.sum())
 
 
-def test_a_peer_that_lost_its_voice_can_win_it_back_in_log_space():
+def test_a_weight_that_underflowed_recovers_in_log_space():
     log_weights = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
     away = torch.tensor([0.0, 2000.0], dtype=torch.float64)
     far = log_mirror_descent(log_weights, away, 1.0)

@@ -31,8 +31,9 @@ from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.budget import PeerBudget
 from wml_ray.pruning.channels import channel_groups
-from wml_ray.pruning.criteria import saliency, score_groups
-from wml_ray.pruning.prune import apply_channel_widths, head_names, prune
+from wml_ray.pruning.criteria import CRITERIA, score_groups
+from wml_ray.pruning.prune import head_names, prune
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.training.start import initial_checkpoint
 
 CIFAR = ImageSpec(3, 32, 10)
@@ -358,7 +359,7 @@ def test_one_seed_gives_one_plan_and_another_seed_another_start():
     def start(seed):
         config = parse_config({"seed": seed, "model": {"sharing": [1, 1, 1, 2, 2]}, "pruning": {"ratios": [0.2, 0.3]}})
         checkpoint = initial_checkpoint(config, load_dataset(config))
-        return checkpoint.model, checkpoint.plan["channels"]
+        return checkpoint.model, checkpoint.metadata["channels"]
 
     (model, plan), (again, plan_again), (other, _) = start(0), start(0), start(1)
     assert plan
@@ -378,7 +379,7 @@ def snip(tree, batches):
 def test_saliency_is_snip_and_leaves_the_tree_as_it_was():
     tree, batches = tiny_tree(1, 2, 2, 2), [batch(TINY, 8), batch(TINY, 8)]
     before = copy.deepcopy(tree.state_dict())
-    found, expected = saliency(tree, batches), snip(tree, batches)
+    found, expected = CRITERIA["snip"](tree, batches), snip(tree, batches)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
     assert all(torch.equal(before[name], tensor) for name, tensor in tree.state_dict().items())

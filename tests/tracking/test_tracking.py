@@ -1,4 +1,4 @@
-"""Against a real MLflow server that is really killed."""
+"""Logging to a real MLflow server that is killed, and what is printed of its address."""
 
 import socket
 
@@ -7,7 +7,8 @@ from family import tiny_config
 from mlflow import MlflowClient
 from servers import Server, free_port
 
-from wml_ray.tracking.client import check_reachable
+from wml_ray.errors import UserError
+from wml_ray.tracking.client import check_reachable, redacted
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
@@ -38,13 +39,13 @@ def at_epoch(epoch, action):
 
 
 @pytest.mark.core
-def test_a_server_killed_in_mid_run_and_back_later_misses_nothing(workplace, server):
+def test_a_server_that_restarts_during_a_run_misses_no_epoch(workplace, server):
     def restart():
         server.kill()
         server.start()
 
-    outcome = train(tiny_config("optim.epochs=6"), at_epoch(2, restart))
-    assert outcome.undelivered == 0
+    result = train(tiny_config("optim.epochs=6"), at_epoch(2, restart))
+    assert result.undelivered == 0
     for metric in ("train/loss", "val/accuracy/peer2"):
         run, steps = logged_steps(server, metric)
         assert steps == [1, 2, 3, 4, 5, 6]
@@ -53,11 +54,11 @@ def test_a_server_killed_in_mid_run_and_back_later_misses_nothing(workplace, ser
 
 
 @pytest.mark.slow
-def test_what_a_dead_server_missed_is_kept_and_delivered_by_the_same_command(workplace, server, monkeypatch):
+def test_metrics_that_a_dead_server_missed_are_delivered_by_the_same_command(workplace, server, monkeypatch):
     monkeypatch.setattr("wml_ray.cluster.train.DELIVERY_S", 1.0)
     config = tiny_config("optim.epochs=4")
-    outcome = train(config, at_epoch(2, server.kill))
-    assert outcome.undelivered > 0
+    result = train(config, at_epoch(2, server.kill))
+    assert result.undelivered > 0
     assert (config.run_folder / "result.json").exists()
     server.start()
     server.wait()
@@ -70,25 +71,45 @@ def test_what_a_dead_server_missed_is_kept_and_delivered_by_the_same_command(wor
     assert logged_steps(server, "test/accuracy/peer0")[1] == [4]
 
 
-def test_logging_waits_for_no_answer():
-    """A thousand steps are logged while the first request still waits: log() has made none of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        tracker = MetricLogger(TrackedRun(f"http://127.0.0.1:{silent.getsockname()[1]}", "0", "none"))
-        tracker.log(0, {"train/loss": 1.0}, 0)
-        silent.settimeout(60)
-        request, _ = silent.accept()
+def test_logging_does_not_wait_for_a_response():
+    """A thousand steps are logged while the first request is pending, and `log` sends no request itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        logger = MetricLogger(TrackedRun(f"http://127.0.0.1:{listener.getsockname()[1]}", "0", "none"))
+        logger.log(0, {"train/loss": 1.0}, 0)
+        listener.settimeout(60)
+        request, _ = listener.accept()
         for step in range(1, 1000):
-            tracker.log(step, {"train/loss": 1.0}, 0)
-        silent.setblocking(False)
+            logger.log(step, {"train/loss": 1.0}, 0)
+        listener.setblocking(False)
         with pytest.raises(BlockingIOError):
-            silent.accept()
-        assert tracker.close(timeout_s=0) == 1000
+            listener.accept()
+        assert logger.close(timeout_s=0) == 1000
         request.close()
 
 
-def test_a_password_in_the_address_is_never_shown(monkeypatch):
-    uri = f"http://someone:secret@127.0.0.1:{free_port()}"
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1") as raised:
+PASSWORDS = ["secret", "secret/x", "se/cret", "se?cret", "se#cret", "se@cret", "se?key=cret@secret"]
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+def test_no_part_of_a_password_in_the_address_is_printed(password):
+    uri = f"http://someone:{password}@127.0.0.1:{free_port()}"
+    with pytest.raises(UserError) as raised:
         check_reachable(uri)
-    assert "secret" not in str(raised.value)
-    assert "secret" not in TrackedRun(uri, "1", "2").command
+    shown = [
+        str(raised.value),
+        TrackedRun(uri, "1", "2").command,
+        redacted(f"postgresql://host/db?password={password}"),
+    ]
+    assert not [text for text in shown if "se/" in text or "cret" in text]
+
+
+@pytest.mark.parametrize(
+    ("uri", "printed"),
+    [
+        ("http://someone:se/cret@host:5000", "http://host:5000"),
+        ("postgresql+psycopg://host/db?sslmode=require", "postgresql+psycopg://host/db"),
+        ("sqlite:////home/me@work/mlflow.db", "sqlite:////home/me@work/mlflow.db"),
+    ],
+)
+def test_the_rest_of_the_address_is_printed(uri, printed):
+    assert redacted(uri) == printed

@@ -5,7 +5,8 @@ import torch
 from family import batch, pruned_tree, tiny_config
 from runs import ignore, only_run
 
-from wml_ray.methods.hypergradient import weight_gradient
+from wml_ray.methods.hypergradient import Unroll, weight_gradient
+from wml_ray.methods.losses import MutualOptions
 from wml_ray.verbs.train import train
 
 pytestmark = pytest.mark.gpu
@@ -16,9 +17,9 @@ OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 @pytest.mark.parametrize("unroll", ["exact", "same_point"])
 def test_the_weight_gradient_is_the_cpus(unroll):
     inner, outer = batch(8, 1), batch(6, 2)
-    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, 0.4, 0.3, unroll=unroll)
+    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, MutualOptions(0.4), Unroll(0.3, unroll))
     moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
-    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), 0.4, 0.3, unroll=unroll)
+    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), MutualOptions(0.4), Unroll(0.3, unroll))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
@@ -26,13 +27,13 @@ def test_the_weight_gradient_is_the_cpus(unroll):
 def test_a_run_on_the_gpu_learns(workplace, precision):
     outcome = train(tiny_config("scale.gpu=true", f"optim.precision={precision}", "optim.epochs=4"), ignore)
     assert outcome.result["device"] == "cuda"
-    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
     assert only_run().info.status == "FINISHED"
 
 
 def test_a_compiled_step_learns(workplace):
     outcome = train(tiny_config("scale.gpu=true", "optim.compile=true", "optim.epochs=4"), ignore)
-    assert outcome.result["ensembles"]["weighted"]["test_accuracy"] > 0.6
+    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
 
 
 @pytest.mark.slow

@@ -5,25 +5,25 @@ import torch
 import workers
 from family import tiny_config
 
-from wml_ray.checkpoints.load import build_tree
 from wml_ray.config.schema import OptimConfig
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank
 from wml_ray.errors import Diverged, UserError
-from wml_ray.pruning.prune import apply_channel_widths
+from wml_ray.methods.base import StepContext
+from wml_ray.methods.registry import METHODS
 from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.training.optimizer import learning_rate
-from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS, Trainer
 
 
 def trainer_of(config, worker=None):
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
-    tree.load_state_dict(start.model)
-    return Trainer(config, tree, dataset, torch.device("cpu"), worker)
+    method = build_method(config, dataset.spec, start.metadata["channels"])
+    trainer = Trainer(config, method, dataset, torch.device("cpu"), worker)
+    trainer.load_state(start.model, start.state)
+    return trainer
 
 
 def fitted(*overrides):
@@ -52,16 +52,17 @@ def test_training_learns_and_reports_every_epoch_under_its_mlflow_names():
 def test_learned_weights_move_and_fixed_weights_do_not():
     learned, _ = fitted("optim.epochs=1", "wml.mirror_step_size=1")
     fixed, _ = fitted("optim.epochs=1", "wml.weights=fixed")
-    assert learned.weights_M.std() > 1e-3
-    assert math.isclose(float(learned.weights_M.sum()), 1.0, rel_tol=1e-12)
-    assert fixed.weights_M.eq(0.25).all()
+    assert learned.method.weights_M.std() > 1e-3
+    assert math.isclose(float(learned.method.weights_M.sum()), 1.0, rel_tol=1e-12)
+    assert fixed.method.weights_M.eq(0.25).all()
 
 
 @pytest.mark.parametrize(
     "switch",
     [
         ["model.sharing=[4,4,4,4]", "pruning.ratios=[0,0,0,0]", "wml.alpha=0", "wml.weights=fixed"],  # independent
-        ["wml.weights=fixed", "pruning.ratios=[0,0,0,0]"],  # deep mutual learning
+        ["wml.weights=fixed", "pruning.ratios=[0,0,0,0]"],  # mutual learning with equal weights
+        ["method.name=dml", "optim.learning_rate=0.03"],
         ["model.sharing=[1,1,1,1]", "pruning.ratios=[0.2]"],  # one ordinary network
         ["wml.outer_data=holdout", "wml.unroll=exact"],
         ["optim.name=adamw", "optim.learning_rate=0.003", "optim.schedule=onecycle", "optim.gradient_clip=1"],
@@ -94,10 +95,11 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_resumed_trainer_ends_bit_equal(tmp_path):
-    whole, _ = fitted("optim.name=adamw", "optim.learning_rate=0.003")
-    half = trainer_of(tiny_config("optim.name=adamw", "optim.learning_rate=0.003"))
-    saved = {}
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_trainer_ends_bit_equal(method):
+    options = ["optim.name=adamw", "optim.learning_rate=0.003", f"method.name={method}"]
+    whole, _ = fitted(*options)
+    half, saved = trainer_of(tiny_config(*options)), {}
 
     def stop_after_two(event):
         if isinstance(event, EpochEnd) and event.epoch == 2:
@@ -107,18 +109,19 @@ def test_a_resumed_trainer_ends_bit_equal(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         half.fit(stop_after_two)
-    resumed = trainer_of(tiny_config("optim.name=adamw", "optim.learning_rate=0.003"))
+    resumed = trainer_of(tiny_config(*options))
     resumed.load_state(saved["model"], saved["state"])
     resumed.fit(lambda event: None)
     assert all(tensor.equal(whole.model_state()[name]) for name, tensor in resumed.model_state().items())
     assert all(tensor.equal(whole.state()[name]) for name, tensor in resumed.state().items())
 
 
-def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal():
-    """Also where outer batches were drawn before."""
-    options = ["data.batch_size=32", "optim.epochs=1"]
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal(method):
+    """Also where outer batches were drawn before, and in the terms of the loss."""
+    options = ["data.batch_size=32", "optim.epochs=1", f"method.name={method}"]
     whole, ends = fitted(*options)
-    cut, saved, told = trainer_of(tiny_config(*options)), {}, []
+    cut, saved, events = trainer_of(tiny_config(*options)), {}, []
 
     def save_once(event):
         assert (event.epoch, event.step) == (0, STEPS_BETWEEN_PREEMPTION_CHECKS)
@@ -130,10 +133,11 @@ def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal():
         cut.fit(lambda event: None, lambda: True, save_once)
     resumed = trainer_of(tiny_config(*options))
     resumed.load_state(saved["model"], saved["state"])
-    resumed.fit(told.append)
+    resumed.fit(events.append)
     assert all(tensor.equal(whole.model_state()[name]) for name, tensor in resumed.model_state().items())
     assert all(tensor.equal(whole.state()[name]) for name, tensor in resumed.state().items())
-    assert told[-1].metrics["train/loss"] == ends[-1].metrics["train/loss"]
+    losses = [name for name in ends[-1].metrics if name.startswith("train/loss")]
+    assert [events[-1].metrics[name] for name in losses] == [ends[-1].metrics[name] for name in losses]
 
 
 def test_a_diverging_loss_names_peer_step_and_learning_rate():
@@ -141,7 +145,7 @@ def test_a_diverging_loss_names_peer_step_and_learning_rate():
         fitted("optim.learning_rate=1e30", "optim.schedule=constant")
 
 
-def test_a_single_sick_peer_is_named():
+def test_a_single_diverging_peer_is_named():
     trainer = trainer_of(tiny_config())
     with torch.no_grad():
         trainer.tree.get_submodule(trainer.tree.path(2)[-1])[2].bias[0] = torch.nan
@@ -176,17 +180,17 @@ def test_onecycle_is_torchs_one_cycle():
             twin.step()
 
 
-def test_progress_ticks_are_on_the_way_to_the_end():
+def test_step_progress_counts_towards_the_total():
     _, events = fitted("optim.epochs=1")
-    ticks = [event for event in events if isinstance(event, StepProgress)]
-    assert all(0 < tick.step <= tick.total_steps == 20 for tick in ticks)
+    progress = [event for event in events if isinstance(event, StepProgress)]
+    assert all(0 < event.step <= event.total_steps == 20 for event in progress)
 
 
 def _first_gradients(rank, world_size):
     """One step's gradients on 5 images, 3 and 2 of them a worker, with BatchNorm over all of them."""
     config = tiny_config("data.batch_size=5", "optim.sync_batchnorm=true", "optim.name=adamw")
     trainer = trainer_of(config, WorkerRank(rank, world_size))
-    trainer._train_step(0, next(trainer.dataset.train_batches(0, trainer.worker)))
+    trainer.train_step(StepContext(0, 0, 3, 0.1), next(trainer.dataset.train_batches(0, trainer.worker)))
     return {name: p.grad for name, p in trainer.tree.named_parameters()}
 
 
@@ -208,7 +212,7 @@ def _two_workers(rank, overrides):
     trainer = trainer_of(tiny_config(*overrides), WorkerRank(rank, 2))
     metrics = []
     trainer.fit(lambda event: metrics.append(event.metrics) if isinstance(event, EpochEnd) else None)
-    return trainer.model_state(), trainer.weights_M, metrics[-1]
+    return trainer.model_state(), trainer.method.weights_M, metrics[-1]
 
 
 def test_two_workers_equal_one_at_the_same_global_batch(tmp_path):
@@ -224,7 +228,7 @@ def test_two_workers_equal_one_at_the_same_global_batch(tmp_path):
     alone, events = fitted(*overrides)
     for name, tensor in alone.model_state().items():
         torch.testing.assert_close(model[name], tensor, rtol=2e-3, atol=2e-4)
-    torch.testing.assert_close(weights, alone.weights_M, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, alone.method.weights_M, rtol=1e-4, atol=1e-5)
     assert math.isclose(metrics["train/loss"], events[-1].metrics["train/loss"], rel_tol=1e-4)
 
 

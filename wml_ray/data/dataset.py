@@ -31,6 +31,7 @@ class Dataset(ABC):
 
     mean: tuple[float, ...]  # of each channel, in the units the images are stored in
     std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()  # images left out as they cannot be decoded, below data.root
 
     def __init__(self, config: Config, spec: ImageSpec, splits: dict[Split, Tensor], device: torch.device) -> None:
         self.config, self.spec, self.splits, self.device = config, spec, splits, device

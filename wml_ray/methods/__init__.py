@@ -1,1 +1,1 @@
-"""What peers learn from: losses, the weight gradient, and one file a method."""
+"""Methods: the losses peers are trained with, one file a method. Importing the package imports no torch."""

@@ -1,19 +1,38 @@
-"""How omega learns: the gradient of Eq. 5 by one forward-mode pass, and mirror descent (Eq. 7)."""
+"""How WML learns omega: the gradient of Eq. 5 by one forward-mode pass, and mirror descent (Eq. 7)."""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from wml_ray.distributed import mean_over_workers, means_in_rank_order
-from wml_ray.methods.losses import KlDirection, KlOptions, ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.base import Batch
+from wml_ray.methods.losses import MutualOptions, ensemble_loss, inner_loss, peer_losses
 from wml_ray.networks.peer_tree import functional_forward
 
-Unroll = Literal["exact", "same_point"]
-Batch = tuple[Tensor, Tensor]
+UnrollPoint = Literal["same_point", "exact"]
+
+
+@dataclass(frozen=True)
+class Unroll:
+    """The SGD step through which Eq. 5 differentiates: gamma, and the point at which dL2/dtheta is taken.
+
+    "exact" takes it at theta - gamma dL1/dtheta, "same_point" at theta, which saves one forward and backward pass.
+
+    Raises:
+        ValueError: an unknown point.
+    """
+
+    learning_rate: float
+    point: UnrollPoint = "exact"
+
+    def __post_init__(self) -> None:
+        if self.point not in get_args(UnrollPoint):
+            raise ValueError(f"unroll = '{self.point}' must be one of {', '.join(get_args(UnrollPoint))}")
 
 
 def weight_gradient(
@@ -21,39 +40,30 @@ def weight_gradient(
     inner_batch: Batch,
     outer_batch: Batch,
     weights_M: Tensor,
-    alpha: float,
-    unroll_learning_rate: float,
-    *,
-    unroll: Unroll = "exact",
-    temperature: float = 1.0,
-    kl_direction: KlDirection = "teacher_to_student",
-    stop_gradient_teacher: bool = False,
+    options: MutualOptions,
+    unroll: Unroll,
 ) -> Tensor:
     """g of Eq. 5, shape (M,): g_i = dL2/domega_i - gamma <dL2/dtheta, dL_a,i/dtheta> over all parameters.
 
     `model` gives M logits, (M, B, K) or M times (B, K); the batches are (inputs, targets) pairs, on a worker its own
-    share of them. With "exact", L2 is taken at theta - gamma dL1/dtheta and g is the derivative of
-    omega -> L2(omega, theta - gamma dL1/dtheta); with "same_point", L2 is taken at theta, which saves one pass.
+    share of them. With the "exact" point, g is the derivative of omega -> L2(omega, theta - gamma dL1/dtheta).
     All M inner products are the tangent of L_a along v = dL2/dtheta, one forward-mode pass. When torch.distributed
-    is initialised, v is averaged over the workers once and then 2M numbers are, by the images each worker holds, and
-    every worker returns the same bits. The model keeps its parameters, gradients, mode and buffers.
+    is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M numbers are reduced,
+    and every worker returns the same bits. The model keeps its parameters, gradients, mode and buffers.
 
     Raises:
-        ValueError: an unknown `unroll`, or what `wml_ray.objective` raises.
+        ValueError: shapes do not fit.
     """
-    if unroll not in ("exact", "same_point"):
-        raise ValueError(f"unroll = '{unroll}' must be 'exact' or 'same_point'")
     (inner_inputs, inner_targets), (outer_inputs, outer_targets) = inner_batch, outer_batch
-    kl = KlOptions(temperature=temperature, kl_direction=kl_direction, stop_gradient_teacher=stop_gradient_teacher)
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
         outer_theta = theta
-        if unroll == "exact":
+        if unroll.point == "exact":
             leaves = _leaves(theta)
-            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, alpha, **kl)
+            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, options)
             descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
-            outer_theta = {name: theta[name] - unroll_learning_rate * g for name, g in zip(theta, descent, strict=True)}
+            outer_theta = {name: theta[name] - unroll.learning_rate * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
         loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
@@ -62,13 +72,13 @@ def weight_gradient(
     # Outside the fork the random state is the one the inner pass started from: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
-        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, alpha, **kl)
+        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, options)
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)
     tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
     direct_M, tangent_M = means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
-    return direct_M - unroll_learning_rate * tangent_M
+    return direct_M - unroll.learning_rate * tangent_M
 
 
 def mirror_descent(weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
@@ -93,7 +103,7 @@ def _leaves(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 def _gradient_sum(loss: Tensor, targets: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """Gradient of the loss summed over this worker's images.
 
-    Sums, because statistics over all workers carry gradient from one worker's loss to another's parameters, where
-    workers of different sizes would otherwise be weighed by the wrong size.
+    Sums, because statistics over all workers carry gradient from one worker's loss to another's parameters, and a mean
+    would weight them by the wrong number of images.
     """
     return list(torch.autograd.grad(loss * len(targets), leaves, allow_unused=True, materialize_grads=True))

@@ -1,12 +1,13 @@
-"""Eq. 1, its derivative by omega, and the ensemble loss: pure functions on logits.
+"""Losses on logits: Eqs. 1 and 3 of WML, and divergences between peers. Pure functions; no pair of peers is formed.
 
 Shape letters: M peers, B images, K classes. B may stand for several dimensions, as in the (B, tokens) of a language
-model.
+model. KL_T(s <- t) is T^2 KL(softmax(t / T) || softmax(s / T)), summed over classes and averaged over B.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,66 +16,58 @@ from torch import Tensor
 KlDirection = Literal["teacher_to_student", "student_to_teacher"]
 
 
-class KlOptions(TypedDict):
-    """The keywords `peer_losses`, `inner_loss` and `wml_ray.weights.weight_gradient` share."""
+@dataclass(frozen=True)
+class MutualOptions:
+    """The options of Eq. 1: alpha, the temperature tau, the direction of KL and the gradient of the teacher.
 
-    temperature: float
-    kl_direction: KlDirection
-    stop_gradient_teacher: bool
+    "teacher_to_student" is KL(p_teacher || p_student).
+
+    Raises:
+        ValueError: alpha outside [0, 1], a temperature that is not positive, or an unknown direction.
+    """
+
+    alpha: float
+    temperature: float = 1.0
+    kl_direction: KlDirection = "teacher_to_student"
+    stop_gradient_teacher: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ValueError(f"alpha = {self.alpha} must lie in [0, 1]")
+        if not self.temperature > 0.0:
+            raise ValueError(f"temperature = {self.temperature} must be positive")
+        if self.kl_direction not in get_args(KlDirection):
+            raise ValueError(f"kl_direction = '{self.kl_direction}' must be one of {', '.join(get_args(KlDirection))}")
 
 
-def peer_losses(
-    logits_MBK: Tensor,
-    targets_B: Tensor,
-    alpha: float,
-    *,
-    temperature: float = 1.0,
-    kl_direction: KlDirection = "teacher_to_student",
-    stop_gradient_teacher: bool = False,
-) -> Tensor:
+def peer_losses(logits_MBK: Tensor, targets_B: Tensor, options: MutualOptions) -> Tensor:
     """L_a of Eq. 5, shape (M,), in nats a sample: dL1/domega_i = (1-alpha) CE(z_i, y) + alpha sum_j KL(z_j, z_i).
 
     Peer i is the teacher of every peer j. KL is summed over classes, averaged over B, taken of outputs softened by
-    `temperature` and multiplied by its square; "teacher_to_student" is KL(p_i || p_j).
+    the temperature and multiplied by its square.
 
     Raises:
-        ValueError: shapes do not fit, alpha outside [0, 1], temperature not positive, or an unknown direction.
+        ValueError: shapes do not fit.
     """
-    _check(logits_MBK, targets_B, alpha, temperature, kl_direction)
-    logits_MBK = _at_least_float32(logits_MBK)
+    _check_shapes(logits_MBK, targets_B)
+    logits_MBK = at_least_float32(logits_MBK)
     losses_M = logits_MBK.new_zeros(len(logits_MBK))
-    if alpha < 1.0:
-        losses_M = (1.0 - alpha) * cross_entropies(logits_MBK, targets_B)
-    if alpha > 0.0:
-        losses_M = losses_M + alpha * _teaching_losses(logits_MBK, temperature, kl_direction, stop_gradient_teacher)
+    if options.alpha < 1.0:
+        losses_M = (1.0 - options.alpha) * cross_entropies(logits_MBK, targets_B)
+    if options.alpha > 0.0:
+        losses_M = losses_M + options.alpha * _teaching_losses(logits_MBK, options)
     return losses_M
 
 
-def inner_loss(
-    logits_MBK: Tensor,
-    targets_B: Tensor,
-    weights_M: Tensor,
-    alpha: float,
-    *,
-    temperature: float = 1.0,
-    kl_direction: KlDirection = "teacher_to_student",
-    stop_gradient_teacher: bool = False,
-) -> Tensor:
+def inner_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, options: MutualOptions) -> Tensor:
     """L1 of Eq. 1, shape (), in nats a sample: (1-alpha) sum_i omega_i CE(z_i, y) + alpha sum_ij omega_j KL(z_i, z_j).
 
-    L1 is linear in omega, so it is omega . L_a. The KL term costs O(M B K): no pair of peers is ever formed.
+    L1 is linear in omega, so it is omega . L_a. The KL term costs O(M B K).
 
     Raises:
-        ValueError: as `peer_losses`, or weights_M has not M entries.
+        ValueError: shapes do not fit.
     """
-    losses_M = peer_losses(
-        logits_MBK,
-        targets_B,
-        alpha,
-        temperature=temperature,
-        kl_direction=kl_direction,
-        stop_gradient_teacher=stop_gradient_teacher,
-    )
+    losses_M = peer_losses(logits_MBK, targets_B, options)
     return torch.dot(_weights_like(weights_M, losses_M), losses_M)
 
 
@@ -84,8 +77,8 @@ def ensemble_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor) -> T
     Raises:
         ValueError: shapes do not fit.
     """
-    _check(logits_MBK, targets_B)
-    logits_MBK = _at_least_float32(logits_MBK)
+    _check_shapes(logits_MBK, targets_B)
+    logits_MBK = at_least_float32(logits_MBK)
     ensemble_BK = weighted_ensemble(logits_MBK, _weights_like(weights_M, logits_MBK))
     return F.cross_entropy(ensemble_BK.flatten(0, -2), targets_B.flatten())
 
@@ -109,28 +102,44 @@ def cross_entropies(logits_MBK: Tensor, targets_B: Tensor) -> Tensor:
     return losses_MB.view(num_peers, -1).mean(1)
 
 
-def _teaching_losses(
-    logits_MBK: Tensor, temperature: float, kl_direction: KlDirection, stop_gradient_teacher: bool
-) -> Tensor:
+def divergences_from_others(logits_MBK: Tensor, temperature: float) -> Tensor:
+    """mean_{j != i} KL_T(z_i <- z_j) of each student i, shape (M,), in nats a sample; zero for a single peer.
+
+    No gradient flows into the teachers z_j. With S = sum_{j != i} p_j log p_j and P = sum_{j != i} p_j, the sum over j
+    is sum_k (S - P log q_i): one pass over the M peers, O(M B K).
+    """
+    log_q_MBK = torch.log_softmax(logits_MBK / temperature, dim=-1)
+    log_p_MBK = log_q_MBK.detach()
+    p_MBK = log_p_MBK.exp()
+    negative_entropy_MBK = p_MBK * log_p_MBK
+    others_entropy_MBK = negative_entropy_MBK.sum(0) - negative_entropy_MBK
+    divergence_MBK = others_entropy_MBK - (p_MBK.sum(0) - p_MBK) * log_q_MBK
+    num_others = max(len(logits_MBK) - 1, 1)
+    losses_M: Tensor = temperature**2 / num_others * divergence_MBK.sum(-1).flatten(1).mean(1)
+    return losses_M
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """`logits` in float32 where they came in 16 bits, unchanged otherwise."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _teaching_losses(logits_MBK: Tensor, options: MutualOptions) -> Tensor:
     """tau^2 sum_j KL(z_j, z_i) for each teacher i, shape (M,).
 
     With S = sum_j log p_j, sum_j KL(p_i || p_j) = sum_k p_i (M log p_i - S); with P = sum_j p_j,
     sum_j KL(p_j || p_i) = sum_k (sum_j p_j log p_j - P log p_i). Each is one pass over the M peers.
     """
     num_peers = logits_MBK.shape[0]
-    log_p_MBK = torch.log_softmax(logits_MBK / temperature, dim=-1)
-    teacher_MBK = log_p_MBK.detach() if stop_gradient_teacher else log_p_MBK
-    if kl_direction == "teacher_to_student":
+    log_p_MBK = torch.log_softmax(logits_MBK / options.temperature, dim=-1)
+    teacher_MBK = log_p_MBK.detach() if options.stop_gradient_teacher else log_p_MBK
+    if options.kl_direction == "teacher_to_student":
         divergence_MBK = teacher_MBK.exp() * (num_peers * teacher_MBK - log_p_MBK.sum(0))
     else:
         p_MBK = log_p_MBK.exp()
         divergence_MBK = (p_MBK * log_p_MBK).sum(0) - p_MBK.sum(0) * teacher_MBK
-    losses_M: Tensor = temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+    losses_M: Tensor = options.temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
     return losses_M
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def _weights_like(weights_M: Tensor, like: Tensor) -> Tensor:
@@ -139,21 +148,9 @@ def _weights_like(weights_M: Tensor, like: Tensor) -> Tensor:
     return weights_M.to(like)
 
 
-def _check(
-    logits_MBK: Tensor,
-    targets_B: Tensor,
-    alpha: float = 0.0,
-    temperature: float = 1.0,
-    kl_direction: str = "teacher_to_student",
-) -> None:
+def _check_shapes(logits_MBK: Tensor, targets_B: Tensor) -> None:
     if logits_MBK.dim() < 3 or logits_MBK.shape[1:-1] != targets_B.shape:
         raise ValueError(
             f"logits_MBK {tuple(logits_MBK.shape)} and targets_B {tuple(targets_B.shape)} do not fit: "
             "logits are (M, B, K) and targets (B,)"
         )
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha = {alpha} must lie in [0, 1]")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature = {temperature} must be positive")
-    if kl_direction not in ("teacher_to_student", "student_to_teacher"):
-        raise ValueError(f"kl_direction = '{kl_direction}' must be 'teacher_to_student' or 'student_to_teacher'")

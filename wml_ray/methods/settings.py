@@ -1,4 +1,4 @@
-"""The settings of each method."""
+"""The settings of each method. Pydantic only: reading a config imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from wml_ray.settings import Count, NonNegative, Positive, Section, Share
+
+MethodName = Literal["wml", "dml"]
+
+
+class MethodConfig(Section):
+    name: MethodName = Field("wml", description="method of training; its settings are in the section of its name")
 
 
 class WmlConfig(Section):
@@ -33,3 +39,8 @@ class WmlConfig(Section):
         "teacher_to_student", description="KL(p_teacher || p_student), or the other way round"
     )
     stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
+
+
+class DmlConfig(Section):
+    temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
+    weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")

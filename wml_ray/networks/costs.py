@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wml_ray.networks.modes import in_mode
 from wml_ray.networks.peer_tree import PeerTree, copy_name
 from wml_ray.networks.spec import ImageSpec
 
@@ -46,12 +47,10 @@ def layer_costs(network: nn.Module, spec: ImageSpec) -> dict[str, LayerCost]:
 
     layers = [module for module in network.modules() if isinstance(module, (*WEIGHTED, *BATCHNORM))]
     hooks = [layer.register_forward_hook(record) for layer in layers]
-    was_training = network.training
     try:
-        with torch.no_grad():
-            network.eval()(example(network, spec))
+        with torch.no_grad(), in_mode(network, training=False):
+            network(example(network, spec))
     finally:
-        network.train(was_training)
         for hook in hooks:
             hook.remove()
     return costs

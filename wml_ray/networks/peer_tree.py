@@ -87,3 +87,8 @@ def functional_forward(model: nn.Module, parameters: Mapping[str, Tensor], input
 def copy_name(module_name: str) -> str:
     """`stages.layer2.0.conv1` -> `stages.layer2.0`."""
     return ".".join(module_name.split(".")[:3])
+
+
+def describe_peers(indices: Sequence[int]) -> str:
+    """The words `peer 2` or `peers 0, 3`."""
+    return ("peer " if len(indices) == 1 else "peers ") + ", ".join(map(str, indices))

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from wml_ray.distributed import gather_rows, rank, sum_of_workers
 from wml_ray.networks.costs import BATCHNORM
 
 
@@ -72,20 +72,12 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, row: Tensor) -> Tensor:
-        return _gather(row)
+        return gather_rows(row)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _gather(tangent)
+        return gather_rows(tangent)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total[dist.get_rank()]
-
-
-def _gather(row: Tensor) -> Tensor:
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, row.contiguous())
-    return torch.stack(rows)
+        return sum_of_workers(gradient)[rank()]

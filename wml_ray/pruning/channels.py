@@ -11,36 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.networks.costs import BATCHNORM, CONV, WEIGHTED, example, width
+from wml_ray.networks.modes import in_mode
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 
 Side = Literal["out", "in"]
-ChannelWidths = dict[str, list[int]]  # module name -> [output width, input width] of every module whose width changes
 
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that go together: one residual stream, or the width between two layers."""
+    """Channels that are removed together: one residual stream, or the width between two layers."""
 
     size: int
-    peers: frozenset[int]  # those that run through any member
+    peers: frozenset[int]  # the peers that run through any member
     members: list[tuple[str, Side, Tensor]]  # module, side, indices there of each channel: (size, indices a channel)
     importance: Tensor = field(default_factory=lambda: torch.empty(0))  # I_f of each channel, (size,)
-    kept: int | None = None  # channels that stay; None until the peer that decides has been fitted
+    kept: int | None = None  # channels that stay; None until decided
 
 
 def channel_groups(tree: PeerTree, heads: Sequence[str], spec: ImageSpec) -> list[ChannelGroup]:
     """The prunable channel groups of the whole tree; a group through anything but plain layers is left out."""
     import torch_pruning
 
-    was_training = tree.training
     graph = torch_pruning.DependencyGraph()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of parameters outside plain layers, which are left whole here
+    with in_mode(tree, training=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parameters outside plain layers, which are left whole here
         graph.build_dependency(
             tree, example(tree, spec), forward_fn=lambda model, images: model.logits(images), verbose=False
         )
-    tree.train(was_training)
     names = {module: name for name, module in tree.named_modules()}
     ignored = [tree.get_submodule(head) for head in heads]
     found = graph.get_all_groups(ignored_layers=ignored, root_module_types=list(WEIGHTED))

@@ -1,4 +1,4 @@
-"""What MLflow has of finished runs and studies, read back as tables."""
+"""Finished runs and studies, read from MLflow as tables."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ import yaml
 
 from wml_ray.errors import UserError, root_cause
 from wml_ray.tracking.client import check_reachable, client_of, redacted, tracking_uri
+from wml_ray.tracking.origin import num_images
 from wml_ray.tracking.runs import TrackedRun, log_files
-from wml_ray.tracking.tags import EPOCHS_TAG, KIND_TAG, PARENT_TAG, REASON_TAG, STATE_TAG, STUDY_TAG, TRIAL_TAG
+from wml_ray.tracking.tags import (
+    EPOCHS_TAG,
+    KIND_TAG,
+    PARENT_TAG,
+    REASON_TAG,
+    RUN_ID_TAG,
+    STATE_TAG,
+    STUDY_TAG,
+    TRIAL_TAG,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def finished_runs(experiment: str) -> pd.DataFrame:
-    """The finished runs of an experiment, best weighted ensemble on the validation images first.
+    """The finished runs of an experiment, the highest validation accuracy of the method's prediction first.
 
-    Columns: `run`, every metric under its MLflow name, every param, and `peers`, a list of dicts with the keys `peer`,
-    `macs`, `params`, `val`, `test` and `weight`.
+    Columns: `run` (its name), `run_id`, `test_images` (their number), every metric under its MLflow name, every param,
+    and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and, where the method has
+    weights, `weight`.
 
     Raises:
         UserError: there is no such experiment, or no run of it has finished.
@@ -33,21 +44,30 @@ def finished_runs(experiment: str) -> pd.DataFrame:
 
     client, experiment_id = _find(experiment)
     runs = _search(client, experiment_id, "attributes.status = 'FINISHED'")
-    rows = [{"run": run.info.run_name, **_metrics_of(client, run), **run.data.params} for run in runs]
-    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/ensemble_weighted" in row]
+    rows = [
+        {
+            "run": run.info.run_name,
+            "run_id": run.data.tags.get(RUN_ID_TAG, ""),
+            "test_images": num_images(run.inputs.dataset_inputs, "test"),
+            **_metrics_of(client, run),
+            **run.data.params,
+        }
+        for run in runs
+    ]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/method" in row]
     if not rows:
         raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
-    return pd.DataFrame(rows).sort_values("val/accuracy/ensemble_weighted", ascending=False, ignore_index=True)
+    return pd.DataFrame(rows).sort_values("val/accuracy/method", ascending=False, ignore_index=True)
 
 
 def _metrics_of(client: Any, run: Any) -> dict[str, float]:
-    """Metrics at the epoch the test accuracy is of, which need not be the last."""
+    """Metrics of the epoch that was tested, which may be an earlier one than the last."""
     metrics = dict(run.data.metrics)
     if run.data.params.get("run.test_epoch") != "best":
         return metrics
     tested = {entry.step for key in metrics if key.startswith("test/") for entry in _history(client, run, key)}
     for key in metrics:
-        if tested and key.startswith(("val/", "weights/")):  # what was stopped early has no tested epoch
+        if tested and key.startswith(("val/", "weights/")):  # a run that was stopped early has no tested epoch
             metrics[key] = next(entry.value for entry in _history(client, run, key) if entry.step in tested)
     return metrics
 
@@ -61,13 +81,14 @@ def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     names["weight"] = "weights"
     count = sum(key.startswith("test/accuracy/peer") for key in row)
     return [
-        {"peer": index, **{short: row[f"{name}/peer{index}"] for short, name in names.items()}}
+        {"peer": index}
+        | {short: row[f"{name}/peer{index}"] for short, name in names.items() if f"{name}/peer{index}" in row}
         for index in range(count)
     ]
 
 
 def is_study(experiment: str) -> bool:
-    """Whether the experiment holds a study.
+    """True if the experiment holds a study.
 
     Raises:
         UserError: there is no such experiment.
@@ -76,7 +97,7 @@ def is_study(experiment: str) -> bool:
 
 
 def load_study(name: str, run_id: str | None = None) -> StudyRecords:
-    """A study with all its trials; the newest of its name, or that of the parent run `run_id`.
+    """Load a study with all its trials: the newest one named `name`, or the one whose MLflow run is `run_id`.
 
     Raises:
         UserError: there is no such experiment, or it holds no study.
@@ -92,17 +113,17 @@ def load_study(name: str, run_id: str | None = None) -> StudyRecords:
 
 
 def attach_report(name: str, files: Sequence[Path]) -> None:
-    """Log a study's report to its run; only a warning where the server lets nobody write."""
+    """Log the report of a study to its run; a failure is a warning, as the server may be read-only."""
     _, parent = _study_run(name)
     tracked = TrackedRun(tracking_uri(), parent.info.experiment_id, parent.info.run_id)
     try:
         log_files(tracked, files, "report")
-    except Exception as error:  # whatever refuses: the files are there all the same
+    except Exception as error:  # the files are on disk in any case
         warnings.warn(f"the report could not be logged to MLflow ({root_cause(error)})", stacklevel=2)
 
 
 def complete_trials(name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
-    """Complete trials of a study: `trial`, the values of these config keys, whether searched or not, and all metrics.
+    """The complete trials of a study: `trial`, the values of the config keys `keys` and all metrics.
 
     Raises:
         UserError: there is no such study.
@@ -113,14 +134,14 @@ def complete_trials(name: str, keys: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def _study_runs(name: str, run_id: str | None = None) -> tuple[Any, Any, list[Any]]:
-    """Client, the study's own run, and those of its trials by number."""
+    """The client, the run of the study, and the runs of its trials by number."""
     client, parent = _study_run(name, run_id)
     children = _search(client, parent.info.experiment_id, f"tags.`{PARENT_TAG}` = '{parent.info.run_id}'")
     return client, parent, sorted(children, key=lambda run: int(run.data.tags[TRIAL_TAG]))
 
 
 def _study_run(name: str, run_id: str | None = None) -> tuple[Any, Any]:
-    """Client, and the study's own run."""
+    """The client and the run of the study."""
     client, experiment_id = _find(name)
     parents = [run for run in _parents(client, experiment_id) if run_id in (None, run.info.run_id)]
     if not parents:
@@ -143,10 +164,12 @@ def _trial(client: Any, run: Any, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _value(params: Mapping[str, str], key: str) -> Any:
-    """A param as a number or a word; a list, which MLflow has an entry a param, as one word again."""
+    """A param as a number or a string; a list, which MLflow stores as one param an entry, as JSON."""
     if key in params:
         return _parsed(params[key])
     entries = {name: text for name, text in params.items() if name.startswith(f"{key}.")}
+    if not entries:  # the section of a method that was not chosen, at its defaults
+        return None
     return json.dumps([_parsed(entries[f"{key}.{index}"]) for index in range(len(entries))])
 
 
@@ -154,7 +177,7 @@ def _parsed(text: str) -> Any:
     if text == "None":
         return None
     try:
-        return int(text) if text.lstrip("-").isdigit() else float(text)  # YAML takes 1e-05 for a word
+        return int(text) if text.lstrip("-").isdigit() else float(text)  # for YAML, 1e-05 is a string
     except ValueError:
         return yaml.safe_load(text)
 
@@ -163,13 +186,15 @@ def _find(experiment: str) -> tuple[Any, str]:
     uri = tracking_uri()
     check_reachable(uri)
     path = uri.removeprefix("sqlite:///")
-    if path != uri and not Path(path).exists():  # opening it would make it
-        raise UserError(f"experiment '{experiment}': there is no {path} here; set MLFLOW_TRACKING_URI, or train first")
+    if path != uri and not Path(path).exists():  # the client would create it
+        raise UserError(
+            f"experiment '{experiment}': the file {path} does not exist; set MLFLOW_TRACKING_URI, or train first"
+        )
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in client.search_experiments()) or "none"
-        raise UserError(f"experiment '{experiment}' is not on {redacted(uri)}; there are: {names}")
+        raise UserError(f"experiment '{experiment}' does not exist at {redacted(uri)}; existing experiments: {names}")
     return client, found.experiment_id
 
 
@@ -189,16 +214,16 @@ def _search(client: Any, experiment_id: str, condition: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class StudyRecords:
-    """A sweep as MLflow has it."""
+    """A study as stored in MLflow."""
 
     name: str
     objectives: dict[str, str]
-    """MLflow metric -> "max" or "min", in the order given; at least one."""
+    """MLflow metric -> "max" or "min", in the order of the space; at least one."""
     searched: dict[str, str]
     """Config key -> "linear", "log" or "choice"."""
     settings: dict[str, str]
-    """Sampler, scheduler and the like, to be shown as they are."""
+    """Sampler, scheduler and other settings of the search, as text."""
     trials: pd.DataFrame
-    """A row a trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under its MLflow
-    name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`, `test` and
-    `weight` (empty unless COMPLETE)."""
+    """One row for each trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under
+    its MLflow name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`,
+    `test` and, where the method has weights, `weight` (empty unless COMPLETE)."""

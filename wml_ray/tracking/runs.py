@@ -1,9 +1,11 @@
-"""Runs in MLflow: opened, logged to from a background thread, finished."""
+"""Runs in MLflow: created or reopened, logged to from a background thread, ended."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +17,17 @@ from wml_ray.errors import root_cause
 from wml_ray.storage.files import local_files
 from wml_ray.storage.retry import RetryQueue
 from wml_ray.tracking.client import client_of, redacted, tracking_uri
+from wml_ray.tracking.origin import DatasetSplit, source_tags
 from wml_ray.tracking.tags import REASON_TAG, TOKEN_TAG
 
-UNREACHABLE = "MLflow does not answer ({}); training goes on, metrics wait"
+UNREACHABLE = "MLflow does not answer ({}); training continues and the metrics are queued"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # without it MLflow 3 shows a GenAI experiment
+MAX_TAG = 5000  # characters that every MLflow store accepts
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """Where a run is in MLflow; plain data that travels to a worker."""
+    """Address of a run in MLflow; plain data that can be sent to a worker."""
 
     uri: str
     experiment_id: str
@@ -30,7 +35,7 @@ class TrackedRun:
 
     @property
     def command(self) -> str:
-        """The one command, or address, that shows the run."""
+        """The address of the run's page, or the command that starts the UI."""
         if self.uri.startswith("http"):
             return f"{redacted(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         program = shutil.which("mlflow") or Path(sys.executable).with_name("mlflow")
@@ -40,11 +45,10 @@ class TrackedRun:
 def open_run(
     experiment: str, name: str, token: str, params: Mapping[str, object], tags: Mapping[str, str] | None = None
 ) -> TrackedRun:
-    """The MLflow run that carries `token`, or a new one of this name. It is RUNNING afterwards."""
+    """The MLflow run with the tag `token`, set to RUNNING again, or a new one named `name`."""
     uri = tracking_uri()
     client = client_of(uri)
-    found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else _create_experiment(client, experiment)
+    experiment_id = _experiment_id(client, experiment)
     runs = client.search_runs([experiment_id], f"tags.`{TOKEN_TAG}` = '{token}'", max_results=1)
     if runs:
         run = runs[0]
@@ -52,26 +56,48 @@ def open_run(
         if REASON_TAG in run.data.tags:
             client.delete_tag(run.info.run_id, REASON_TAG)
     else:
-        run = client.create_run(experiment_id, run_name=name, tags={TOKEN_TAG: token, **(tags or {})})
+        all_tags = {**source_tags(), TOKEN_TAG: token, **(tags or {})}
+        run = client.create_run(experiment_id, run_name=name, tags=all_tags)
     tracked = TrackedRun(uri, experiment_id, run.info.run_id)
     _log_params(client, tracked, params, known=run.data.params)
     return tracked
 
 
 def finish_run(
-    tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), tags: Mapping[str, str] | None = None
+    tracked: TrackedRun,
+    status: str,
+    artifacts: Sequence[Path] = (),
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    splits: Sequence[DatasetSplit] = (),
 ) -> None:
-    """Log files and tags, and set the status FINISHED, FAILED or KILLED."""
+    """Log files, tags, metrics (at step 0) and dataset inputs, then set the status FINISHED, FAILED or KILLED."""
+    from mlflow.entities import Metric
+
     client = client_of(tracked.uri)
     for path in artifacts:
         _log_file(client, tracked, path, "pictures" if path.suffix == ".png" else None)
     for key, value in (tags or {}).items():
-        client.set_tag(tracked.run_id, key, value[:5000])
+        client.set_tag(tracked.run_id, key, value[:MAX_TAG])
+    if metrics:
+        timestamp_ms = time.time_ns() // 1_000_000
+        entities = [Metric(key, value, timestamp_ms, 0) for key, value in metrics.items()]
+        client.log_batch(tracked.run_id, metrics=entities)
+    if splits:
+        client.log_inputs(tracked.run_id, [_dataset_input(split) for split in splits])
     client.set_terminated(tracked.run_id, status)
 
 
+def _dataset_input(split: DatasetSplit) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source, profile = json.dumps({"uri": split.source}), json.dumps({"num_rows": split.num_images})
+    dataset = Dataset(split.name, split.digest, "local", source, profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", split.context)])
+
+
 def log_files(tracked: TrackedRun, files: Sequence[Path], folder: str | None = None) -> None:
-    """Log files, under `folder` among the run's artifacts."""
+    """Log files as artifacts of the run, in `folder`."""
     client = client_of(tracked.uri)
     for path in files:
         _log_file(client, tracked, path, folder)
@@ -82,12 +108,20 @@ def _log_file(client: Any, tracked: TrackedRun, path: Path, folder: str | None) 
         client.log_artifact(tracked.run_id, str(here / path.name), folder)
 
 
-def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), reason: str = "") -> bool:
-    """`finish_run` for one's last words: False, with a warning, if MLflow does not answer."""
+def close_run(
+    tracked: TrackedRun,
+    status: str,
+    artifacts: Sequence[Path] = (),
+    reason: str = "",
+    tags: Mapping[str, str] | None = None,
+    splits: Sequence[DatasetSplit] = (),
+) -> bool:
+    """`finish_run` that never raises: False, with a warning, if MLflow does not answer."""
+    all_tags = {**(tags or {}), **({REASON_TAG: reason[:500]} if reason else {})}
     try:
-        finish_run(tracked, status, artifacts, {REASON_TAG: reason[:500]} if reason else None)
-    except Exception as error:  # the training is done and on disk; a silent server must not take it away
-        warnings.warn(f"MLflow could not be told that the run is {status} ({root_cause(error)})", stacklevel=2)
+        finish_run(tracked, status, artifacts, all_tags, splits=splits)
+    except Exception as error:  # the training has ended and is on disk: a failing server must not end the process
+        warnings.warn(f"cannot set the MLflow run to {status} ({root_cause(error)})", stacklevel=2)
         return False
     return True
 
@@ -95,8 +129,8 @@ def close_run(tracked: TrackedRun, status: str, artifacts: Sequence[Path] = (), 
 class MetricSender:
     """Sends the metrics of one run, each step exactly once.
 
-    Before the first step, and again after every failure, the steps the server already has are read, so neither a
-    resumed run nor a request whose answer got lost logs anything twice.
+    The steps that the server has are read before the first step and after every failure. So neither a resumed run nor
+    a request whose response was lost logs a step twice.
     """
 
     def __init__(self, tracked: TrackedRun) -> None:
@@ -104,6 +138,7 @@ class MetricSender:
         self._steps_on_server: dict[str, set[int]] = {}
 
     def send(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Send the metrics of one step unless the server has them; raises what the client raises."""
         try:
             self._send(step, metrics, timestamp_ms)
         except Exception:
@@ -125,38 +160,43 @@ class MetricSender:
 
 
 class MetricLogger:
-    """Metrics of one run, sent from a thread in order; what cannot be sent waits until the server is back."""
+    """Sends the metrics of one run from a thread, in order, and retries until the server answers."""
 
     def __init__(self, tracked: TrackedRun, system_metrics: bool = False) -> None:
         self._sender = MetricSender(tracked)
-        self._deliveries = RetryQueue(UNREACHABLE)
+        self._queue = RetryQueue(UNREACHABLE)
         self._monitor = _system_monitor(tracked) if system_metrics else None
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         """Queue the metrics of one step; returns at once."""
-        self._deliveries.put(partial(self._sender.send, step, dict(metrics), timestamp_ms))
+        self._queue.put(partial(self._sender.send, step, dict(metrics), timestamp_ms))
 
     def close(self, timeout_s: float) -> int:
-        """Wait for delivery; returns the steps that could not be delivered in time."""
+        """Wait for delivery; returns the number of steps that were not delivered in time."""
         if self._monitor is not None:
             self._monitor.finish()
-        return self._deliveries.close(timeout_s)
+        return self._queue.close(timeout_s)
 
 
-def _create_experiment(client: Any, name: str) -> str:
+def _experiment_id(client: Any, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    try:
-        return str(client.create_experiment(name))
-    except MlflowException:  # another process made it in the meantime
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            raise
-        return str(experiment.experiment_id)
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, tags=EXPERIMENT_TAGS))
+        except MlflowException:  # another process created it in the meantime
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in found.tags:  # created by another program
+            client.set_experiment_tag(found.experiment_id, key, value)
+    return str(found.experiment_id)
 
 
 def _log_params(client: Any, tracked: TrackedRun, params: Mapping[str, object], known: Mapping[str, str]) -> None:
-    """Params cannot change once logged, so a resumed run adds only what is missing."""
+    """Params cannot change once logged, so a resumed run logs only the missing ones."""
     from mlflow.entities import Param
 
     missing = [Param(key, str(value)) for key, value in params.items() if key not in known]

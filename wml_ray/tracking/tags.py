@@ -6,10 +6,12 @@ from typing import Literal
 
 REASON_TAG = "wml_ray.reason"
 TOKEN_TAG = "wml_ray.token"
+RUN_ID_TAG = "wml_ray.run_id"
 
 KIND_TAG, TRIAL_TAG, STATE_TAG, EPOCHS_TAG = "wml_ray.kind", "wml_ray.trial", "wml_ray.state", "wml_ray.epochs"
-STUDY_TAG = "wml_ray.study"  # of the parent run: what the report must know of a study, as JSON
+STUDY_TAG = "wml_ray.study"  # of a study's own run: objectives, searched keys and settings, as JSON
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"  # Markdown, shown on the overview page of a run
 
 TrialState = Literal["COMPLETE", "STOPPED", "FAILED", "RUNNING"]
-"""COMPLETE has had the full budget of epochs, STOPPED was stopped before it by the scheduler."""
+"""COMPLETE trials trained for the full budget of epochs, STOPPED ones were stopped early by the scheduler."""

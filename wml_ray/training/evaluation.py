@@ -1,18 +1,21 @@
-"""What a family of peers is judged by: accuracy, diversity, latency."""
+"""Accuracy and diversity of a family of peers."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from wml_ray.methods.losses import average_ensemble, weighted_ensemble
-from wml_ray.networks.costs import example
-from wml_ray.networks.spec import ImageSpec
+from wml_ray.distributed import sum_of_workers
+from wml_ray.methods.base import Method
+from wml_ray.methods.losses import average_ensemble
+from wml_ray.methods.registry import METHODS
+from wml_ray.networks.modes import in_mode
+from wml_ray.training.precision import forward
+
+AVERAGE = "ensemble_average"
 
 
 @dataclass(frozen=True)
@@ -20,57 +23,63 @@ class Evaluation:
     """Top-1 accuracies in [0, 1] over all workers' images."""
 
     peers: tuple[float, ...]
-    ensemble_average: float
-    ensemble_weighted: float
-    diversity: float  # share of images on which two peers, taken at random, disagree
+    predictions: dict[str, float]  # the average ensemble and the method's predictions, by name
+    selects: str  # the prediction that stands for the method
+    diversity: float  # share of images on which two peers, drawn at random, disagree
 
     def metrics(self, split: str) -> dict[str, float]:
         """Named as in MLflow: `val/accuracy/peer0` and so on."""
-        named = {f"{split}/accuracy/peer{index}": value for index, value in enumerate(self.peers)}
-        named[f"{split}/accuracy/ensemble_average"] = self.ensemble_average
-        named[f"{split}/accuracy/ensemble_weighted"] = self.ensemble_weighted
-        named[f"{split}/diversity"] = self.diversity
-        return named
+        accuracies = {f"peer{index}": value for index, value in enumerate(self.peers)} | self.predictions
+        accuracies["method"] = self.predictions[self.selects]
+        named = {f"{split}/accuracy/{name}": value for name, value in accuracies.items()}
+        return {**named, f"{split}/diversity": self.diversity}
 
 
-def metric_names(num_peers: int) -> list[str]:
-    """Every metric a run logs, but for the test accuracies: what a study can take as an objective."""
+def prediction_names(method: str, num_peers: int) -> tuple[str, ...]:
+    """The predictions that are evaluated besides the peers."""
+    return (AVERAGE, *METHODS[method].prediction_names(num_peers))
+
+
+def metric_names(method: str, num_peers: int) -> list[str]:
+    """Metrics that a run logs and a study can have as objectives: all but test accuracies and terms of the loss."""
     peers = [f"peer{index}" for index in range(num_peers)]
     families = {
-        "val/accuracy": [*peers, "smallest_peer", "ensemble_average", "ensemble_weighted"],
+        "val/accuracy": [*peers, "smallest_peer", *prediction_names(method, num_peers), "method"],
         "val": ["diversity"],
         "train": ["loss", "images_per_second", "learning_rate"],
-        "weights": peers,
         "peers/macs": [*peers, "tree"],
         "peers/params": [*peers, "tree"],
         "peers/channels": peers,
         "peers/latency_ms": peers,
     }
-    return [f"{family}/{name}" for family, names in families.items() for name in names]
+    names = [f"{family}/{name}" for family, names in families.items() for name in names]
+    return [*names, *METHODS[method].metric_names(num_peers)]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], weights_M: Tensor) -> Evaluation:
-    """Accuracies of `model` in eval mode; with torch.distributed, of all workers' batches together.
+def evaluate(method: Method, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> Evaluation:
+    """Accuracies of `method` in evaluation mode, over the batches of all workers together.
 
-    Whole images are counted, so the result does not depend on how they are spread over workers.
+    Whole images are counted, so the result does not depend on their distribution over workers.
     """
-    num_peers = len(weights_M)
-    counts = torch.zeros(num_peers + 4, dtype=torch.float64, device=weights_M.device)
-    was_training = model.training
-    model.eval()
-    for inputs, targets in batches:
-        logits_MBK = model(inputs).float()  # whatever precision the network ran in
-        ensembles = [average_ensemble(logits_MBK), weighted_ensemble(logits_MBK, weights_M)]
-        predictions = torch.cat([logits_MBK.argmax(-1), torch.stack(ensembles).argmax(-1)])
-        counts[: num_peers + 2] += (predictions == targets).sum(1)
-        counts[-2] += _disagreements(predictions[:num_peers], logits_MBK.shape[-1])
-        counts[-1] += len(targets)
-    model.train(was_training)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-    shares = (counts[:-1] / counts[-1]).tolist()
-    return Evaluation(tuple(shares[:num_peers]), *shares[num_peers:])
+    num_peers = method.tree.num_peers
+    names = (AVERAGE, *method.prediction_names(num_peers))
+    device = next(method.parameters()).device
+    counts = torch.zeros(num_peers + len(names) + 2, dtype=torch.float64, device=device)
+    with in_mode(method, training=False):
+        for inputs, targets in batches:
+            outputs = forward(method, inputs, precision)
+            logits_MBK = outputs["logits_MBK"]
+            predictions = {AVERAGE: average_ensemble(logits_MBK), **method.predictions(outputs)}
+            combined = torch.stack([predictions[name] for name in names])
+            classes = torch.cat([logits_MBK.argmax(-1), combined.argmax(-1)])
+            counts[:-2] += (classes == targets).sum(1)
+            counts[-2] += _disagreements(classes[:num_peers], logits_MBK.shape[-1])
+            counts[-1] += len(targets)
+    counts = sum_of_workers(counts)
+    *shares, diversity = (counts[:-1] / counts[-1]).tolist()
+    accuracies = dict(zip(names, shares[num_peers:], strict=True))
+    return Evaluation(tuple(shares[:num_peers]), accuracies, method.selects, diversity)
 
 
 def _disagreements(predictions_MB: Tensor, num_classes: int) -> Tensor:
@@ -81,20 +90,3 @@ def _disagreements(predictions_MB: Tensor, num_classes: int) -> Tensor:
     votes_BK = torch.nn.functional.one_hot(predictions_MB, num_classes).sum(0)
     agreeing_B = (votes_BK * (votes_BK - 1)).sum(-1)
     return (1 - agreeing_B.double() / (num_peers * (num_peers - 1))).sum()
-
-
-@torch.no_grad()
-def latency_ms(network: nn.Module, spec: ImageSpec, repeats: int = 30) -> float:
-    """Median milliseconds for one image through `network` in eval mode, on the device and threads it has now."""
-    was_training = network.training
-    network.eval()
-    image = example(network, spec)
-    times_s = []
-    for _ in range(repeats + 5):
-        start_s = time.perf_counter()
-        network(image)
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
-        times_s.append(time.perf_counter() - start_s)
-    network.train(was_training)
-    return float(torch.tensor(times_s[5:]).median()) * 1000

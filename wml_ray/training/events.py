@@ -1,4 +1,4 @@
-"""What a training reports while it runs."""
+"""Events and metrics that a training reports while it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepProgress:
-    """Progress inside an epoch: training steps done of all there are."""
+    """Training steps done, of all steps of the run."""
 
     epoch: int
     step: int
@@ -19,7 +19,7 @@ class StepProgress:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch is done: its number from 1, and its metrics under their MLflow names."""
+    """The number of a finished epoch, from 1, and its metrics under their MLflow names."""
 
     epoch: int
     metrics: dict[str, float]
@@ -27,24 +27,28 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class MidEpochState:
-    """So many epochs and steps of the next one are done, and the machine may soon be gone: time for a checkpoint."""
+    """Epochs done, and steps done of the next one, when a checkpoint is to be written in the middle of an epoch."""
 
     epoch: int
     step: int
 
 
 OnEvent = Callable[[StepProgress | EpochEnd], None]
-Preempted = Callable[
-    [], bool
-]  # whether the machine may soon be gone; asked on all workers at once, all are told the same
+Preempted = Callable[[], bool]
+"""True when the machine is about to stop. Called on all workers at the same step; returns the same on all."""
 
-LogMetrics = Callable[[int, Mapping[str, float], int], None]  # step, metrics, milliseconds since the epoch of Unix
+LogMetrics = Callable[[int, Mapping[str, float], int], None]
+"""Receives step, metrics by name, and milliseconds since the Unix epoch."""
+
+
+def ignore_event(event: StepProgress | EpochEnd) -> None:
+    """An `OnEvent` that does nothing."""
 
 
 def ignore_metrics(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-    """A `Log` for those who do not listen."""
+    """A `LogMetrics` that does nothing."""
 
 
 def now_ms() -> int:
-    """Milliseconds since the epoch of Unix, as MLflow counts."""
+    """Milliseconds since the Unix epoch, as MLflow counts."""
     return time.time_ns() // 1_000_000

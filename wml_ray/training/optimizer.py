@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import nn
 
 from wml_ray.config.schema import OptimConfig
-from wml_ray.networks.peer_tree import PeerTree
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of training step `step` (from 0), a function of the step alone, so there is no state to resume."""
+    """Learning rate of training step `step` (from 0), a function of the step alone, so that it needs no state."""
     total = config.epochs * steps_per_epoch
     warmup = config.warmup_epochs * steps_per_epoch
     if config.schedule == "onecycle":  # Smith & Topin 2019: up over the warm-up (30 % by default), then down
@@ -34,11 +34,13 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
-def make_optimizer(config: OptimConfig, tree: PeerTree) -> torch.optim.Optimizer:
+def make_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of all parameters of `module` that require a gradient."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if config.name == "adamw":
-        return torch.optim.AdamW(tree.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.SGD(
-        tree.parameters(),
+        parameters,
         config.learning_rate,
         momentum=config.momentum,
         nesterov=config.nesterov and config.momentum > 0,

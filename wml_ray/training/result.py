@@ -7,8 +7,9 @@ from typing import Any
 
 from wml_ray.config.schema import Config
 from wml_ray.storage.files import read_json
-from wml_ray.training.evaluation import latency_ms
+from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
+from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
@@ -20,48 +21,61 @@ def stored_result(config: Config) -> dict[str, Any] | None:
 
 
 def log_result(result: dict[str, Any], log: LogMetrics) -> None:
-    """Everything a finished run logs, for a receiver that may have missed some of it."""
+    """Log the sizes, every epoch and the final metrics of a finished run, for a receiver that missed some of them."""
     log_history(result, log)
     log(result["test_epoch"], result["final"], result["timestamp_ms"])
 
 
-def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
-    """The finished run as JSON: each peer's size, latency, accuracy and weight; the ensembles; the history."""
-    validation = plan["history"][trainer.epoch - 1]["metrics"]
-    weights = trainer.weights_M.tolist()
+def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+    """The finished run as JSON: size, latency and accuracy of each peer (and weight, where the method has weights), the
+    predictions, and the history.
+    """
+    validation = metadata["history"][trainer.epoch - 1]["metrics"]
+    latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
-            **plan["peers"][index],
-            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
-            "validation_accuracy": validation[f"val/accuracy/peer{index}"],
-            "test_accuracy": test[f"test/accuracy/peer{index}"],
-            "weight": weights[index],
+            **metadata["peers"][index],
+            "latency_ms": latencies[index].median_ms,
+            "latency_spread_ms": latencies[index].spread_ms,
+            **_accuracies(f"peer{index}", validation, test),
         }
         for index in range(config.num_peers)
     ]
-    ensembles = {
-        kind: {
-            "validation_accuracy": validation[f"val/accuracy/ensemble_{kind}"],
-            "test_accuracy": test[f"test/accuracy/ensemble_{kind}"],
-        }
-        for kind in ("average", "weighted")
+    for index, peer in enumerate(peers):
+        if (weight := validation.get(f"weights/peer{index}")) is not None:
+            peer["weight"] = weight
+    names = prediction_names(config.method.name, config.num_peers)
+    predictions = {name: _accuracies(name, validation, test) for name in names}
+    result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
+    result |= {
+        "predictions": predictions,
+        "selects": metadata["selects"],
+        "test_epoch": trainer.epoch,
+        "test_rule": config.run.test_epoch,
     }
-    result: dict[str, Any] = {"run_id": config.run_id, "config": config.model_dump(mode="json"), "peers": peers}
-    result |= {"ensembles": ensembles, "test_epoch": trainer.epoch, "test_rule": config.run.test_epoch}
-    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
-    return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
+    result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
+    return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
+
+
+def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "validation_accuracy": validation[f"val/accuracy/{name}"],
+        "test_accuracy": test[f"test/accuracy/{name}"],
+    }
 
 
 def with_smallest_peer(metrics: Mapping[str, float], split: str, peers: list[dict[str, Any]]) -> dict[str, float]:
-    """The accuracy of the peer with the fewest MACs under a name of its own: its number depends on the ratios."""
+    """`metrics` with the accuracy of the peer with the fewest MACs added as `smallest_peer`."""
     smallest = min(range(len(peers)), key=lambda index: (peers[index]["macs"], peers[index]["params"], index))
     return {**metrics, f"{split}/accuracy/smallest_peer": metrics[f"{split}/accuracy/peer{smallest}"]}
 
 
 def log_history(record: Mapping[str, Any], log: LogMetrics) -> None:
-    """The sizes of the peers, and every epoch so far."""
+    """Log the sizes of the peers and every epoch so far."""
     sizes = {
         f"peers/{unit}/peer{index}": float(peer[unit])
         for unit in ("macs", "params", "channels")

@@ -1,43 +1,58 @@
-"""Where a run starts: its newest checkpoint, or the freshly pruned tree."""
+"""The start of a run: its newest checkpoint, or the freshly pruned tree."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints
-from wml_ray.checkpoints.load import build_tree
-from wml_ray.checkpoints.remote import open_checkpoints
+from wml_ray.checkpoints.checkpoint import Checkpoint
+from wml_ray.checkpoints.load import build_tree, check_checkpoint
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError
+from wml_ray.methods.base import Method
+from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
-from wml_ray.training.trainer import check_batch_shares, initial_state
+from wml_ray.training.state import initial_state
+from wml_ray.training.threads import torch_threads, training_threads
+from wml_ray.training.trainer import check_batch_shares
 
 
 def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease | None = None) -> Checkpoint:
-    """Where the run starts: its newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
+    """The run's newest intact checkpoint, else the freshly pruned tree, saved as epoch 0.
 
-    Every worker starts from a checkpoint, so all are pruned alike and a first start is like any other. `num_workers` is
-    how many there may come to be.
+    Every worker starts from a checkpoint, so all are pruned alike, and the first start is a resume like any other.
+    `num_workers` is the largest number of workers the run may have.
 
     Raises:
-        UserError: in the backbone, the sharing, the ratios or the data, before anything is written.
+        UserError: backbone, sharing, ratios or data are wrong, the folder cannot be written, or there are checkpoints
+            and none can be used.
     """
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest()
+        newest = checkpoints.latest(_check(config))
         if newest is None:
+            if checkpoints.epochs():
+                raise UserError(
+                    f"no checkpoint in {checkpoints.folder} can be used; restore one, or remove it to start over"
+                )
             dataset = load_dataset(config)
             check_batch_shares(config, dataset, num_workers)
-            newest = initial_checkpoint(config, dataset)
+            newest = created = initial_checkpoint(config, dataset)
             try:
-                checkpoints.save(newest)
+                retry_storage(lambda: checkpoints.save(created), checkpoints.folder)
             except OSError as error:
                 raise UserError(
                     f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
@@ -48,19 +63,22 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
 
 
 def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
-    """Epoch 0: the tree as initialised and pruned."""
+    """Epoch 0: the tree as initialised and pruned, and the method's own tensors."""
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
     batches = dataset.saliency_batches(config.pruning.saliency_images)
-    with torch.random.fork_rng(devices=[]):
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
         torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
         channels = prune(tree, config.pruning, dataset.spec, batches)
-    plan = {
+    metadata = {
         "format": 1,
         "run_id": config.run_id,
-        "config": config.model_dump(mode="json"),
+        "config": config.dump(),
+        "selects": METHODS[config.method.name].selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
+        "skipped_images": list(dataset.skipped),
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": removed_shares(full, peer_costs(tree, dataset.spec)),
@@ -70,19 +88,38 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "metrics": {},
         "history": [],
     }
-    return Checkpoint(0, tree.state_dict(), initial_state(tree.num_peers), plan)
+    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), metadata)
+
+
+def build_method(config: Config, spec: ImageSpec, channels: Mapping[str, Sequence[int]]) -> Method:
+    """The config's method on a tree of these channel widths, both with their initial tensors."""
+    tree = build_tree(config, spec)
+    apply_channel_widths(tree, channels)
+    return _method_on(tree, config, spec)
+
+
+def _method_on(tree: PeerTree, config: Config, spec: ImageSpec) -> Method:
+    return build(config.method.name, tree, config.method_settings, spec, seed_for(config.seed, "method"))
 
 
 def epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
-    return open_checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
+    """The checkpoints written at the end of each epoch."""
+    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
 
 
 def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
-    """Of the middle of an epoch, written when the machine was about to go."""
-    return open_checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+    """The checkpoints written in the middle of an epoch, at a notice of preemption."""
+    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+
+
+def _check(config: Config) -> Callable[[Checkpoint], None]:
+    def state_of(tree: PeerTree, spec: ImageSpec) -> dict[str, Tensor]:
+        return initial_state(_method_on(tree, config, spec))
+
+    return lambda found: check_checkpoint(found, config, state_of)
 
 
 def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
-    """Epochs done in the newest checkpoint, and whether one of the middle of the next epoch goes on from there."""
-    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest()
-    return newest.epoch, further is not None and further.plan["history"] == newest.plan["history"]
+    """Epochs done in the newest checkpoint, and whether a checkpoint of the middle of the next epoch continues it."""
+    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(_check(config))
+    return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]

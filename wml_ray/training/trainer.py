@@ -1,38 +1,51 @@
-"""One worker's training in plain PyTorch: it knows no cluster, no tracker and no file; `report` is its only way out."""
+"""One worker's training in plain PyTorch, without cluster, tracking or files; `report` is its only output."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from functools import reduce
+from operator import add
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Batch, Dataset
 from wml_ray.data.splits import Split, seed_for
-from wml_ray.distributed import WorkerRank
-from wml_ray.errors import Diverged, UserError
-from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
-from wml_ray.methods.losses import KlOptions, cross_entropies, inner_loss
-from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.distributed import WorkerRank, mean_of_workers
+from wml_ray.errors import UserError
+from wml_ray.methods.base import Method, NonFinite, StepContext
+from wml_ray.methods.losses import cross_entropies
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
+from wml_ray.training.divergence import DivergenceMonitor, diverged
 from wml_ray.training.evaluation import evaluate
 from wml_ray.training.events import EpochEnd, MidEpochState, OnEvent, Preempted, StepProgress
 from wml_ray.training.optimizer import learning_rate, make_optimizer
+from wml_ray.training.precision import forward
+from wml_ray.training.state import (
+    below,
+    load_method,
+    load_optimizer,
+    load_scaler,
+    optimizer_state,
+    prefixed,
+    scaler_state,
+)
 
 PROGRESS_INTERVAL_S = 0.5  # seconds between two progress reports
-STEPS_BETWEEN_PREEMPTION_CHECKS = 25  # whether the machine is to go: a minute's notice is usual
-STEPS_BETWEEN_LOSS_CHECKS_ON_GPU = 50  # reading a loss stops the GPU's queue, so it is not done every step
+STEPS_BETWEEN_PREEMPTION_CHECKS = 25  # a notice of preemption usually comes a minute ahead
+STEPS_BETWEEN_LOSS_CHECKS_ON_GPU = 50
+
+SaveMidEpoch = Callable[[MidEpochState], None]
 
 
 def check_batch_shares(config: Config, dataset: Dataset, num_workers: int) -> None:
-    """Raises:
-    UserError: a batch has fewer than two images a worker, which BatchNorm needs.
+    """Check that each worker receives at least the two images of a batch that BatchNorm needs.
+
+    Raises:
+        UserError: too many workers for the batch size.
     """
     smallest = min(config.data.batch_size, len(dataset.splits["outer"]))
     if smallest < 2 * num_workers:
@@ -42,234 +55,167 @@ def check_batch_shares(config: Config, dataset: Dataset, num_workers: int) -> No
         )
 
 
-def initial_state(num_peers: int) -> dict[str, Tensor]:
-    """The state of a trainer before its first step: equal weights, no momentum."""
-    equal = torch.full((num_peers,), -math.log(num_peers), dtype=torch.float64)
-    return {"log_weights": equal, "epoch": torch.tensor(0), "step": torch.tensor(0), "loss_sum": torch.tensor(0.0)}
-
-
 class Trainer:
-    """Everything that changes while a family trains: parameters, optimiser, omega, and how far it has come."""
+    """The training loop of one worker: method, optimiser, and the number of epochs and steps done."""
 
     def __init__(
-        self, config: Config, tree: PeerTree, dataset: Dataset, device: torch.device, worker: WorkerRank | None = None
+        self, config: Config, method: Method, dataset: Dataset, device: torch.device, worker: WorkerRank | None = None
     ) -> None:
-        """`tree` is already pruned, and the same on every worker; with several, torch.distributed is initialised.
+        """`method` holds the pruned tree, equal on every worker; with several, torch.distributed is initialised.
 
         Raises:
-            UserError: more workers than images in a batch.
+            UserError: too many workers for the batch size.
         """
         self.config, self.dataset, self.device = config, dataset, device
         self.worker = worker or WorkerRank()
         check_batch_shares(config, dataset, self.worker.world_size)
-        self.tree = tree.to(device=device, memory_format=self._memory_format).train()  # type: ignore[call-overload]
+        memory_format = torch.channels_last if config.optim.channels_last else torch.contiguous_format
+        self.method = method.to(device=device, memory_format=memory_format).train()  # type: ignore[call-overload]
+        self.tree = self.method.tree
         if config.optim.sync_batchnorm and self.worker.world_size > 1:
-            convert_sync_batchnorm(self.tree)
-        self.optimizer = make_optimizer(config.optim, self.tree)
+            convert_sync_batchnorm(self.method)
+        self.optimizer = make_optimizer(config.optim, self.method)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
-        self.log_weights_M = initial_state(tree.num_peers)["log_weights"].to(device)
         self.epoch = 0  # epochs done
-        self.step = 0  # steps done of the next one
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # over those steps
-        self.model = self._wrapped()
-        self._losses: list[tuple[int, float, Tensor]] = []  # (step, learning rate, losses_M) not yet looked at
-
-    @property
-    def weights_M(self) -> Tensor:
-        """omega, (M,) float64 on the simplex."""
-        return self.log_weights_M.exp()
+        self.step = 0  # steps done of the next epoch
+        self._loss_sums: dict[str, Tensor] = {}  # of each term, over those steps
+        self._model = self._wrapped()
+        self._monitor = DivergenceMonitor(method, STEPS_BETWEEN_LOSS_CHECKS_ON_GPU if device.type == "cuda" else 1)
 
     @property
     def total_steps(self) -> int:
         return self.config.optim.epochs * self.dataset.steps_per_epoch
 
-    def fit(
-        self, report: OnEvent, preempted: Preempted | None = None, save: Callable[[MidEpochState], None] | None = None
-    ) -> None:
-        """Train the epochs that are left. When `preempted` says so, `save` is called on all workers.
+    def fit(self, report: OnEvent, preempted: Preempted | None = None, save: SaveMidEpoch | None = None) -> None:
+        """Train the remaining epochs. `save` is called on all workers when `preempted` returns True.
 
         Raises:
-            Diverged: something turned non-finite.
+            Diverged: a loss, a parameter or a quantity of the method is not finite.
         """
         while self.epoch < self.config.optim.epochs:
-            loss, images_per_second = self._train_epoch(report, preempted, save)
-            self._check_parameters()
+            training_metrics = self._train_epoch(report, preempted, save)
+            self._monitor.check_parameters(self._context(self.step - 1))
             self._average_buffers()
-            self.epoch, self.step = self.epoch + 1, 0
-            self._loss_sum.zero_()
-            metrics = self.evaluate("validation")
-            metrics |= {f"weights/peer{i}": w for i, w in enumerate(self.weights_M.tolist())}
-            metrics |= {"train/loss": loss, "train/images_per_second": images_per_second}
-            metrics["train/learning_rate"] = self._learning_rate(self.epoch * self.dataset.steps_per_epoch - 1)
-            report(EpochEnd(self.epoch, metrics))
+            training_metrics["train/learning_rate"] = self._context(self.step - 1).learning_rate
+            self.epoch, self.step, self._loss_sums = self.epoch + 1, 0, {}
+            report(EpochEnd(self.epoch, self.evaluate("validation") | self.method.metrics() | training_metrics))
 
     def evaluate(self, split: Split) -> dict[str, float]:
         """Accuracies on a split, under their MLflow names."""
         prefix = {"validation": "val", "test": "test"}[split]
-        with self._autocast():
-            found = evaluate(self.tree, self.dataset.evaluation_batches(split, self.worker), self.weights_M)
-        return found.metrics(prefix)
+        batches = self.dataset.evaluation_batches(split, self.worker)
+        return evaluate(self.method, batches, self.config.optim.precision).metrics(prefix)
+
+    def train_step(self, context: StepContext, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step. Returns the terms of this worker's loss, scaled so that their mean over workers is the
+        loss of the whole batch.
+        """
+        inputs, targets = batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = context.learning_rate
+        outputs = forward(self._model, inputs, self.config.optim.precision)
+        share = len(targets) * self.worker.world_size / self.config.data.batch_size
+        terms = {name: term * share for name, term in self.method.losses(outputs, targets, context).items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(reduce(add, terms.values())).backward()
+        if self.config.optim.gradient_clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.gradient_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._monitor.record(context, cross_entropies(outputs["logits_MBK"].detach(), targets))
+        return {name: term.detach() for name, term in terms.items()}
 
     def model_state(self) -> dict[str, Tensor]:
+        """The tree's tensors by name."""
         return dict(self.tree.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        """What besides the model's tensors a resumed run needs, as named tensors.
-
-        Batch order, augmentation, dropout and learning rate follow from seed and step, so they need no state.
-        """
-        tensors = {"log_weights": self.log_weights_M, "epoch": torch.tensor(self.epoch)}
-        tensors |= {"step": torch.tensor(self.step), "loss_sum": self._loss_sum}
-        for name, parameter in self.tree.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                if value is not None:
-                    tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value)
-        for key, value in self.scaler.state_dict().items():
-            tensors[f"scaler/{key}"] = torch.tensor(value, dtype=torch.float64)
-        return tensors
+        """All further tensors that a resumed run needs."""
+        return {
+            **prefixed("method", self.method.own_state()),
+            **prefixed("loss_sum", self._loss_sums),
+            **optimizer_state(self.method, self.optimizer),
+            **scaler_state(self.scaler),
+            "epoch": torch.tensor(self.epoch),
+            "step": torch.tensor(self.step),
+        }
 
     def load_state(self, model: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-        self.tree.load_state_dict(model)
-        self.log_weights_M = state["log_weights"].to(self.device)
+        """Continue from the tensors that `model_state` and `state` returned."""
+        load_method(self.method, model, state)
+        load_optimizer(self.method, self.optimizer, state)
+        load_scaler(self.scaler, state)
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
-        self._loss_sum = state["loss_sum"].to(self._loss_sum).clone()
-        parameters = dict(self.tree.named_parameters())
-        for name, value in _below("optimizer", state).items():
-            key, _, parameter_name = name.partition("/")
-            parameter = parameters[parameter_name]
-            if value.shape == parameter.shape:  # in the parameter's own layout, without which a step is slower
-                value = torch.empty_like(parameter).copy_(value)
-            self.optimizer.state[parameter][key] = value.detach()
-        scaler = {key: float(value) for key, value in _below("scaler", state).items()}
-        if scaler:
-            counts = {key: int(scaler[key]) for key in ("growth_interval", "_growth_tracker")}
-            self.scaler.load_state_dict({**scaler, **counts})
+        self._loss_sums = {name: tensor.to(self.device).clone() for name, tensor in below("loss_sum", state).items()}
 
-    def _train_epoch(
-        self, report: OnEvent, preempted: Preempted | None, save: Callable[[MidEpochState], None] | None
-    ) -> tuple[float, float]:
-        """Mean inner loss and images a second, over all workers."""
-        steps, wml, first = self.dataset.steps_per_epoch, self.config.wml, self.step
-        begin = self.epoch * steps
+    def _train_epoch(self, report: OnEvent, preempted: Preempted | None, save: SaveMidEpoch | None) -> dict[str, float]:
+        """Mean losses and images a second, over all workers."""
+        steps, first = self.dataset.steps_per_epoch, self.step
         torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.worker.rank, first))
-        learns = wml.weights == "learned" and self.tree.num_peers > 1
-        updates_done = (begin + first) // wml.update_every - begin // wml.update_every
-        outer_batches = self.dataset.outer_batches(self.epoch, self.worker, updates_done) if learns else None
-        start_s = last_tick_s = time.perf_counter()
-        batches = self.dataset.train_batches(self.epoch, self.worker, first)
-        for step, batch in enumerate(batches, begin + first):
-            loss = self._train_step(step, batch)
-            self._loss_sum += loss
-            if outer_batches is not None and (step + 1) % wml.update_every == 0:
-                self._update_weights(step, batch, next(outer_batches))
+        outer_batches = self._outer_batches()
+        start_s = last_report_s = time.perf_counter()
+        for batch in self.dataset.train_batches(self.epoch, self.worker, first):
+            context = self._context(self.step)
+            terms = self.train_step(context, batch)
+            for name, term in terms.items():
+                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + term.double()
+            self._after_step(context, batch, outer_batches(context))
             self.step += 1
-            if time.perf_counter() - last_tick_s >= PROGRESS_INTERVAL_S and self.worker.rank == 0:
-                last_tick_s = time.perf_counter()
-                report(StepProgress(self.epoch + 1, step + 1, self.total_steps, float(loss)))
-            if (
-                preempted
-                and save
-                and self.step % STEPS_BETWEEN_PREEMPTION_CHECKS == 0
-                and self.step < steps
-                and preempted()
-            ):
-                self._agree()
+            if self.worker.rank == 0 and time.perf_counter() - last_report_s >= PROGRESS_INTERVAL_S:
+                last_report_s = time.perf_counter()
+                loss = float(reduce(add, terms.values()))
+                report(StepProgress(self.epoch + 1, context.step + 1, self.total_steps, loss))
+            check_due = self.step % STEPS_BETWEEN_PREEMPTION_CHECKS == 0 and self.step < steps
+            if preempted and save and check_due and preempted():
+                self._synchronise()
                 save(MidEpochState(self.epoch, self.step))
-        self._check_losses()
-        mean_loss = float(self._over_workers(self._loss_sum)) / steps
-        return mean_loss, (steps - first) * self.config.data.batch_size / (time.perf_counter() - start_s)
+        self._monitor.check_losses()
+        means = {name: float(mean_of_workers(total)) / steps for name, total in self._loss_sums.items()}
+        metrics = {"train/loss": sum(means.values())}
+        if len(means) > 1:
+            metrics |= {f"train/loss_{name}": mean for name, mean in means.items()}
+        images = (steps - first) * self.config.data.batch_size
+        return metrics | {"train/images_per_second": images / (time.perf_counter() - start_s)}
 
-    def _agree(self) -> None:
-        """Make what a checkpoint holds the same on all workers, and see that it is finite."""
-        self._check_losses()
-        self._check_parameters()
+    def _outer_batches(self) -> Callable[[StepContext], Batch | None]:
+        """The outer batch of a step of this epoch, or None where the method receives none."""
+        interval = self.method.outer_batch_interval
+        if interval is None:
+            return lambda context: None
+        begin = self.epoch * self.dataset.steps_per_epoch
+        used = (begin + self.step) // interval - begin // interval
+        batches = self.dataset.outer_batches(self.epoch, self.worker, used)
+        return lambda context: next(batches) if (context.step + 1) % interval == 0 else None
+
+    def _after_step(self, context: StepContext, batch: Batch, outer_batch: Batch | None) -> None:
+        try:
+            self.method.after_step(context, batch, outer_batch)
+        except NonFinite as error:
+            self._monitor.check_losses()  # on a GPU the loss that caused it may not have been checked yet
+            raise diverged(str(error), context) from None
+
+    def _synchronise(self) -> None:
+        """Make everything that a checkpoint holds finite and equal on all workers."""
+        self._monitor.check_losses()
+        self._monitor.check_parameters(self._context(self.step - 1))
         self._average_buffers()
-        self._loss_sum = self._over_workers(self._loss_sum)
-
-    def _over_workers(self, value: Tensor) -> Tensor:
-        """The mean of the workers' values."""
-        if self.worker.world_size > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.worker.world_size
-        return value
-
-    def _train_step(self, step: int, batch: Batch) -> Tensor:
-        """One descent on Eq. 1. The loss returned is this worker's, scaled so that the workers' mean is the batch's."""
-        inputs, targets = batch
-        rate = self._learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with self._autocast():
-            logits_MBK = self.model(inputs)
-        loss = inner_loss(logits_MBK, targets, self.weights_M, self.config.wml.alpha, **self._kl_options)
-        loss = loss * (len(targets) * self.worker.world_size / self.config.data.batch_size)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.config.optim.gradient_clip:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.tree.parameters(), self.config.optim.gradient_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self._losses.append((step, rate, cross_entropies(logits_MBK.detach().float(), targets)))
-        if self.device.type != "cuda" or len(self._losses) >= STEPS_BETWEEN_LOSS_CHECKS_ON_GPU:
-            self._check_losses()
-        return loss.detach()
-
-    def _update_weights(self, step: int, inner_batch: Batch, outer_batch: Batch) -> None:
-        """Eqs. 5 and 7. Always in float32: a tangent in eight bits of mantissa is mostly noise."""
-        wml, rate = self.config.wml, self._learning_rate(step)
-        unroll_learning_rate = rate if wml.unroll_learning_rate is None else wml.unroll_learning_rate
-        gradient_M = weight_gradient(
-            self.tree,
-            inner_batch,
-            outer_batch,
-            self.weights_M,
-            wml.alpha,
-            unroll_learning_rate,
-            unroll=wml.unroll,
-            **self._kl_options,
-        )
-        self.log_weights_M = log_mirror_descent(self.log_weights_M, gradient_M, wml.mirror_step_size)
-        if not self.log_weights_M.isfinite().all():
-            self._check_losses()  # on a GPU the loss that caused it may not have been looked at yet
-            peers = [i for i, g in enumerate(gradient_M.tolist()) if not math.isfinite(g)]
-            raise self._diverged(f"the gradient of the weight of {_peers(peers)}", step, rate)
-
-    def _check_losses(self) -> None:
-        for step, rate, losses_M in self._losses:
-            bad = [i for i, loss in enumerate(losses_M.tolist()) if not math.isfinite(loss)]
-            if bad:
-                raise self._diverged(f"the loss of {_peers(bad)}", step, rate)
-        self._losses.clear()
-
-    def _check_parameters(self) -> None:
-        named = list(self.tree.named_parameters())
-        norms = torch.stack(torch._foreach_norm([p.detach() for _, p in named])).tolist()
-        bad = [name for (name, _), norm in zip(named, norms, strict=True) if not math.isfinite(norm)]
-        if bad:
-            peers = sorted(frozenset[int]().union(*(self.tree.peers_through(name) for name in bad)))
-            step = self.epoch * self.dataset.steps_per_epoch + self.step - 1
-            raise self._diverged(f"a parameter of {_peers(peers)} ({bad[0]})", step, self._learning_rate(step))
-
-    def _diverged(self, what: str, step: int, rate: float) -> Diverged:
-        epoch = step // self.dataset.steps_per_epoch + 1
-        return Diverged(
-            f"training diverged: {what} is not finite at epoch {epoch}, step {step + 1}, learning rate {rate:.4g}; "
-            "lower optim.learning_rate, lengthen optim.warmup_epochs, or set optim.gradient_clip=1"
-        )
+        self._loss_sums = {name: mean_of_workers(total) for name, total in self._loss_sums.items()}
 
     def _average_buffers(self) -> None:
         """Give every worker the mean of the workers' running statistics, so that all evaluate the same network."""
-        if self.worker.world_size == 1:
-            return
-        for buffer in self.tree.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= self.worker.world_size
+        for name, buffer in self.method.named_buffers():
+            if buffer.is_floating_point() and "." in name:  # the method's own are equal, and averaging would round them
+                buffer.copy_(mean_of_workers(buffer))
+
+    def _context(self, step: int) -> StepContext:
+        """The context of step `step` of the current epoch."""
+        number = self.epoch * self.dataset.steps_per_epoch + step
+        rate = learning_rate(self.config.optim, number, self.dataset.steps_per_epoch)
+        return StepContext(number, self.epoch, self.config.optim.epochs, rate)
 
     def _wrapped(self) -> nn.Module:
-        model: nn.Module = self.tree
+        model: nn.Module = self.method
         if self.config.optim.compile:
             model = torch.compile(model)  # type: ignore[assignment]
         if self.worker.world_size > 1:
@@ -278,31 +224,3 @@ class Trainer:
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         return model
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(self.config.optim, step, self.dataset.steps_per_epoch)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        precision = self.config.optim.precision
-        return torch.autocast(self.device.type, getattr(torch, precision), enabled=precision != "float32")
-
-    @property
-    def _memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.config.optim.channels_last else torch.contiguous_format
-
-    @property
-    def _kl_options(self) -> KlOptions:
-        wml = self.config.wml
-        return KlOptions(
-            temperature=wml.temperature,
-            kl_direction=wml.kl_direction,
-            stop_gradient_teacher=wml.stop_gradient_teacher,
-        )
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-
-
-def _peers(indices: list[int]) -> str:
-    return ("peer " if len(indices) == 1 else "peers ") + ", ".join(map(str, indices))

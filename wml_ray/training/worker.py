@@ -1,22 +1,23 @@
-"""One worker from start to end: build or resume, train, keep checkpoints, test. No Ray and no MLflow in sight."""
+"""One worker from start to end: build or resume, train, keep checkpoints, test. Without Ray and MLflow."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, best_epoch
-from wml_ray.checkpoints.load import build_tree
+from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
-from wml_ray.pruning.prune import apply_channel_widths
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import (
     EpochEnd,
     LogMetrics,
@@ -24,28 +25,33 @@ from wml_ray.training.events import (
     OnEvent,
     Preempted,
     StepProgress,
+    ignore_event,
     ignore_metrics,
     now_ms,
 )
 from wml_ray.training.result import RESULT, log_history, summary, with_smallest_peer
-from wml_ray.training.start import epoch_checkpoints, mid_epoch_checkpoints, starting_point
+from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
 from wml_ray.training.trainer import Trainer
 
 
-def run_worker(
-    config: Config,
-    worker: WorkerRank,
-    device: torch.device,
-    report: OnEvent,
-    log: LogMetrics,
-    lease: Lease | None = None,
-    preempted: Preempted | None = None,
-) -> dict[str, Any] | None:
-    """Train from the newest checkpoint to the end; the result on rank 0, None elsewhere.
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker's rank, device and callbacks."""
 
-    `report` hears every epoch on every worker. `log` receives metrics on rank 0, after a resume the whole history
-    again: what it has had before is the receiver's to know. `lease` is what allows to write into the run's folder.
-    When `preempted` says that the machine may soon be gone, a checkpoint is written in the middle of the epoch.
+    worker: WorkerRank = field(default_factory=WorkerRank)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    report: OnEvent = ignore_event
+    """Receives the events of training, on every worker."""
+    log: LogMetrics = ignore_metrics
+    """Receives metrics on rank 0; after a resume, the whole history again."""
+    lease: Lease | None = None
+    """The lease on the run's folder, without which nothing is written."""
+    preempted: Preempted | None = None
+    """Returns True when the machine is about to stop: a checkpoint is then written in the middle of the epoch."""
+
+
+def run_worker(config: Config, context: WorkerContext) -> dict[str, Any] | None:
+    """Train from the newest checkpoint to the end; returns the result on rank 0, None elsewhere.
 
     Raises:
         Diverged: training turned non-finite; the last good checkpoint stays.
@@ -53,81 +59,81 @@ def run_worker(
         StorageUnavailable: the storage failed for ten minutes.
     """
     with (
-        closing(epoch_checkpoints(config, lease)) as checkpoints,
-        closing(mid_epoch_checkpoints(config, lease)) as partial,
+        closing(epoch_checkpoints(config, context.lease)) as checkpoints,
+        closing(mid_epoch_checkpoints(config, context.lease)) as mid_epoch,
     ):
-        return _run_worker(config, worker, device, report, log, checkpoints, partial, preempted)
+        return _WorkerRun(config, context, checkpoints, mid_epoch).run()
 
 
-def _run_worker(
-    config: Config,
-    worker: WorkerRank,
-    device: torch.device,
-    report: OnEvent,
-    log: LogMetrics,
-    checkpoints: Checkpoints,
-    partial: Checkpoints,
-    preempted: Preempted | None,
-) -> dict[str, Any] | None:
-    epoch, mid_epoch = broadcast_from_rank_0(worker, lambda: starting_point(config, checkpoints.lease, partial))
-    start = (partial if mid_epoch else checkpoints).load(epoch)
-    dataset = load_dataset(config, device)
-    tree = build_tree(config, dataset.spec)
-    apply_channel_widths(tree, start.plan["channels"])
-    trainer = Trainer(config, tree, dataset, device, worker)
-    trainer.load_state(start.model, start.state)
-    plan = dict(start.plan)
-    log_on_rank_0 = log if worker.rank == 0 else ignore_metrics
-    log_history(plan, log_on_rank_0)
+class _WorkerRun:
+    """A trainer, its checkpoints, and the metadata they are written with."""
 
-    def on_event(event: StepProgress | EpochEnd) -> None:
+    def __init__(
+        self, config: Config, context: WorkerContext, checkpoints: Checkpoints, mid_epoch: Checkpoints
+    ) -> None:
+        self.config, self.context, self.checkpoints, self.mid_epoch = config, context, checkpoints, mid_epoch
+        self.is_first = context.worker.rank == 0
+        epoch, in_mid_epoch = broadcast_from_rank_0(
+            context.worker, lambda: starting_point(config, checkpoints.lease, mid_epoch)
+        )
+        start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
+        dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
+        method = build_method(config, dataset.spec, start.metadata["channels"])
+        self.trainer = Trainer(config, method, dataset, context.device, context.worker)
+        self.trainer.load_state(start.model, start.state)
+        self.metadata = dict(start.metadata)
+
+    def run(self) -> dict[str, Any] | None:
+        log_history(self.metadata, self._log)
+        self.trainer.fit(self._on_event, self.context.preempted, self._save_mid_epoch)
+        self.checkpoints.wait_for_uploads()
+        self._load_test_epoch()
+        test = with_smallest_peer(self.trainer.evaluate("test"), "test", self.metadata["peers"])
+        if not self.is_first:
+            return None
+        result = summary(self.config, self.trainer, self.metadata, test)
+        write_json(self.config.run_folder / RESULT, result)
+        self._log(self.trainer.epoch, result["final"], result["timestamp_ms"])
+        return result
+
+    def _log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        if self.is_first:
+            self.context.log(step, metrics, timestamp_ms)
+
+    def _on_event(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            timestamp_ms, metrics = now_ms(), with_smallest_peer(event.metrics, "val", plan["peers"])
+            timestamp_ms, metrics = now_ms(), with_smallest_peer(event.metrics, "val", self.metadata["peers"])
             entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
-            plan.update(epoch=event.epoch, metrics=metrics, history=[*plan["history"], entry])
-            if (
-                worker.rank == 0
-            ):  # the checkpoint first: what is logged is then never trained again under another number
-                checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-                retry_for(lambda: checkpoints.save(checkpoint), checkpoints.folder)
-            log_on_rank_0(event.epoch, metrics, timestamp_ms)
-        report(event)
+            self.metadata.update(epoch=event.epoch, metrics=metrics, history=[*self.metadata["history"], entry])
+            self._save(self.checkpoints, event.epoch)  # before logging: a logged epoch is never trained again
+            self._log(event.epoch, metrics, timestamp_ms)
+        self.context.report(event)
 
-    def save(event: MidEpochState) -> None:
-        if worker.rank == 0:
-            checkpoint = Checkpoint(event.epoch, trainer.model_state(), trainer.state(), plan)
-            retry_for(lambda: partial.save(checkpoint), partial.folder)
+    def _save_mid_epoch(self, event: MidEpochState) -> None:
+        self._save(self.mid_epoch, event.epoch)
 
-    trainer.fit(on_event, preempted, save)
-    checkpoints.wait_for_uploads()
-    _select(config, trainer, checkpoints, plan, worker)
-    test = with_smallest_peer(trainer.evaluate("test"), "test", plan["peers"])
-    if worker.rank:
-        return None
-    result = summary(config, trainer, plan, test)
-    write_json(config.run_folder / RESULT, result)
-    log(trainer.epoch, result["final"], result["timestamp_ms"])
-    return result
+    def _save(self, checkpoints: Checkpoints, epoch: int) -> None:
+        if self.is_first:
+            checkpoint = Checkpoint(epoch, self.trainer.model_state(), self.trainer.state(), self.metadata)
+            retry_storage(lambda: checkpoints.save(checkpoint), checkpoints.folder)
 
-
-def _select(
-    config: Config, trainer: Trainer, checkpoints: Checkpoints, plan: dict[str, Any], worker: WorkerRank
-) -> None:
-    """Put the trainer at the epoch the test accuracy is taken from."""
-    if config.run.test_epoch == "best":
-        best = broadcast_from_rank_0(worker, lambda: _best_intact(checkpoints, plan["history"]))
-        if best != trainer.epoch:
-            chosen = checkpoints.load(best)
-            trainer.load_state(chosen.model, chosen.state)
+    def _load_test_epoch(self) -> None:
+        """Put the trainer at the epoch the test accuracy is taken from."""
+        if self.config.run.test_epoch == "best":
+            history = self.metadata["history"]
+            best = broadcast_from_rank_0(self.context.worker, lambda: _best_intact(self.checkpoints, history))
+            if best != self.trainer.epoch:
+                chosen = self.checkpoints.load(best)
+                self.trainer.load_state(chosen.model, chosen.state)
 
 
 def _best_intact(checkpoints: Checkpoints, history: list[dict[str, Any]]) -> int:
-    """The best epoch by validation whose checkpoint can be read."""
+    """The best epoch by validation that has an intact checkpoint."""
     kept = set(checkpoints.epochs())
     while (best := best_epoch([entry for entry in history if entry["epoch"] in kept])) is not None:
         try:
             return checkpoints.load(best).epoch
         except DamagedCheckpoint as error:
-            warnings.warn(f"{error}; testing the best epoch besides it", stacklevel=2)
+            warnings.warn(f"{error}; the next best epoch is tested instead", stacklevel=2)
             kept.remove(best)
     raise DamagedCheckpoint(f"no checkpoint in {checkpoints.folder} can be read")

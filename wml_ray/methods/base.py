@@ -1,0 +1,91 @@
+"""The interface of a method: what the peers of a tree learn from, and what is predicted with them."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.settings import Section
+
+Batch = tuple[Tensor, Tensor]
+Outputs = dict[str, Tensor]
+"""Tensors by name; "logits_MBK" is among them."""
+
+
+class StepContext(NamedTuple):
+    """How far the run has come at a training step. Steps and epochs are counted over the whole run."""
+
+    step: int  # steps done before this one
+    epoch: int  # epochs done
+    total_epochs: int
+    learning_rate: float
+
+
+class NonFinite(ArithmeticError):
+    """A quantity of the method is not finite; the message names it."""
+
+
+class Method(nn.Module):
+    """A method of training a peer tree. A loss-only method overrides `losses` alone.
+
+    The training loop calls `forward` under autocast, inside torch.compile and DistributedDataParallel, and everything
+    else outside of them, on outputs in float32 or more.
+    """
+
+    selects: ClassVar[str] = "ensemble_average"
+    """The prediction that is logged as `val/accuracy/method` and decides which epoch is best."""
+
+    outer_batch_interval: int | None = None
+    """After every so many steps, `after_step` receives a batch of the outer split."""
+
+    extra_copies: int = 0
+    """Tensors of the size of all parameters that `after_step` holds at a time, for the estimate of memory."""
+
+    def __init__(self, tree: PeerTree, settings: Section, spec: ImageSpec) -> None:
+        """`tree` is already pruned; `settings` is the method's own section of the config.
+
+        Modules, parameters and buffers that a subclass registers are trained, saved and resumed with the tree. A buffer
+        registered on the method itself must be equal on all workers; buffers of its modules are averaged over them.
+        """
+        super().__init__()
+        self.tree = tree
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        """(B, ...) inputs to the outputs that `losses` and `predictions` need."""
+        return {"logits_MBK": self.tree(inputs)}
+
+    def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
+        """Terms by name, each of shape (), a mean over this worker's images; their sum is minimised."""
+        raise NotImplementedError
+
+    def predictions(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Logits (B, K) by name, besides those of the peers and of `ensemble_average`; names as `prediction_names`."""
+        return {}
+
+    @staticmethod
+    def prediction_names(num_peers: int) -> tuple[str, ...]:
+        """Names of `predictions`, known without a batch."""
+        return ()
+
+    def metrics(self) -> dict[str, float]:
+        """Further metrics of an epoch, under their MLflow names; names as `metric_names`."""
+        return {}
+
+    @staticmethod
+    def metric_names(num_peers: int) -> tuple[str, ...]:
+        """Names of `metrics`, known without a run."""
+        return ()
+
+    def after_step(self, context: StepContext, batch: Batch, outer_batch: Batch | None) -> None:
+        """Called after each optimiser step with the batch it was taken on.
+
+        Raises:
+            NonFinite: a quantity of the method is not finite.
+        """
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, without those of the tree."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tree.")}

@@ -1,0 +1,21 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import torch
+
+from wml_ray.methods.base import Method
+from wml_ray.methods.dml import Dml
+from wml_ray.methods.wml import Wml
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.settings import Section
+
+METHODS: dict[str, type[Method]] = {"wml": Wml, "dml": Dml}
+
+
+def build(name: str, tree: PeerTree, settings: Section, spec: ImageSpec, seed: int) -> Method:
+    """The method `name` on `tree`, which is already pruned; the method's own tensors follow from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return METHODS[name](tree, settings, spec)
