@@ -385,6 +385,7 @@ def start_again(server):
     MlflowClient(server.uri).search_experiments()  # the first answer of a server is slow
 
 
+@pytest.mark.nightly
 def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", "1", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

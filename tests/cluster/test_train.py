@@ -32,6 +32,7 @@ def training_workers():
     return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
 
 
+@pytest.mark.core
 def test_a_run_whose_worker_was_killed_ends_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)

@@ -38,6 +38,7 @@ from wml_ray.training.start import initial_checkpoint
 
 CIFAR = ImageSpec(3, 32, 10)
 TINY = ImageSpec(2, 8, 5)
+FAMILIES = ("resnet20", "resnet18", "mobilenet_v2", "vgg16_bn", "densenet_bc40", "wrn_16_4")
 
 
 ROUNDING = 1e-9
@@ -72,7 +73,9 @@ def half_shared(name, spec, peers=2):
 # every backbone
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.nightly) for name in BACKBONES]
+)
 def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, tmp_path):
     ratios = (0.2, 0.35)
     sharing = half_shared(name, CIFAR)
@@ -132,7 +135,7 @@ def test_a_pruned_tree_reloads_in_a_fresh_process_without_the_pruner(tmp_path):
 
 
 @pytest.mark.parametrize("resolution", [8, 28])
-@pytest.mark.parametrize("name", ["resnet20", "resnet18", "mobilenet_v2", "vgg16_bn", "densenet_bc40", "wrn_16_4"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_channels_resolution_and_classes_follow_the_data(name, resolution):
     spec = ImageSpec(1, resolution, 7)
     inputs, targets = batch(spec)

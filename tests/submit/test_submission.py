@@ -59,6 +59,7 @@ def run_id(*words):
     return load_config(words[0], words[1:]).run_id
 
 
+@pytest.mark.core
 def test_the_same_run_submitted_twice_at_once_is_one_job_that_both_follow_to_its_end(head, client, tmp_path):
     words = [*SMALL, "optim.epochs=1"]
     both = [head.start("submit", "train", *words, folder=tmp_path) for _ in range(2)]
