@@ -40,7 +40,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def batch(spec, images=4):  # two images a BatchNorm makes +1 and -1 whatever they are, and gradients vanish
+def batch(spec, images=4):  # BatchNorm turns two images into +1 and -1, where gradients vanish
     return torch.randn(images, *spec.shape), torch.randint(spec.num_classes, (images,))
 
 
