@@ -1,4 +1,4 @@
-"""Chromium on the pages of one local server, and a sweep in MLflow for it to look at."""
+"""Chromium on the pages of one local server, and a finished study in MLflow."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from wml_ray.cluster.space import make_space
 from wml_ray.search.settings import search_config
 from wml_ray.verbs.tune import tune
 
-TIMEOUT_MS = 60_000  # two busy cores draw the MLflow UI slowly
-WIDE = {"width": 3200, "height": 1400}  # MLflow's tables leave out the columns beyond the edge of the window
+TIMEOUT_MS = 60_000  # the MLflow UI renders slowly on two busy cores
+WIDE = {"width": 3200, "height": 1400}  # columns beyond the edge of the window are not rendered
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 ABSENT_WITHOUT_LOGIN = "/ajax-api/2.0/mlflow/users/current"
@@ -32,7 +32,7 @@ def chromium() -> Path:
 
 @contextmanager
 def browser_page(server: str) -> Iterator[Page]:
-    """An empty page of a fresh Chromium; fails at its end if a script or a request to `server` had failed."""
+    """An empty page of a new Chromium. Fails at the end if a script or a request to `server` failed."""
     expect.set_options(timeout=TIMEOUT_MS)
     failures: list[str] = []
 
@@ -41,7 +41,9 @@ def browser_page(server: str) -> Iterator[Page]:
             failures.append(f"{response.status} {response.url}")
 
     def on_request_failed(request: Request) -> None:
-        if request.url.startswith(server) and request.failure != "net::ERR_ABORTED":  # the page had moved on
+        if (
+            request.url.startswith(server) and request.failure != "net::ERR_ABORTED"
+        ):  # the page was left before the response
             failures.append(f"{request.failure} {request.url}")
 
     with sync_playwright() as playwright:
@@ -56,17 +58,17 @@ def browser_page(server: str) -> Iterator[Page]:
     assert not failures, "\n".join(failures)
 
 
-def eventually(page: Page, see: Callable[[], object], wanted: object) -> None:
-    """Playwright's `expect` for values that no locator can be compared with; says what was seen instead."""
+def eventually(page: Page, read: Callable[[], object], expected: object) -> None:
+    """Wait until `read` returns `expected`: Playwright's `expect` for values that have no locator."""
     deadline_s = time.monotonic() + TIMEOUT_MS / 1000
-    while (seen := see()) != wanted and time.monotonic() < deadline_s:
+    while (value := read()) != expected and time.monotonic() < deadline_s:
         page.wait_for_timeout(100)
-    assert seen == wanted, f"saw {seen}, wanted {wanted}"
+    assert value == expected
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """Where a finished sweep is in MLflow."""
+class LoggedStudy:
+    """Addresses of a finished study in MLflow."""
 
     uri: str
     experiment_id: str
@@ -74,7 +76,7 @@ class Sweep:
     child_ids: tuple[str, ...]
 
 
-def real_sweep(uri: str) -> Sweep:
+def log_study(uri: str) -> LoggedStudy:
     """A study of four short trials, logged to the MLflow server at `uri`."""
     base = tiny_config("optim.epochs=3", "scale.cpus_per_worker=1")
     domains = {"wml.alpha": uniform(0.0, 0.9), "wml.mirror_step_size": loguniform(0.01, 1.0)}
@@ -83,4 +85,4 @@ def real_sweep(uri: str) -> Sweep:
     client = MlflowClient(uri)
     children = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
     children = sorted(children, key=lambda run: run.info.run_name)
-    return Sweep(uri, parent.experiment_id, parent.run_id, tuple(run.info.run_id for run in children))
+    return LoggedStudy(uri, parent.experiment_id, parent.run_id, tuple(run.info.run_id for run in children))

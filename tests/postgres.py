@@ -1,4 +1,4 @@
-"""A real PostgreSQL server of a test's own."""
+"""A real PostgreSQL server for one test."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TIMEOUT_S = 60
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A running server with an empty database; the server and all it stored are gone afterwards."""
+    """A running server with an empty database; server and data are removed afterwards."""
     programs = _programs()
-    # Not in pytest's folder: that one is closed to other users, and too long a path for a socket.
+    # Other users cannot read pytest's folder, and its path is too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="wml-postgres-", dir="/tmp"))
     server = Postgres(programs, folder)
     try:
@@ -52,7 +52,7 @@ class Postgres:
         self.database(DATABASE)
 
     def database(self, name: str) -> str:
-        """The address of a new database. MLflow and Optuna need one each: both keep a table `alembic_version`."""
+        """Create a database; returns its address. MLflow and Optuna need one each, as both use `alembic_version`."""
         self._run("createdb", "--host", "127.0.0.1", "--port", self.port, "--username", USER, name)
         return self._url(name)
 
@@ -60,12 +60,12 @@ class Postgres:
         return f"postgresql+psycopg://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
-        """Returns when the server takes connections, after it has recovered what a kill left behind."""
+        """Start the server and wait until it accepts connections, after recovery from a kill."""
         options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
         self._pg_ctl("start", "--log", self.folder / "server.log", "--options", options)
 
     def kill(self) -> None:
-        """As a power cut to all its processes, but for the disk."""
+        """Kill all processes of the server with SIGKILL."""
         postmaster = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
         processes = [postmaster, *postmaster.children(recursive=True)]
         for process in processes:
@@ -94,13 +94,13 @@ class Postgres:
 
 
 def _programs() -> Path:
-    """The folder of initdb and pg_ctl: Debian keeps one for each version, outside of PATH."""
+    """The folder of initdb and pg_ctl; on Debian there is one for each version, outside of PATH."""
     versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
     return installed(shutil.which("pg_ctl", path=versions[-1] if versions else None), "postgresql").parent
 
 
 def _identity() -> dict[str, int]:
-    """Who the server runs as: PostgreSQL refuses to be root."""
+    """User and group of the server: PostgreSQL does not run as root."""
     if os.getuid() != 0:
         return {}
     names = {entry.pw_name for entry in pwd.getpwall()}

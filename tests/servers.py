@@ -1,4 +1,4 @@
-"""What the tests that start real programs share."""
+"""Real servers for the tests: MLflow, an S3 store, and a proxy with a password."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LEAN = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"
 
 
 class Server:
-    """A real MLflow server over its own sqlite file, or the database it is given."""
+    """A real MLflow server with its own sqlite file, or with the database `store`."""
 
     health = "health"
 
@@ -69,7 +69,7 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text())
 
     def signal(self, number):
-        """To all its processes."""
+        """Send a signal to all processes of the server."""
         os.killpg(self.process.pid, number)
 
     def kill(self):
@@ -80,10 +80,10 @@ class Server:
 
 @contextmanager
 def guarded(server, user, password):
-    """The address of a proxy that lets those through to `server` who know the password."""
+    """The address of a proxy to `server` that requires a user name and a password."""
     token = base64.b64encode(f"{user}:{password}".encode()).decode()
 
-    class Guard(BaseHTTPRequestHandler):
+    class Proxy(BaseHTTPRequestHandler):
         def do_GET(self):
             if self.headers.get("Authorization") != f"Basic {token}":
                 self.send_error(401)
@@ -92,27 +92,27 @@ def guarded(server, user, password):
             types = {"Content-Type": self.headers.get("Content-Type", "application/json")}
             request = urllib.request.Request(server.uri + self.path, body, types, method=self.command)
             try:
-                answer = urllib.request.urlopen(request)
+                response = urllib.request.urlopen(request)
             except urllib.error.HTTPError as error:
-                answer = error
-            with answer:
-                self.send_response(answer.status)
+                response = error
+            with response:
+                self.send_response(response.status)
                 self.end_headers()
-                self.wfile.write(answer.read())
+                self.wfile.write(response.read())
 
         do_POST = do_PUT = do_PATCH = do_GET
 
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as proxy:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{proxy.server_port}"
         proxy.shutdown()
 
 
 class ObjectStore(Server):
-    """A real S3 server that holds the bucket `runs`. It forgets all when it ends."""
+    """A real S3 server with the bucket `runs`; objects are kept in memory."""
 
     health = "moto-api/"
 
@@ -146,7 +146,7 @@ class ObjectStore(Server):
 
 
 def installed(program: str | None, package: str) -> Path:
-    """The program that was looked for. A test without it is skipped, but fails in CI, where nobody would see."""
+    """The path of a program. A test is skipped without it, and fails in CI, where a skip would stay unnoticed."""
     if program is None:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(f"not on this machine: apt-get install {package}")

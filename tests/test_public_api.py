@@ -47,7 +47,7 @@ def test_train_shows_its_progress_and_returns_pandas_frames(workplace, capsys):
     config = tiny_config("optim.epochs=2")
     result = wml_ray.train(config)
     lines = [line for line in capsys.readouterr().out.splitlines() if config.run_id in line]
-    assert [line.partition(",")[0] for line in lines] == [
+    assert [line.partition(",")[0] for line in lines] == [  # then the threads, and the loss
         f"run {config.run_id}: 4 peers of family:stages on digits",
         f"{config.run_id} epoch 1/2",
         f"{config.run_id} epoch 2/2",

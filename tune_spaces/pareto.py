@@ -1,4 +1,4 @@
-"""Two objectives at once: the ensemble's accuracy up, the MACs of the whole family down."""
+"""Two objectives: a higher accuracy of the ensemble, and fewer MACs of the whole family."""
 
 from ray import tune
 

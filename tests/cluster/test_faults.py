@@ -393,5 +393,5 @@ def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in done.stdout.splitlines()}
-    assert sum(int(rows[f"{victim}s killed"]) for victim in ("trial", "driver", "server")) > 1, done.stdout
+    assert sum(int(rows[f"{target}s killed"]) for target in ("trial", "driver", "server")) > 1, done.stdout
     assert int(rows["epochs logged"]) == int(rows["epochs asked"]) > 0

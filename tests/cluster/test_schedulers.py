@@ -10,7 +10,7 @@ from wml_ray.search.trials import Trial, TrialStore
 
 
 def continued_scheduler(folder, search, earlier):
-    """A scheduler that knows trials of these scores and last epochs, and the ids of the trials it stops."""
+    """A scheduler after trials of these scores and last epochs, and the set of ids of the trials it stops."""
     store, space, stopped = TrialStore(folder), small_space("optim.epochs=9"), set()
     for number, (score, last) in enumerate(earlier):
         history = [{"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: score}} for e in range(1, last + 1)]

@@ -1,6 +1,7 @@
-"""The report of finished runs, and the modules that it needs."""
+"""The report of finished runs, and the modules that reports import."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from wml_ray.report.run_report import runs_table, wilson_interval
 from wml_ray.tracking.origin import DatasetSplit
 from wml_ray.tracking.results import finished_runs
 from wml_ray.tracking.runs import finish_run, open_run
+from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
 
 
 @pytest.mark.parametrize(("correct", "images"), [(0, 359), (358, 359), (359, 359), (9500, 10000)])
@@ -39,10 +41,15 @@ print(*sys.modules)
 """
 
 
-def test_a_report_of_runs_imports_neither_torch_nor_ray(workplace):
-    log_finished_run("digits-resnet20 alpha=0.2", [0.97, 0.96])
+@pytest.mark.parametrize("kind", ["runs", "study"])
+def test_a_report_imports_neither_torch_nor_ray(workplace, kind):
+    if kind == "runs":
+        log_finished_run("digits-resnet20 alpha=0.2", [0.97, 0.96])
+    else:
+        about = {"objectives": {"val/accuracy/method": "max"}, "searched": {"wml.alpha": "linear"}, "settings": {}}
+        open_run("made-up", "made-up", "study", {}, {KIND_TAG: "study", STUDY_TAG: json.dumps(about)})
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
-    assert "accuracy_macs.png" in done.stdout, done.stderr
+    assert {"runs": "accuracy_macs.png", "study": "report.html"}[kind] in done.stdout, done.stderr
     assert not {"torch", "ray"} & set(done.stdout.split())
 
 

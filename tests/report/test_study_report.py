@@ -1,4 +1,4 @@
-"""What a study comes to: the front, importances and histories, and the report of them."""
+"""The analysis of a study (front, importances, histories) and its report."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ from wml_ray.report.analysis import (
     pareto_front,
 )
 from wml_ray.report.study_page import write_study
-from wml_ray.report.study_plots import _pareto
-from wml_ray.report.study_tables import front_table, trials_summary
+from wml_ray.report.study_plots import draw
+from wml_ray.report.study_tables import front_markdown, front_table, trials_summary
 from wml_ray.tracking.results import StudyRecords
 
 ACCURACY, SMALLEST, MACS = "val/accuracy/ensemble_weighted", "val/accuracy/smallest_peer", "peers/macs/tree"
@@ -32,7 +32,7 @@ STATES = ("COMPLETE", "STOPPED", "COMPLETE", "FAILED", "RUNNING")
 
 
 def made_up(states, objectives=None, searched=SEARCHED, seed=0):
-    """A study of invented numbers; accuracy follows alpha, MACs are noise."""
+    """A study of random numbers; the accuracy depends on alpha, the MACs on nothing."""
     rng = np.random.default_rng(seed)
     objectives = objectives or {ACCURACY: "max", MACS: "min"}
     rows = [trial(number, state, rng, searched) for number, state in enumerate(states)]
@@ -60,19 +60,19 @@ def trial(number, state, rng, searched):
 
 
 def of_values(values, objectives, states=None):
-    """A study of these values of the objectives."""
+    """A study with these values of the objectives."""
     trials = pd.DataFrame(values, columns=list(objectives))
     trials["trial"], trials["state"] = range(len(trials)), states or ["COMPLETE"] * len(trials)
     return StudyRecords("values", objectives, {}, {}, trials)
 
 
-def test_the_front_is_what_no_other_trial_of_the_full_budget_beats():
+def test_no_trial_of_the_full_budget_dominates_one_on_the_front():
     objectives = {"a": "max", "b": "min", "c": "max"}
     values = np.random.default_rng(0).integers(0, 5, (60, 3)).astype(float)
     losses = values * [-1, 1, -1]
-    beaten = [any((other <= loss).all() and (other < loss).any() for other in losses) for loss in losses]
+    dominated = [any((other <= loss).all() and (other < loss).any() for other in losses) for loss in losses]
     found = pareto_front(of_values(values, objectives))
-    assert sorted(found) == [number for number in range(60) if not beaten[number]]
+    assert sorted(found) == [number for number in range(60) if not dominated[number]]
     assert [values[number, 0] for number in found] == sorted((values[number, 0] for number in found), reverse=True)
 
 
@@ -105,7 +105,7 @@ def test_the_best_so_far_follows_the_direction():
     assert best_so_far(study, "b") == [(0, 3.0), (1, 1.0), (2, 1.0)]
 
 
-def test_the_hypervolume_is_that_of_a_drawing_on_squared_paper():
+def test_the_hypervolume_grows_by_the_newly_dominated_area():
     """Accuracy 0 to 3, cost 5 to 1; the reference point is (0, 5)."""
     values = [[1.0, 2.0], [0.0, 5.0], [3.0, 4.0], [1.0, 4.0], [2.0, 1.0]]
     volumes = hypervolume(of_values(values, {"accuracy": "max", "cost": "min"}))
@@ -113,11 +113,11 @@ def test_the_hypervolume_is_that_of_a_drawing_on_squared_paper():
 
 
 @pytest.mark.parametrize("dimensions", [2, 3, 4])
-def test_the_hypervolume_is_optunas(dimensions):
-    from optuna._hypervolume import compute_hypervolume
-
-    gains = np.random.default_rng(dimensions).uniform(0, 1, (25, dimensions)).round(1)
-    assert dominated_volume(gains) == pytest.approx(compute_hypervolume(-gains, np.zeros(dimensions)))
+def test_the_dominated_volume_is_the_number_of_grid_cells_below_a_point(dimensions):
+    gains = np.random.default_rng(dimensions).integers(0, 11, (25, dimensions))
+    cells = np.stack(np.meshgrid(*[np.arange(10)] * dimensions), -1).reshape(-1, dimensions)
+    below = (cells[:, None] < gains).all(-1).any(1)
+    assert dominated_volume(gains.astype(float)) == below.sum()
 
 
 def test_importance_finds_the_key_that_matters_the_same_every_time():
@@ -138,7 +138,7 @@ def test_a_key_searched_on_a_log_scale_counts_on_that_scale():
     assert shares[ACCURACY]["wml.mirror_step_size"] > 0.6
 
 
-def test_importance_is_not_made_up_where_nothing_can_be_learnt():
+def test_no_importance_is_given_where_nothing_varies_or_trials_are_few():
     few = made_up(["COMPLETE"] * 3 + ["STOPPED"] * 9)
     assert importances(few) == {ACCURACY: {}, MACS: {}}
     many = made_up(["COMPLETE"] * 9).trials
@@ -152,7 +152,7 @@ def test_importance_is_not_made_up_where_nothing_can_be_learnt():
     assert found[MACS]
 
 
-def test_the_table_of_the_front_fits_a_terminal_and_keeps_what_looks_like_markup():
+def test_the_table_of_the_front_fits_a_terminal_and_prints_markup_as_text():
     searched = {"model.sharing": "choice", **{f"pruning.ratios.{peer}": "linear" for peer in range(20)}}
     console = Console(width=120, file=io.StringIO())
     study = made_up(["COMPLETE"] * 6, searched=searched)
@@ -163,6 +163,13 @@ def test_the_table_of_the_front_fits_a_terminal_and_keeps_what_looks_like_markup
     assert "…" not in text
     assert "more keys in trials.csv" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_note_of_a_study_has_every_trial_of_the_front_and_every_key():
+    study = made_up(["COMPLETE"] * 6)
+    lines = front_markdown(study).splitlines()
+    assert [int(line.split("|")[1]) for line in lines[4:]] == pareto_front(study)
+    assert [cell.strip() for cell in lines[2].split("|")][-5:-1] == ["alpha", "eta", "sharing", "epochs"]
 
 
 def test_the_summary_counts_how_trials_ended():
@@ -185,8 +192,8 @@ ALL = {"pareto.png", "parameters.png", "importance.png", "history.png", "peers.p
     ],
     ids=["many", "one", "none complete", "all failed"],
 )
-def test_every_study_is_drawn_as_far_as_it_goes(tmp_path, monkeypatch, objectives, states, missing):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its state belongs to one thread
+def test_a_study_in_any_state_gets_the_plots_that_have_data(tmp_path, monkeypatch, objectives, states, missing):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its state is not safe in other threads
     names = dict(itertools.islice({ACCURACY: "max", MACS: "min", SMALLEST: "max"}.items(), objectives))
     study = made_up(states, names)
     files = write_study(study, tmp_path / "report")
@@ -198,9 +205,9 @@ def test_every_study_is_drawn_as_far_as_it_goes(tmp_path, monkeypatch, objective
     assert page.count("<img ") == len(ALL - missing) - 2
 
 
-def test_trials_stopped_far_below_squeeze_nothing_and_are_still_drawn():
+def test_trials_stopped_at_low_accuracy_are_drawn_and_do_not_stretch_the_axis():
     study = made_up(STATES * 8)
-    (axes,) = _pareto(study).axes
+    (axes,) = draw(study, {})["pareto"].axes
     places = np.vstack([points.get_offsets() for points in axes.collections])
     low, high = axes.get_ylim()
     assert len(places) == study.trials[ACCURACY].notna().sum()
@@ -209,11 +216,11 @@ def test_trials_stopped_far_below_squeeze_nothing_and_are_still_drawn():
     assert complete.max() - complete.min() > (high - low) / 3
 
 
-def test_the_page_needs_no_other_file_and_shows_text_as_text(tmp_path):
-    nasty = '<script src="https://example.org/x.js"></script> & "$x_{"'
-    plain = made_up(STATES, searched={**SEARCHED, "model.backbone": "choice"})
-    trials = plain.trials.assign(**{"reason": nasty, "model.backbone": nasty})
-    study = StudyRecords(nasty, plain.objectives, plain.searched, {"sampler": nasty, nasty: "1"}, trials)
+def test_the_page_is_self_contained_and_escapes_text(tmp_path):
+    markup = '<script src="https://example.org/x.js"></script> & "$x_{"'
+    study = made_up(STATES, searched={**SEARCHED, "model.backbone": "choice"})
+    trials = study.trials.assign(**{"reason": markup, "model.backbone": markup})
+    study = StudyRecords(markup, study.objectives, study.searched, {"sampler": markup, markup: "1"}, trials)
     write_study(study, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page

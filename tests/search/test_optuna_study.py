@@ -10,6 +10,7 @@ from wml_ray.errors import UserError
 from wml_ray.search import optuna_study
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord, open_storage
 from wml_ray.search.settings import search_config
+from wml_ray.storage import retry
 
 
 class FailingStorage(optuna.storages.InMemoryStorage):
@@ -67,7 +68,8 @@ def test_a_start_point_that_a_dead_driver_enqueued_is_tried_once():
     assert [study.ask().params["wml.alpha"] == 0.7 for _ in range(2)] == [True, False]
 
 
-def test_a_call_is_retried_until_the_storage_responds():
+def test_a_call_is_retried_until_the_storage_responds(monkeypatch):
+    monkeypatch.setattr(retry, "RETRY_S", 0.0)
     storage = FailingStorage()
     study = open_study(storage)
     storage.failures = 1

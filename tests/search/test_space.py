@@ -1,6 +1,7 @@
 """Search spaces: valid ones map points to configs, all others are refused before the first trial."""
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 ACCURACY = {"val/accuracy/ensemble_weighted": "max"}
 
 
+@cache
 def ratios_space(lower=0.1, upper=0.5):
     return make_space(tiny_config(), {"pruning.ratios": increasing(lower, upper)}, ACCURACY)
 

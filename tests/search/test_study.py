@@ -1,11 +1,14 @@
 """A study in its driver, and its trials in MLflow."""
 
+import pytest
 from studies import children, small_space
 
+from wml_ray.errors import UserError
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.settings import search_config
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial, TrialStore
+from wml_ray.tracking.results import load_study
 from wml_ray.tracking.runs import open_run
 
 
@@ -42,3 +45,8 @@ def test_the_config_of_a_trial_names_its_study_and_keeps_the_run_id(tmp_path):
     config = study.config(study.add_trial({"wml.alpha": 0.5}, {}))
     assert config.run.study == "named/0"
     assert config.run_id == space.config({"wml.alpha": 0.5}).run_id
+
+
+def test_a_study_cannot_be_read_without_an_mlflow_store(empty_workplace):
+    with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
+        load_study("nothing")

@@ -106,7 +106,7 @@ def test_the_lease_of_another_host_is_respected_until_its_heartbeat_is_too_old(f
 
 def test_a_process_in_another_pid_namespace_of_this_host_is_respected(tmp_path):
     """As containers that share the network, and so the name, of their host."""
-    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--mount-proc", "--fork", "--kill-child"]
     if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
         pytest.skip("this machine allows no PID namespaces")
     with holder(tmp_path, *unshare), pytest.raises(UserError, match="in use"), exclusive_access(tmp_path):
@@ -116,7 +116,7 @@ def test_a_process_in_another_pid_namespace_of_this_host_is_respected(tmp_path):
 def test_the_lease_of_an_earlier_process_with_the_id_of_another_one_is_taken_over(tmp_path):
     with exclusive_access(tmp_path):
         mine = stored(tmp_path)
-    put_text(tmp_path / LEASE_FILE, json.dumps({**mine, "token": "another", "started": "1"}))
+    put_text(tmp_path / LEASE_FILE, json.dumps({**mine, "token": "another", "pid": os.getppid(), "started": "1"}))
     with exclusive_access(tmp_path) as lease:
         lease.check()
 

@@ -118,11 +118,11 @@ def test_a_job_is_read_back_as_it_was_described(workplace, monkeypatch):
         "optim.epochs=4",
         "seed=7",
     ]
-    for arguments in (words, ["train", TUNE[1], "seed=7", "--dry-run"]):
+    for arguments in (words, ["train", TUNE[1], "seed=7", "--dry-run", "--check-data"]):
         job = job_from_options(parse_arguments(arguments))
         again = Job.from_json(job.to_json())
         assert again.config == job.config
-        assert (again.search, again.dry_run) == (job.search, job.dry_run)
+        assert (again.search, again.dry_run, again.check_data) == (job.search, job.dry_run, job.check_data)
         assert (again.name, again.folder) == (job.name, job.folder)
         assert list(again.start) == list(job.start)
         assert list(again.warm_start) == list(job.warm_start)

@@ -1,11 +1,11 @@
-"""The MLflow UI, in a real browser, on the trials of a finished sweep."""
+"""The MLflow UI in a real browser, with a finished study."""
 
 import json
 import re
 from collections import Counter
 
 import pytest
-from browser import Sweep, browser_page, chromium, eventually, real_sweep
+from browser import LoggedStudy, browser_page, chromium, eventually, log_study
 from mlflow import MlflowClient
 from playwright.sync_api import expect
 from servers import Server
@@ -41,7 +41,7 @@ METRIC_ROWS = """() => {
 
 
 @pytest.fixture(scope="module")
-def finished_sweep(tmp_path_factory, ray_cluster):
+def finished_study(tmp_path_factory, ray_cluster):
     chromium()  # before the server, which takes seconds to start
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
@@ -50,32 +50,32 @@ def finished_sweep(tmp_path_factory, ray_cluster):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(server.folder)
             patch.setenv("MLFLOW_TRACKING_URI", server.uri)
-            yield real_sweep(server.uri)
+            yield log_study(server.uri)
     finally:
         server.kill()
 
 
 @pytest.fixture
-def page(finished_sweep, tmp_path):
-    with browser_page(finished_sweep.uri) as page:
+def page(finished_study, tmp_path):
+    with browser_page(finished_study.uri) as page:
         yield page
         page.screenshot(path=tmp_path / "page.png")
 
 
-def stored(sweep):
-    client = MlflowClient(sweep.uri)
-    return [client.get_run(child_id) for child_id in sweep.child_ids]
+def stored(study):
+    client = MlflowClient(study.uri)
+    return [client.get_run(child_id) for child_id in study.child_ids]
 
 
 def metrics_of(runs):
     return {name for run in runs for name in run.data.metrics}
 
 
-def open_runs(page, sweep: Sweep, mode: str):
-    """The runs of the experiment, with the trials unfolded."""
-    page.goto(f"{sweep.uri}/#/experiments/{sweep.experiment_id}/runs?compareRunsMode={mode}")
-    run_of(page, sweep.parent_id).get_by_role("button").click()
-    for child_id in sweep.child_ids:
+def open_runs(page, study: LoggedStudy, mode: str):
+    """Open the runs of the experiment and expand the trials of the study."""
+    page.goto(f"{study.uri}/#/experiments/{study.experiment_id}/runs?compareRunsMode={mode}")
+    run_of(page, study.parent_id).get_by_role("button").click()
+    for child_id in study.child_ids:
         expect(run_of(page, child_id)).to_be_visible()
 
 
@@ -93,10 +93,20 @@ def show_columns(page, names):
     page.keyboard.press("Escape")
 
 
-def test_the_runs_table_shows_searched_params_and_accuracies_of_every_trial(page, finished_sweep):
-    open_runs(page, finished_sweep, "TABLE")
+def test_the_overview_shows_the_note_and_the_dataset(page, finished_study):
+    page.goto(f"{finished_study.uri}/#/experiments/{finished_study.experiment_id}/runs/{finished_study.child_ids[0]}")
+    trial = stored(finished_study)[0]
+    accuracy = f"{trial.data.metrics['test/accuracy/peer3'] * 100:.2f}"
+    expect(page.get_by_role("row").filter(has=page.get_by_role("cell", name=accuracy, exact=True))).to_be_visible()
+    expect(page.get_by_text("digits (").first).to_be_visible()
+    page.goto(f"{finished_study.uri}/#/experiments/{finished_study.experiment_id}/runs/{finished_study.parent_id}")
+    expect(page.get_by_text("4 trials: 4 complete")).to_be_visible()
+
+
+def test_the_runs_table_shows_searched_params_and_accuracies_of_every_trial(page, finished_study):
+    open_runs(page, finished_study, "TABLE")
     show_columns(page, [*SEARCHED, *ACCURACIES])
-    for run in stored(finished_sweep):
+    for run in stored(finished_study):
         expect(run_of(page, run.info.run_id)).to_contain_text(run.info.run_name)
         row = page.locator(f".ag-row[row-id='{run_of(page, run.info.run_id).get_attribute('row-id')}']")
         for name in SEARCHED:
@@ -107,10 +117,10 @@ def test_the_runs_table_shows_searched_params_and_accuracies_of_every_trial(page
             assert float(cell.inner_text()) == pytest.approx(run.data.metrics[name], abs=SHOWN_DIGITS)
 
 
-def test_the_charts_draw_every_epoch_of_every_trial(page, finished_sweep):
-    client = MlflowClient(finished_sweep.uri)
-    open_runs(page, finished_sweep, "CHART")
-    families = Counter(name.rpartition("/")[0] for name in metrics_of(stored(finished_sweep)))
+def test_the_charts_draw_every_epoch_of_every_trial(page, finished_study):
+    client = MlflowClient(finished_study.uri)
+    open_runs(page, finished_study, "CHART")
+    families = Counter(name.rpartition("/")[0] for name in metrics_of(stored(finished_study)))
     for family, charts in families.items():
         header = page.get_by_test_id("experiment-view-compare-runs-section-header")
         expect(header.filter(has_text=re.compile(rf"^{family}\s*\({charts}\)"))).to_be_visible()
@@ -121,15 +131,15 @@ def test_the_charts_draw_every_epoch_of_every_trial(page, finished_sweep):
         expect(card.locator("svg .scatterlayer .js-line").first).to_be_visible()
         histories = {
             child_id: [[entry.step, entry.value] for entry in client.get_metric_history(child_id, name)]
-            for child_id in finished_sweep.child_ids
+            for child_id in finished_study.child_ids
         }
         eventually(page, lambda title=name: page.evaluate(CURVES, title), histories)
 
 
-def open_comparison(page, sweep: Sweep):
-    runs, experiments = json.dumps(sweep.child_ids), json.dumps([sweep.experiment_id])
-    page.goto(f"{sweep.uri}/#/compare-runs?runs={runs}&experiments={experiments}")
-    names = [run.info.run_name for run in stored(sweep)]
+def open_comparison(page, study: LoggedStudy):
+    runs, experiments = json.dumps(study.child_ids), json.dumps([study.experiment_id])
+    page.goto(f"{study.uri}/#/compare-runs?runs={runs}&experiments={experiments}")
+    names = [run.info.run_name for run in stored(study)]
     expect(cells_of(page, "Run Name:")).to_have_text(names)  # the columns below are in this order
 
 
@@ -147,8 +157,8 @@ def choose(page, box, names):
     box.press("Escape")
 
 
-def test_the_comparison_draws_searched_params_against_accuracy(page, finished_sweep):
-    open_comparison(page, finished_sweep)
+def test_the_comparison_draws_searched_params_against_accuracy(page, finished_study):
+    open_comparison(page, finished_study)
     panel = page.get_by_role("tabpanel", name="Parallel Coordinates Plot")
     panel.get_by_role("button", name="Clear All").click()
     params, metrics = panel.get_by_role("combobox").all()
@@ -156,16 +166,16 @@ def test_the_comparison_draws_searched_params_against_accuracy(page, finished_sw
     choose(page, metrics, ACCURACIES[-1:])
     plot = panel.locator(".js-plotly-plot")
     expect(plot.locator("svg .parcoords .axis-title")).to_have_text([*SEARCHED, *ACCURACIES[-1:]])
-    runs = stored(finished_sweep)
+    runs = stored(finished_study)
     axes = {name: [float(run.data.params[name]) for run in runs] for name in SEARCHED}
     axes |= {name: [run.data.metrics[name] for run in runs] for name in ACCURACIES[-1:]}
     eventually(page, lambda: plot.evaluate(AXES), axes)
     eventually(page, lambda: plot.locator("canvas.gl-canvas-context").evaluate(DRAWN_PIXELS), True)
 
 
-def test_the_comparison_lists_searched_params_and_accuracies(page, finished_sweep):
-    open_comparison(page, finished_sweep)
-    runs = stored(finished_sweep)
+def test_the_comparison_lists_searched_params_and_accuracies(page, finished_study):
+    open_comparison(page, finished_study)
+    runs = stored(finished_study)
     for name in SEARCHED:
         expect(cells_of(page, name)).to_have_text([run.data.params[name] for run in runs])
     shown = shown_metrics(page, runs)
@@ -174,9 +184,9 @@ def test_the_comparison_lists_searched_params_and_accuracies(page, finished_swee
 
 
 def shown_metrics(page, runs):
-    """The comparison's list of metrics, gathered by scrolling through it: only the rows in view exist.
+    """The metrics of the comparison, read while scrolling: only the rows in view exist.
 
-    Label and values are joined by their place in the list, not on the screen: the labels scroll a step late.
+    Labels and values are matched by their position in the list: on the screen the labels scroll a step late.
     """
     shown = {}
     page.get_by_role("grid").last.hover()

@@ -1,10 +1,12 @@
 """Whole runs while their storage hangs, refuses, fails or is full, in an S3 server and in local folders."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,29 @@ def test_a_local_disk_that_fails_for_a_while_costs_nothing(workplace, monkeypatc
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["enlarge", "stay"])
+def test_a_run_waits_for_room_on_a_full_disk_and_ends_with_one_line_if_there_is_none(workplace, mode):
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine allows no mount namespaces")
+    done = subprocess.run(
+        [*unshare, sys.executable, str(ROOT / "tests" / "full_disk.py"), mode],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if mode == "enlarge":
+        waited = re.findall(r"no space left on .*/(.*); retrying", done.stdout)
+        assert waited == ["checkpoints", "checkpoints", "result.json"]  # of epochs 0 and 2, and at the end
+        assert steps(only_run(), "train/loss") == [1, 2]
+    else:
+        (line,) = re.findall("^wml-ray: no space left on .*", done.stderr, re.MULTILINE)
+        assert line.endswith("run the same command again when it works: it resumes from the newest checkpoint")
+
+
 def test_a_run_without_a_usable_checkpoint_is_not_begun_anew(workplace):
     config = tiny_config()
 
@@ -157,15 +182,17 @@ def test_a_run_without_a_usable_checkpoint_is_not_begun_anew(workplace):
     with pytest.raises(KeyboardInterrupt):
         train(config, at_epoch(2, interrupt))
     checkpoints = Checkpoints(config.run_folder / "checkpoints", 2)
-    epochs = checkpoints.epochs()
+    *epochs, last = checkpoints.epochs()
     for epoch in epochs:
         (checkpoints.path(epoch) / "plan.json").write_text("{}")
+    foreign = checkpoints.load(last)
+    checkpoints.save(replace(foreign, metadata={**foreign.metadata, "run_id": "another"}))
     with (
-        pytest.warns(UserWarning, match="is damaged"),
+        pytest.warns(UserWarning, match="is of another run"),
         pytest.raises(UserError, match=r"no checkpoint in .* can be used; restore one, or remove it to start over"),
     ):
         train(config, ignore)
-    assert checkpoints.epochs() == epochs
+    assert checkpoints.epochs() == [*epochs, last]
 
 
 @pytest.mark.slow

@@ -7,17 +7,22 @@ import sys
 from collections.abc import Callable
 
 from wml_ray.errors import Diverged, UserError
+from wml_ray.storage.lease import LeaseLost
+from wml_ray.storage.retry import StorageUnavailable
 
 OK, FAILED, USER_ERROR = 0, 1, 2
 
 
 def exit_code(action: Callable[[], int]) -> int:
-    """Run `action` and return its exit code; 2 after a UserError, 1 after divergence or an interruption."""
+    """Run `action` and return its exit code.
+
+    2 after a UserError; 1 after divergence, a storage that fails for too long, a lost lease or an interruption.
+    """
     try:
         return action()
     except UserError as error:
         print(f"wml-ray: {error}", file=sys.stderr)
-        return USER_ERROR
+        return FAILED if isinstance(error, (LeaseLost, StorageUnavailable)) else USER_ERROR
     except Diverged as error:
         print(f"wml-ray: {error}", file=sys.stderr)
         return FAILED

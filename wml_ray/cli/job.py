@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ def job_from_options(options: argparse.Namespace) -> Job:
 
     config = load_config(options.config, options.overrides)
     if options.verb == "train":
-        return Job("train", config, dry_run=options.dry_run)
+        return Job("train", config, check_data=options.check_data, dry_run=options.dry_run)
     from wml_ray.cluster.space import load_space
     from wml_ray.search.space import check_stop_metric, load_start_points
 
@@ -60,7 +59,8 @@ def job_from_options(options: argparse.Namespace) -> Job:
     search = search_settings(options, config)
     check_stop_metric(search, space)
     start = load_start_points(Path(options.start), space) if options.start else []
-    return Job("tune", config, space, search, start, options.warm_start, options.dry_run, options.verbose)
+    flags = {"dry_run": options.dry_run, "verbose": options.verbose}
+    return Job("tune", config, space, search, start, options.warm_start, **flags)
 
 
 def run_job(job: Job) -> int:
@@ -74,6 +74,10 @@ def run_job(job: Job) -> int:
 
 
 def _train(job: Job) -> int:
+    if job.check_data:
+        from wml_ray.data.check import undecodable_images
+
+        undecodable_images(job.config.data, decode_all=True, show_progress=True)
     if job.dry_run:
         from wml_ray.cluster.preflight import run_checks
 
@@ -97,11 +101,9 @@ def _tune(job: Job) -> int:
         return show_checks(dry_run(job.space, job.search))
     keys, epochs = len(job.space.searched), job.config.optim.epochs
     print_line(f"study {job.search.study}: {job.search.trials} trials of {epochs} epochs, {keys} keys searched")
-    from wml_ray.verbs.progress import StudyProgress
     from wml_ray.verbs.tune import tune
 
-    with nullcontext() if job.verbose else StudyProgress() as progress:
-        result = tune(job.space, job.search, progress, job.start, job.warm_start, job.verbose)
+    result = tune(job.space, job.search, None, job.start, job.warm_start, job.verbose)
     if result.study is None:
         warn_undelivered(result.folder)
         return FAILED

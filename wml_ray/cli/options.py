@@ -119,14 +119,14 @@ def _add_tune(verbs: Any) -> argparse.ArgumentParser:
 
 def _add_submit(verbs: Any) -> None:
     text = "train or tune as a job on a Ray cluster, and follow its log; submitted twice, it is one job"
-    details = (
-        "CONFIG and all else as for `wml-ray train` and `wml-ray tune`. Sent are wml_ray/, jobs/, tune_spaces/, the "
-        "config with all overrides, the space, the start points, and the module or package of a backbone of your own; "
-        "any other file that the job needs is sent with --include."
-    )
-    submit = verbs.add_parser("submit", help=text, description=f"{text}. {details}")
+    submit = verbs.add_parser("submit", help=text, description=text)
     works = submit.add_subparsers(metavar="{train,tune}", required=True)
     for parser in (_add_train(works), _add_tune(works)):
+        parser.description = (
+            f"{text}. Sent are wml_ray/, jobs/, tune_spaces/, the config with all overrides, the space, the start "
+            "points, and the module or package of a backbone of your own; any other file that the job needs is sent "
+            "with --include."
+        )
         environment = parser.add_mutually_exclusive_group()
         environment.add_argument("--image", metavar="IMAGE", help="run in this image, which holds the repository")
         environment.add_argument("--packages", action="store_true", help="install requirements.lock on the nodes first")

@@ -51,9 +51,8 @@ def show_run(run: RunResult) -> None:
     rule = "the last epoch" if result["test_rule"] == "last" else "the best epoch by validation"
     device = "CPU" if result["device"] == "cpu" else "GPU"
     print_line(f"accuracy    of epoch {result['test_epoch']}, {rule}; test accuracy was measured once, at the end")
-    print_line(
-        f"latency     of one image on the {device}, {result['latency_threads']} CPU thread, median of repeated calls"
-    )
+    threads = result["latency_threads"]
+    print_line(f"latency     of one image on the {device}, {threads} CPU thread, median of repeated calls")
     print_line(f"run         {folder} (pictures in report/)")
     print_line(f"MLflow      {run.tracked.command}")
     if not run.trained_now:

@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers for continued studies: they know earlier trials and ignore results replayed after a restart."""
+"""Ray Tune's schedulers for continued studies: they include earlier trials and ignore results of a replay."""
 
 from __future__ import annotations
 

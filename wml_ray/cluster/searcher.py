@@ -25,7 +25,7 @@ MAX_REJECTED_POINTS = 100  # consecutive suggestions that the config may refuse
 class PendingError:
     """The error that ends a study. It is kept until `on_step_end` raises it.
 
-    Ray Tune takes an exception of a searcher or of another callback for a failure of the trial.
+    Ray Tune treats exceptions of a searcher and of all other callbacks as failures of the trial.
     """
 
     def __init__(self) -> None:

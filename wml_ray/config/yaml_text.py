@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.settings import shortened
 
 MAX_DEPTH = 10  # of nested lists and mappings
@@ -27,7 +27,7 @@ def read_yaml(text: str) -> Any:
         line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{shortened(error.problem or error.context)}{line}") from None
     except yaml.YAMLError as error:
-        raise UserError(shortened(" ".join(str(error).split()))) from None
+        raise UserError(one_line(error)) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""A sweep and what Optuna makes of it: the Pareto front, importances, histories. The only file that imports Optuna."""
+"""Analysis of a study with Optuna: the Pareto front, importances and histories."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 IMPORTANCE_TRIALS = 4
-"""Fewer trials of the full budget say nothing about importance."""
+"""Importances need at least so many trials of the full budget."""
 
 
 def comparable_trials(study: StudyRecords) -> pd.DataFrame:
-    """The trials that can be compared: of the full budget, with a finite value of every objective."""
+    """The trials that trained for the full budget and have a finite value of every objective."""
     import numpy as np
 
     finite = np.isfinite(study.trials[list(study.objectives)].to_numpy(float)).all(axis=1)
@@ -28,10 +28,10 @@ def comparable_trials(study: StudyRecords) -> pd.DataFrame:
 
 
 def pareto_front(study: StudyRecords) -> list[int]:
-    """Numbers of the trials on the Pareto front, best by the first objective first.
+    """Numbers of the trials on the Pareto front, the best first objective first.
 
     With one objective this is the best trial alone, the earliest of equals. Trials that were stopped or failed are
-    never on it: what they reached in fewer epochs does not compare.
+    never on it: values after fewer epochs cannot be compared.
     """
     numbers = [int(number) for number in comparable_trials(study)["trial"]]
     on_front = {numbers[trial.number] for trial in _rebuilt(study, comparable_trials(study)).best_trials}
@@ -40,7 +40,7 @@ def pareto_front(study: StudyRecords) -> list[int]:
 
 
 def best_trial_numbers(study: StudyRecords, limit: int) -> list[int]:
-    """Up to `limit` trials to look at: of one objective the best ones, of several the front, evenly along it."""
+    """Numbers of up to `limit` trials: the best ones for one objective, else trials spread evenly along the front."""
     if len(study.objectives) == 1:
         return _ranked(study)[:limit]
     numbers = pareto_front(study)
@@ -52,8 +52,8 @@ def best_trial_numbers(study: StudyRecords, limit: int) -> list[int]:
 def importances(study: StudyRecords) -> dict[str, dict[str, float]]:
     """Objective -> searched key -> importance by fANOVA, the largest first; those of an objective sum to 1.
 
-    Searched on a log scale, a key counts on that scale. An objective has no entries when there are fewer than
-    `IMPORTANCE_TRIALS` trials to compare, or it or all keys are the same in all of them.
+    A key that is searched on a log scale is measured on that scale. An objective has no entries if there are fewer than
+    `IMPORTANCE_TRIALS` trials to compare, or if the objective or all keys are constant.
     """
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
@@ -66,14 +66,14 @@ def importances(study: StudyRecords) -> dict[str, dict[str, float]]:
         if enough and trials[objective].nunique() > 1:
             target = partial(_value, index=index)
             forest = FanovaImportanceEvaluator(seed=0)
-            with suppress(RuntimeError):  # values so close that no tree splits them
+            with suppress(RuntimeError):  # the values are so close that no tree splits them
                 shares = get_param_importances(rebuilt, evaluator=forest, target=target)
                 found[objective] = {key: float(share) for key, share in shares.items()}
     return found
 
 
 def best_so_far(study: StudyRecords, objective: str) -> list[tuple[int, float]]:
-    """Trial number and the best value of the objective up to it, over the trials that can be compared."""
+    """Trial numbers with the best value of the objective so far, over the comparable trials."""
     trials = comparable_trials(study)
     running = trials[objective].astype(float)
     running = running.cummax() if study.objectives[objective] == "max" else running.cummin()
@@ -81,9 +81,9 @@ def best_so_far(study: StudyRecords, objective: str) -> list[tuple[int, float]]:
 
 
 def hypervolume(study: StudyRecords) -> list[tuple[int, float]]:
-    """Trial number and the hypervolume of the trials up to it, over the trials that can be compared.
+    """Trial numbers with the hypervolume so far, over the comparable trials.
 
-    The reference point is the worst value of each objective among them, so a lone trial has none.
+    The reference point is the worst value of each objective among them, so the volume of a single trial is 0.
     """
     import numpy as np
 
@@ -96,13 +96,13 @@ def hypervolume(study: StudyRecords) -> list[tuple[int, float]]:
     kept, volumes = np.empty((0, len(signs))), [0.0]
     for gain in gains:
         volumes.append(max(volumes[-1], dominated_volume(grown := np.vstack([kept, gain]))))
-        if volumes[-1] > volumes[-2]:  # the others add nothing later either, and cost time
+        if volumes[-1] > volumes[-2]:  # a dominated trial adds nothing later either
             kept = grown
     return [(int(number), volume) for number, volume in zip(trials["trial"], volumes[1:], strict=True)]
 
 
 def dominated_volume(gains: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """Volume of the union of the boxes from 0 to each row of `gains`, by slicing; Optuna's own is private."""
+    """Volume of the union of the boxes from 0 to each row of `gains` (N, D), by slicing. Optuna's own is private."""
     import numpy as np
 
     if gains.shape[1] == 1:
@@ -120,7 +120,7 @@ def _value(trial: optuna.trial.FrozenTrial, index: int) -> float:
 
 
 def _ranked(study: StudyRecords) -> list[int]:
-    """Numbers of the trials that can be compared, best by the first objective first, then the earliest."""
+    """Numbers of the comparable trials, the best first objective first, then the earliest."""
     objective, direction = next(iter(study.objectives.items()))
     trials = comparable_trials(study).sort_values(objective, ascending=direction == "min", kind="stable")
     return [int(number) for number in trials["trial"]]
@@ -130,7 +130,7 @@ Parameter = tuple["optuna.distributions.BaseDistribution", list[Any]]
 
 
 def _parameter(values: pd.Series[Any], scale: str) -> Parameter:
-    """A searched key for Optuna: the space its values span, and the values in it."""
+    """Optuna's distribution over the range of the values of a searched key, and the values."""
     import numpy as np
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -138,14 +138,14 @@ def _parameter(values: pd.Series[Any], scale: str) -> Parameter:
         choices = [str(value) for value in values]
         return CategoricalDistribution(sorted(set(choices)) or [""]), choices
     numbers = values.to_numpy(float)
-    # The logarithm is taken here because fANOVA measures the space as it is written.
+    # fANOVA ignores a log scale of the distribution, so the logarithm is taken here.
     numbers = np.log10(numbers) if scale == "log" else numbers
     low, high = (numbers.min(), numbers.max()) if len(numbers) else (0.0, 0.0)
     return FloatDistribution(float(low), float(high)), numbers.tolist()
 
 
 def _rebuilt(study: StudyRecords, trials: pd.DataFrame, parameters: dict[str, Parameter] | None = None) -> optuna.Study:
-    """These trials as a study in Optuna's memory, numbered from 0."""
+    """An in-memory Optuna study of these trials, numbered from 0."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

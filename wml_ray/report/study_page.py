@@ -1,4 +1,4 @@
-"""The report of a study: its pictures, its trials as CSV, and one HTML page that needs no other file."""
+"""The report of a study: plots, trials as CSV, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def write_study(study: StudyRecords, folder: Path) -> list[Path]:
-    """Pictures, `trials.csv` and `report.html`, a page that needs no other file; returns the files written."""
+    """Write the plots, `trials.csv` and the self-contained `report.html`; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = importances(study)
     pictures = save_figures(draw(study, shares), folder)
@@ -57,13 +57,13 @@ tr.front td:first-child { box-shadow: inset 4px 0 #d55e00; font-weight: 600; } t
 """
 
 CAPTIONS = {
-    "pareto": "Trials of the full budget of epochs. What was stopped early is shown at its last value and never on the "
-    "front.",
+    "pareto": "Trials that trained for the full budget of epochs. Trials that were stopped early are shown at their "
+    "last value and are never on the front.",
     "parameters": "Each searched key against the objective.",
-    "importance": "How much of the variance of an objective each key explains by itself (fANOVA over the trials of the "
-    "full budget), in per cent of what all keys do.",
-    "history": "The trials in the order they were started, and the best so far.",
-    "peers": "Every peer of the best trials: each is a network of its own.",
+    "importance": "The share of the variance of an objective that each key explains by itself (fANOVA over the trials "
+    "of the full budget), in per cent of the variance that all keys explain.",
+    "history": "The trials in the order in which they started, and the best value so far.",
+    "peers": "All peers of the best trials; each peer is a separate network.",
 }
 
 
@@ -79,11 +79,11 @@ def _page(study: StudyRecords, pictures: dict[str, Path], shares: dict[str, dict
         f"<h2>{'Pareto front' if len(objectives) > 1 else 'Best trial'}</h2>{nothing}",
         "" if nothing else _html_table([TRIAL, *objectives, *keys, EPOCHS], chosen),
         _image(pictures, "pareto"),
-        "<h2>What the searched keys do</h2>",
+        "<h2>Effect of the searched keys</h2>",
         _image(pictures, "parameters"),
         _image(pictures, "importance"),
         _missing_importance(study, shares),
-        "<h2>The course of the search</h2>",
+        "<h2>History of the search</h2>",
         _image(pictures, "history"),
         "<h2>Peers of the best trials</h2>" + (nothing or _image(pictures, "peers") + _peer_tables(study)),
         "<section><h2>All trials</h2>",
@@ -98,8 +98,8 @@ def _page(study: StudyRecords, pictures: dict[str, Path], shares: dict[str, dict
 
 
 def _settings(study: StudyRecords) -> str:
-    sought = [f"{'highest' if way == 'max' else 'lowest'} {name}" for name, way in study.objectives.items()]
-    rows = {"objectives": ", ".join(sought), "searched": ", ".join(study.searched), **study.settings}
+    goals = [f"{'highest' if way == 'max' else 'lowest'} {name}" for name, way in study.objectives.items()]
+    rows = {"objectives": ", ".join(goals), "searched": ", ".join(study.searched), **study.settings}
     pairs = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items())
     return f"<dl>{''.join(pairs)}</dl>"
 
@@ -108,7 +108,9 @@ def _image(pictures: dict[str, Path], name: str) -> str:
     if name not in pictures:
         return ""
     data = pictures[name].read_bytes()
-    width = int.from_bytes(data[16:20]) * 3 // 4  # as the PNG has it: letters on all pictures come out the same size
+    width = (
+        int.from_bytes(data[16:20]) * 3 // 4
+    )  # in proportion to the pixels, so that all plots have the same font size
     image = f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" alt="{name}">'
     return f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
 
@@ -119,9 +121,9 @@ def _missing_importance(study: StudyRecords, shares: dict[str, dict[str, float]]
     if not missing or not study.searched:
         return ""
     return (
-        f'<p class="note">No importance for {html.escape(", ".join(missing))}: it takes at least {IMPORTANCE_TRIALS} '
-        "trials of the full budget in which the objective and a searched key differ; "
-        f"there {'is' if compared == 1 else 'are'} {compared} of the full budget.</p>"
+        f'<p class="note">No importance for {html.escape(", ".join(missing))}: at least {IMPORTANCE_TRIALS} '
+        "trials of the full budget are needed, and the objective and a searched key must vary among them; "
+        f"{compared} {'has' if compared == 1 else 'have'} trained for the full budget.</p>"
     )
 
 
@@ -138,22 +140,24 @@ def _peer_tables(study: StudyRecords) -> str:
         f"<div><h3>Trial {number}</h3>{_html_table(_present(columns, peers), pd.DataFrame(peers))}</div>"
         for number, peers in best_trials(study)
     )
-    note = '<p class="note">The search saw validation accuracy only; test accuracy was taken once, after training.</p>'
+    note = (
+        '<p class="note">The search used validation accuracy only; test accuracy was measured once, after training.</p>'
+    )
     return f'<div class="side">{"".join(tables)}</div>{note}'
 
 
 def _present(columns: Sequence[Column], peers: Sequence[dict[str, Any]]) -> list[Column]:
     """The columns that the peers have: those of a method without weights have no weight."""
-    return [column for column in columns if column.column in peers[0]]
+    return [column for column in columns if column.name in peers[0]]
 
 
 def _html_table(columns: Sequence[Column], rows: pd.DataFrame, marked: Iterable[int] = ()) -> str:
     marked = set(marked)
-    texts = {quantity.column: ' class="text"' for quantity in columns if quantity in (STATE, REASON)}
+    texts = {column.name: ' class="text"' for column in columns if column in (STATE, REASON)}
 
     def line(tag: str, cells: Iterable[str]) -> str:
         filled = zip(columns, cells, strict=True)
-        return "".join(f"<{tag}{texts.get(q.column, '')}>{html.escape(cell)}</{tag}>" for q, cell in filled)
+        return "".join(f"<{tag}{texts.get(column.name, '')}>{html.escape(cell)}</{tag}>" for column, cell in filled)
 
     def row_class(row: Any) -> str:
         if row.get("trial") in marked:
@@ -161,7 +165,8 @@ def _html_table(columns: Sequence[Column], rows: pd.DataFrame, marked: Iterable[
         return ' class="faint"' if row.get("state", "complete") != "complete" else ""
 
     body = "\n".join(
-        f"<tr{row_class(row)}>{line('td', (q.cell(row[q.column]) for q in columns))}</tr>" for _, row in rows.iterrows()
+        f"<tr{row_class(row)}>{line('td', (column.cell(row[column.name]) for column in columns))}</tr>"
+        for _, row in rows.iterrows()
     )
-    head = line("th", (quantity.heading for quantity in columns))
+    head = line("th", (column.heading for column in columns))
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'

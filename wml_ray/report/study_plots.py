@@ -1,4 +1,8 @@
-"""The pictures of a study: Pareto front, searched keys, importance, history, peers of the best trials."""
+"""The plots of a study: Pareto front, searched keys, importance, history, peers of the best trials.
+
+Optuna's own plots need pyplot, whose global state is not safe in other threads. They also lack the trials that did not
+train for the full budget, the Pareto front, log axes, and the best value so far where there are several objectives.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ OBJECTIVE_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7")
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that are drawn alike."""
+    """Trials that are drawn in the same style."""
 
     label: str
     trials: pd.DataFrame
@@ -33,7 +37,7 @@ class Group:
 
 
 def draw(study: StudyRecords, shares: dict[str, dict[str, float]]) -> dict[str, Figure]:
-    """Every picture there is something to draw in, by name; `shares` are the importances."""
+    """All plots that are not empty, by name. `shares` are the importances."""
     figures = {
         "pareto": _pareto(study),
         "parameters": _parameters(study),
@@ -59,7 +63,7 @@ def _groups(study: StudyRecords) -> list[Group]:
 
 
 def _floor(study: StudyRecords, objective: Column) -> float:
-    """Where an accuracy axis may start: far failures would squeeze the good trials into a line."""
+    """The lowest value on an accuracy axis, so that outliers far below do not compress the good trials to a line."""
     values = objective.values(comparable_trials(study))
     if objective.kind != "percent" or values.empty:
         return -math.inf
@@ -71,14 +75,14 @@ def _floor(study: StudyRecords, objective: Column) -> float:
 def _scatter(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
     floors = _floor(study, x), _floor(study, y)
     for group in _groups(study):
-        places = x.values(group.trials), y.values(group.trials)
-        drawn = places[0].notna() & places[1].notna()
-        left, below = places[0] < floors[0], places[1] < floors[1]
+        positions = x.values(group.trials), y.values(group.trials)
+        drawn = positions[0].notna() & positions[1].notna()
+        left, below = positions[0] < floors[0], positions[1] < floors[1]
         for marker, chosen in (("", drawn & ~left & ~below), ("v", drawn & below), ("<", drawn & left & ~below)):
             if chosen.any():
                 style = {**group.style, "marker": marker, "s": 20} if marker else group.style
-                at = [place[chosen].clip(lower=floor) for place, floor in zip(places, floors, strict=True)]
-                axes.scatter(*at, **style, label="" if marker else group.label)
+                points = [values[chosen].clip(lower=floor) for values, floor in zip(positions, floors, strict=True)]
+                axes.scatter(*points, **style, label="" if marker else group.label)
         if (drawn & (left | below)).any():
             axes.scatter([], [], marker="v", s=20, facecolors="none", edgecolors=GREY, label="beyond the axis")
     x.dress(axes.xaxis)
@@ -86,12 +90,12 @@ def _scatter(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
 
 
 def _failed_marks(axes: Axes, study: StudyRecords, x: Column) -> None:
-    places = x.values(study.trials[study.trials["state"] == "FAILED"]).dropna()
-    if len(places):
+    positions = x.values(study.trials[study.trials["state"] == "FAILED"]).dropna()
+    if len(positions):
         bottom = axes.get_xaxis_transform()
-        axes.scatter(places, [0.0] * len(places), marker="x", color="0.3", s=28, transform=bottom, clip_on=False)
+        axes.scatter(positions, [0.0] * len(positions), marker="x", color="0.3", s=28, transform=bottom, clip_on=False)
         axes.scatter([], [], marker="x", color="0.3", s=28, label="failed")
-        axes.update_datalim([(place, 0.0) for place in places], updatey=False)
+        axes.update_datalim([(position, 0.0) for position in positions], updatey=False)
         axes.autoscale_view()
 
 
@@ -108,7 +112,7 @@ def _grid(panels: int, columns: int, width: float, height: float, **shared: Any)
 
 
 def _pareto(study: StudyRecords) -> Figure | None:
-    names = sorted(study.objectives, key=lambda name: metric_of(name).kind != "percent")  # accuracy goes up the page
+    names = sorted(study.objectives, key=lambda name: metric_of(name).kind != "percent")  # accuracy on the y axis
     if study.trials[names].isna().all(axis=None):
         return None
     if len(names) == 1:
@@ -118,7 +122,7 @@ def _pareto(study: StudyRecords) -> Figure | None:
         title = "The objective against size" if sized else "The objective of every trial"
     else:
         pairs = [(metric_of(x), metric_of(y)) for index, y in enumerate(names) for x in names[index + 1 :]]
-        title = "Pareto front" if len(names) == 2 else "Pareto front, seen along each pair of objectives"
+        title = "Pareto front" if len(names) == 2 else "Pareto front for each pair of objectives"
     figure, panels = _grid(len(pairs), 2, *((7, 4.6) if len(pairs) == 1 else (3.6, 3.4)))
     for axes, (x, y) in zip(panels, pairs, strict=True):
         dress(axes, "", x.title.replace("\n", ", "), y.title)
@@ -128,30 +132,32 @@ def _pareto(study: StudyRecords) -> Figure | None:
             _staircase(axes, study, x, y)
     figure.suptitle(title)
     legend_below(figure, panels)
-    figure.draw_without_rendering()  # the labels need to know where the points come to lie
+    figure.draw_without_rendering()  # the labels depend on the positions of the points
     for axes, (x, y) in zip(panels, pairs, strict=True):
         _label_front(axes, study, x, y)
     return figure
 
 
 def _staircase(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
-    """The border of what the front dominates."""
+    """Draw the border of the region that the front dominates."""
     chosen = study.trials[study.trials["trial"].isin(pareto_front(study))]
     steps = sorted(zip(x.values(chosen), y.values(chosen), strict=True))
-    where: Literal["pre", "post"] = "post" if study.objectives[x.column] == "min" else "pre"
+    where: Literal["pre", "post"] = "post" if study.objectives[x.name] == "min" else "pre"
     axes.step([s[0] for s in steps], [s[1] for s in steps], where=where, color=ORANGE, linewidth=1.2, alpha=0.7)
 
 
 def _label_front(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
-    """Trial numbers on the free side of the front, the ends first; one that would cover something is left out."""
+    """Write trial numbers beside the front, the ends first; a number that would cover a point or number is left out."""
     comparable = comparable_trials(study)
     comparable = comparable[x.values(comparable).notna()]
-    places = dict(zip(comparable["trial"], zip(x.values(comparable), y.values(comparable), strict=True), strict=True))
-    left = study.objectives.get(x.column, "min") == "min"
-    above = study.objectives[y.column] == "max"
-    points = {number: axes.transData.transform(point) for number, point in places.items()}
+    positions = dict(
+        zip(comparable["trial"], zip(x.values(comparable), y.values(comparable), strict=True), strict=True)
+    )
+    left = study.objectives.get(x.name, "min") == "min"
+    above = study.objectives[y.name] == "max"
+    points = {number: axes.transData.transform(point) for number, point in positions.items()}
     boxes: list[tuple[float, float]] = []
-    labelled = [number for number in pareto_front(study) if number in places]
+    labelled = [number for number in pareto_front(study) if number in positions]
     for number in [*labelled[:1], *labelled[:0:-1]]:
         centre = points[number] + [-18 if left else 18, 14 if above else -14]
         others = [point for other, point in points.items() if other != number]
@@ -161,8 +167,8 @@ def _label_front(axes: Axes, study: StudyRecords, x: Column, y: Column) -> None:
             continue
         boxes.append((centre[0], centre[1]))
         offset = (-5 if left else 5, 4 if above else -4)
-        look: dict[str, Any] = {"ha": "right" if left else "left", "va": "bottom" if above else "top", "color": ORANGE}
-        axes.annotate(str(number), places[number], offset, textcoords="offset points", fontsize="small", **look)
+        style: dict[str, Any] = {"ha": "right" if left else "left", "va": "bottom" if above else "top", "color": ORANGE}
+        axes.annotate(str(number), positions[number], offset, textcoords="offset points", fontsize="small", **style)
 
 
 def _first_accuracy(study: StudyRecords) -> Column:
@@ -180,7 +186,7 @@ def _parameters(study: StudyRecords) -> Figure | None:
         dress(axes, "", x.title, "" if index % 3 else y.title)
         _failed_marks(axes, study, x)
         _scatter(axes, study, x, y)
-        if study.trials[y.column].isna().all():
+        if study.trials[y.name].isna().all():
             axes.set_yticks([])
     legend_below(figure, panels)
     return figure
@@ -193,10 +199,10 @@ def _importance(study: StudyRecords, shares: dict[str, dict[str, float]]) -> Fig
     figure, (axes,) = _grid(1, 1, 7, 1.3 + len(keys) * (0.24 + 0.18 * len(computed)))
     dress(axes, "Importance of the searched keys", "importance (%)", "")
     for index, (objective, found) in enumerate(computed.items()):
-        places = [place + 0.4 - height * (index + 0.5) for place in range(len(keys))]
+        positions = [row + 0.4 - height * (index + 0.5) for row in range(len(keys))]
         label = metric_of(objective).title.replace("\n", ", ").replace(" (%)", "")
         colour = OBJECTIVE_COLOURS[index % len(OBJECTIVE_COLOURS)]
-        bars = axes.barh(places, [100 * found[key] for key in keys], 0.9 * height, color=colour, label=label)
+        bars = axes.barh(positions, [100 * found[key] for key in keys], 0.9 * height, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", padding=3, fontsize="small")
     axes.set_yticks(range(len(keys)), [key_of(study, key).title for key in keys])
     axes.grid(visible=False, axis="y")
@@ -235,11 +241,11 @@ def _hypervolume(axes: Axes, study: StudyRecords) -> None:
     axes.set_ylim(0, 100)
 
 
-def _so_far(axes: Axes, study: StudyRecords, course: Sequence[tuple[int, float]], factor: float) -> None:
-    if course:
-        course = [*course, (max(study.trials["trial"]), course[-1][1])]
-        values = [factor * value for _, value in course]
-        axes.step([number for number, _ in course], values, where="post", color=ORANGE, label="best so far")
+def _so_far(axes: Axes, study: StudyRecords, history: Sequence[tuple[int, float]], factor: float) -> None:
+    if history:
+        history = [*history, (max(study.trials["trial"]), history[-1][1])]
+        values = [factor * value for _, value in history]
+        axes.step([number for number, _ in history], values, where="post", color=ORANGE, label="best so far")
 
 
 def _peers(study: StudyRecords) -> Figure | None:
@@ -257,6 +263,6 @@ def _peers(study: StudyRecords) -> Figure | None:
 
 
 def best_trials(study: StudyRecords) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Number and peers of the best trials that have peers."""
+    """Numbers and peers of the best trials that have peers."""
     by_number = study.trials.set_index("trial")["peers"]
     return [(number, by_number[number]) for number in best_trial_numbers(study, BEST_TRIALS) if by_number[number]]

@@ -1,4 +1,4 @@
-"""The quantities of a study as people read them, its summary and the table of its Pareto front."""
+"""The columns of a study's tables and plots, its summary line and the table of its Pareto front."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ LETTERS = {
     "wml.temperature": "tau",
 }
 """The letters of the README."""
-WHOSE = {"tree": "peer tree", "method": "method's prediction"}
+MEMBERS = {"tree": "peer tree", "method": "method's prediction"}
 SPLITS = {"val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the trials as tables and axes show it."""
+    """A column of the trials, and how tables and axes show it."""
 
-    column: str
+    name: str
     heading: str
     title: str
     kind: str = "number"  # percent | count | number | choice
@@ -47,18 +47,18 @@ class Column:
     choices: tuple[str, ...] = ()
 
     def values(self, trials: pd.DataFrame) -> pd.Series[float]:
-        """Where the trials lie on an axis; choices side by side, spread a little so that equals are seen."""
+        """Positions of the trials on an axis. Equal choices are spread a little, so that all are visible."""
         import pandas as pd
 
         if self.kind == "choice":
-            places = trials[self.column].map(lambda value: float(self.choices.index(str(value))))
-            return places.astype(float) + ((trials["trial"] * 0.618 + 0.5) % 1 - 0.5) * 0.3
-        values = pd.to_numeric(trials[self.column], errors="coerce").astype(float)
+            positions = trials[self.name].map(lambda value: float(self.choices.index(str(value))))
+            return positions.astype(float) + ((trials["trial"] * 0.618 + 0.5) % 1 - 0.5) * 0.3
+        values = pd.to_numeric(trials[self.name], errors="coerce").astype(float)
         values = values.where(values > 0) if self.log else values
         return values * 100 if self.kind == "percent" else values
 
     def cell(self, value: Any) -> str:
-        """A value in a table; empty where there is none."""
+        """A value as text; empty if there is none."""
         if self.kind == "choice" or isinstance(value, str):
             return str(value)
         if value is None or math.isnan(value):
@@ -67,7 +67,7 @@ class Column:
         return formats.get(self.kind, "{:.3g}".format if isinstance(value, float) else str)(value)
 
     def dress(self, axis: Axis) -> None:
-        """Ticks of an axis of this quantity."""
+        """Set the ticks of an axis of this column."""
         from matplotlib.ticker import MaxNLocator
 
         if self.kind == "count":
@@ -93,7 +93,7 @@ class Column:
 
 
 def trials_summary(study: StudyRecords) -> str:
-    """One line: how many trials, how they ended, and what they cost."""
+    """One line with the number of trials in each state and the epochs trained."""
     states = study.trials["state"].value_counts()
     ends = ", ".join(f"{states[state]} {words}" for state, words in STATES.items() if state in states)
     total, epochs = len(study.trials), int(study.trials["epochs"].sum())
@@ -101,12 +101,12 @@ def trials_summary(study: StudyRecords) -> str:
 
 
 def front_table(study: StudyRecords, width: int = 120) -> Table:
-    """The Pareto front, best by the first objective first; keys beyond `width` characters are left to the CSV."""
+    """The Pareto front, the best first objective first. Keys that do not fit into `width` characters are left out."""
     chosen = study.trials.set_index("trial", drop=False).loc[pareto_front(study)]
     shown, left_out = _fitting(study, chosen, width)
     table = new_table(*_bottom_aligned(shown))
     for _, trial in chosen.iterrows():
-        table.add_row(*(escape(_short(quantity.cell(trial[quantity.column]), CELL_WIDTH)) for quantity in shown))
+        table.add_row(*(escape(_short(column.cell(trial[column.name]), CELL_WIDTH)) for column in shown))
     if chosen.empty:
         table.caption = "no trial has reached the full budget yet"
     elif left_out:
@@ -114,20 +114,33 @@ def front_table(study: StudyRecords, width: int = 120) -> Table:
     return table
 
 
+def front_markdown(study: StudyRecords) -> str:
+    """The summary line and the Pareto front with all searched keys, as Markdown."""
+    chosen = study.trials.set_index("trial", drop=False).loc[pareto_front(study)]
+    objectives, keys = columns_of(study)
+    columns = [TRIAL, *objectives, *keys, EPOCHS]
+    rows = [[column.cell(trial[column.name]) for column in columns] for _, trial in chosen.iterrows()]
+    lines = [[" ".join(column.heading.split()) for column in columns], ["---:"] * len(columns), *rows]
+    table = [f"| {' | '.join(cell.replace('|', ' ') for cell in line)} |" for line in lines]
+    return "\n".join([trials_summary(study), "", *table])
+
+
 def metric_of(name: str) -> Column:
+    """The column of a metric by its MLflow name."""
     section, _, rest = name.partition("/")
-    what, _, whose = rest.partition("/")
-    whose = WHOSE.get(whose) or prediction_words(whose)
-    if what == "accuracy":
-        title = f"{SPLITS.get(section, section)} accuracy (%)\n{whose}"
-        return Column(name, f"{textwrap.fill(whose, 9)}\n{section} %", title, "percent")
+    unit, _, member = rest.partition("/")
+    member = MEMBERS.get(member) or prediction_words(member)
+    if unit == "accuracy":
+        title = f"{SPLITS.get(section, section)} accuracy (%)\n{member}"
+        return Column(name, f"{textwrap.fill(member, 9)}\n{section} %", title, "percent")
     if section == "peers":
-        unit = {"macs": "MACs", "params": "params"}.get(what, what)
-        return Column(name, f"{unit}\n{whose}", f"{unit}{' an image' * (what == 'macs')}, {whose}", "count")
+        word = {"macs": "MACs", "params": "params"}.get(unit, unit)
+        return Column(name, f"{word}\n{member}", f"{word}{' an image' * (unit == 'macs')}, {member}", "count")
     return Column(name, name.replace("/", "\n"), name)
 
 
 def key_of(study: StudyRecords, key: str) -> Column:
+    """The column of a searched key."""
     scale = study.searched[key]
     heading = _heading(key)
     if sum(_heading(other) == heading for other in study.searched) > 1:
@@ -156,17 +169,17 @@ REASON = Column("reason", "reason", "reason")
 
 
 def columns_of(study: StudyRecords) -> tuple[list[Column], list[Column]]:
-    """Objectives and searched keys."""
+    """The columns of the objectives and of the searched keys."""
     return [metric_of(name) for name in study.objectives], [key_of(study, key) for key in study.searched]
 
 
 def _fitting(study: StudyRecords, trials: pd.DataFrame, width: int) -> tuple[list[Column], int]:
-    """As many columns as fit a terminal, and the number of keys that do not."""
+    """The columns that fit into `width` characters, and the number of keys that do not."""
     objectives, keys = columns_of(study)
 
     def width_of(shown: Sequence[Column]) -> int:
-        texts = ([*q.heading.split("\n"), *(_short(q.cell(v), CELL_WIDTH) for v in trials[q.column])] for q in shown)
-        return sum(max(map(len, column)) + 1 for column in texts) + 1
+        texts = ([*c.heading.split("\n"), *(_short(c.cell(v), CELL_WIDTH) for v in trials[c.name])] for c in shown)
+        return sum(max(map(len, lines)) + 1 for lines in texts) + 1
 
     kept = list(keys)
     while kept and width_of([TRIAL, *objectives, *kept, EPOCHS]) > width:
@@ -175,8 +188,8 @@ def _fitting(study: StudyRecords, trials: pd.DataFrame, width: int) -> tuple[lis
 
 
 def _bottom_aligned(shown: Sequence[Column]) -> list[str]:
-    lines = max(quantity.heading.count("\n") for quantity in shown)
-    return ["\n" * (lines - quantity.heading.count("\n")) + quantity.heading for quantity in shown]
+    lines = max(column.heading.count("\n") for column in shown)
+    return ["\n" * (lines - column.heading.count("\n")) + column.heading for column in shown]
 
 
 def _short(text: str, width: int) -> str:

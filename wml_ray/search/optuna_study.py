@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState as OptunaState
 
 from wml_ray.errors import UserError, root_cause
@@ -91,7 +92,8 @@ class OptunaStudy:
 
     def __init__(self, space: Space, search: SearchConfig, storage: optuna.storages.BaseStorage, started: int) -> None:
         """`started` is the number of trials so far; it enters the seed, so that a continued study draws new points."""
-        self._distributions, self._url = space.distributions, search.storage or "memory"
+        self._distributions: dict[str, BaseDistribution] = {**space.distributions}
+        self._url = search.storage or "memory"
         self._study = self._retry(
             lambda: optuna.create_study(
                 storage=storage,
@@ -146,14 +148,14 @@ class OptunaStudy:
         running: dict[str, optuna.Trial] = {}
         for label, record in by_label.items():
             trial = stored.get(label)
-            unfinished = trial is not None and not trial.state.is_finished()
             if record.state == "RUNNING":
-                running[label] = (
-                    optuna.Trial(self._study, trial._trial_id) if trial and unfinished else self._add(record)
-                )
+                if trial is None or trial.state.is_finished():
+                    running[label] = self._add(record)
+                else:
+                    running[label] = optuna.Trial(self._study, trial._trial_id)
             elif trial is None:
                 self._study.add_trial(self._frozen(record))
-            elif unfinished:
+            elif not trial.state.is_finished():
                 self._study.tell(trial.number, record.values, _STATES[record.state])
         for label, trial in stored.items():
             if label not in by_label and trial.state == OptunaState.RUNNING:

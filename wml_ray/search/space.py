@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import yaml
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
@@ -27,9 +27,8 @@ _NOT_SEARCHED = {
     "data.download": "it does not change the trained networks; set it in the config",
     "data.loader_workers": "it does not change the trained networks; set it in the config",
 }
-
-
-Domain = BaseDistribution | Increasing
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
+Domain = Distribution | Increasing
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Space:
     """Text of the space file."""
 
     @property
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, Distribution]:
         """Parameter of the sampler -> distribution. `Increasing` has one parameter in [0, 1] for each peer."""
-        distributions: dict[str, BaseDistribution] = {}
+        distributions: dict[str, Distribution] = {}
         for key, domain in self.domains.items():
             if isinstance(domain, Increasing):
                 distributions |= {name: FloatDistribution(0.0, 1.0) for name in self._parameters(key)}
@@ -196,11 +195,10 @@ def decode(category: Any) -> Any:
     return json.loads(category) if isinstance(category, str) and category.startswith(("[", "{")) else category
 
 
-def extremes(distribution: BaseDistribution) -> list[Any]:
+def extremes(distribution: Distribution) -> list[Any]:
     """All choices of a categorical distribution, the least and the largest value of others."""
     if isinstance(distribution, CategoricalDistribution):
         return [decode(choice) for choice in distribution.choices]
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
     return [distribution.low, distribution.high]
 
 
@@ -237,20 +235,18 @@ def _check_domain(base: Config, key: str, domain: Domain, where: str) -> None:
                 raise UserError(f"{where}: {error}") from None
 
 
-def _draw(distribution: BaseDistribution, random: np.random.Generator) -> Any:
+def _draw(distribution: Distribution, random: np.random.Generator) -> Any:
     """A random value of a distribution."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[random.integers(len(distribution.choices))]
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
     low, high, step = distribution.low, distribution.high, distribution.step
     value = low + random.uniform() * (high - low)
     return value if step is None else min(low + round((value - low) / step) * step, high)
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
+def _contains(distribution: Distribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
@@ -275,7 +271,6 @@ def _describe(domain: Domain) -> str:
         return f"increasing from {domain.lower} to {domain.upper}"
     if isinstance(domain, CategoricalDistribution):
         return "one of " + ", ".join(str(choice) for choice in domain.choices)
-    assert isinstance(domain, (IntDistribution, FloatDistribution))
     every_value = domain.step is None or (isinstance(domain, IntDistribution) and domain.step == 1)
     steps = "" if every_value else f" in steps of {domain.step}"
     return f"{domain.low} to {domain.high}{steps}{', logarithmic' if domain.log else ''}"

@@ -29,6 +29,7 @@ class Job:
     search: SearchConfig | None = None
     start: Sequence[Mapping[str, Any]] = ()  # points to try first
     warm_start: Sequence[str] = ()  # names of earlier studies
+    check_data: bool = False
     dry_run: bool = False
     verbose: bool = False
 
@@ -47,7 +48,7 @@ class Job:
     def to_json(self) -> str:
         """The job as JSON text, without the address of the Optuna storage, which may hold a password."""
         raw: dict[str, Any] = {"verb": self.verb, "config": self.config.model_dump(mode="json")}
-        raw |= {"dry_run": self.dry_run, "verbose": self.verbose}
+        raw |= {"check_data": self.check_data, "dry_run": self.dry_run, "verbose": self.verbose}
         if self.space and self.search:
             raw |= {"space": self.space.source, "search": self.search.model_dump(mode="json", exclude={"storage"})}
             raw |= {"start": list(self.start), "warm_start": list(self.warm_start)}

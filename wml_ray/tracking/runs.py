@@ -97,7 +97,7 @@ def _dataset_input(split: DatasetSplit) -> Any:
 
 
 def log_files(tracked: TrackedRun, files: Sequence[Path], folder: str | None = None) -> None:
-    """Log files, under `folder` among the run's artifacts."""
+    """Log files as artifacts of the run, in `folder`."""
     client = client_of(tracked.uri)
     for path in files:
         _log_file(client, tracked, path, folder)
@@ -138,6 +138,7 @@ class MetricSender:
         self._steps_on_server: dict[str, set[int]] = {}
 
     def send(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Send the metrics of one step unless the server has them; raises what the client raises."""
         try:
             self._send(step, metrics, timestamp_ms)
         except Exception:
@@ -163,18 +164,18 @@ class MetricLogger:
 
     def __init__(self, tracked: TrackedRun, system_metrics: bool = False) -> None:
         self._sender = MetricSender(tracked)
-        self._deliveries = RetryQueue(UNREACHABLE)
+        self._queue = RetryQueue(UNREACHABLE)
         self._monitor = _system_monitor(tracked) if system_metrics else None
 
     def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         """Queue the metrics of one step; returns at once."""
-        self._deliveries.put(partial(self._sender.send, step, dict(metrics), timestamp_ms))
+        self._queue.put(partial(self._sender.send, step, dict(metrics), timestamp_ms))
 
     def close(self, timeout_s: float) -> int:
         """Wait for delivery; returns the number of steps that were not delivered in time."""
         if self._monitor is not None:
             self._monitor.finish()
-        return self._deliveries.close(timeout_s)
+        return self._queue.close(timeout_s)
 
 
 def _experiment_id(client: Any, name: str) -> str:

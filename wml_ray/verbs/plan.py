@@ -35,12 +35,13 @@ class RunPlan:
 
 
 def plan(config: Config, check_data: bool = False) -> RunPlan:
-    """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+    """Build and prune the tree, and measure it; trains nothing and writes nothing.
 
+    Where the dataset is missing, the saliency is computed on noise.
     The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
 
     Raises:
-        UserError: a mistake in the config or the storage.
+        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage.
     """
     check_storage(config.run_folder)
     skipped = undecodable_images(config.data, check_data, show_progress=check_data)
@@ -62,7 +63,7 @@ def _state(config: Config) -> str:
 
 
 def _data_or_noise(config: Config, skipped: Collection[str]) -> tuple[Dataset, str]:
-    """The dataset and its name, or random images of the same shape and a note."""
+    """The dataset without the images of `skipped`, or random images of the same shape; and a description."""
     name = config.data.name
     present = config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
     try:

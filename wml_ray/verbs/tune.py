@@ -6,7 +6,6 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,6 +19,7 @@ from wml_ray.config.load import with_values
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.report.study_page import write_study
+from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import Increasing
@@ -33,7 +33,7 @@ from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
-from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
+from wml_ray.tracking.tags import KIND_TAG, NOTE_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.verbs.progress import StudyProgress
 
@@ -75,8 +75,34 @@ def tune(
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
-    with nullcontext(on_change) if on_change or verbose else StudyProgress() as notify:
-        return _tune(space, search, notify, start, warm_start, verbose)
+    if on_change is None and not verbose:
+        with StudyProgress() as progress:
+            return tune(space, search, progress, start, warm_start)
+    folder = to_path(space.base.run.storage_path) / search.study
+    check_stop_metric(search, space)
+    check_storage(folder)
+    check_reachable(tracking_uri())
+    with exclusive_access(folder) as lease:
+        stored = read_json(folder / STUDY_FILE) or {}
+        _check_same_study(folder, stored, space)
+        storage = open_storage(search.storage, search.study, stored.get("token"))
+        earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
+        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
+        if study.remaining:
+            join_cluster(verbose)
+            require_checks(space.base, searching=True)
+            check_ratios(space)
+        if not stored:
+            write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
+        trains_now = study.remaining > 0
+        publisher = Publisher(study, _open_run(study))
+        try:
+            if trains_now:
+                run_trials(study, storage, start, earlier, verbose)
+        except BaseException as error:
+            _close_interrupted(study, publisher, error)
+            raise
+        return _conclude(study, publisher, trains_now)
 
 
 def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
@@ -119,41 +145,6 @@ def check_ratios(space: Space) -> None:
             initial_checkpoint(with_values(space.base, {**dict(network), **values}), dataset)
 
 
-def _tune(
-    space: Space,
-    search: SearchConfig,
-    on_change: Callable[[Study], None] | None,
-    start: Sequence[Mapping[str, Any]],
-    warm_start: Sequence[str],
-    verbose: bool,
-) -> StudyResult:
-    folder = to_path(space.base.run.storage_path) / search.study
-    check_stop_metric(search, space)
-    check_storage(folder)
-    check_reachable(tracking_uri())
-    with exclusive_access(folder) as lease:
-        stored = read_json(folder / STUDY_FILE) or {}
-        _check_same_study(folder, stored, space)
-        storage = open_storage(search.storage, search.study, stored.get("token"))
-        earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
-        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
-        if study.remaining:
-            join_cluster(verbose)
-            require_checks(space.base, searching=True)
-            check_ratios(space)
-        if not stored:
-            write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
-        trains_now = study.remaining > 0
-        publisher = Publisher(study, _open_run(study))
-        try:
-            if trains_now:
-                run_trials(study, storage, start, earlier, verbose)
-        except BaseException as error:
-            _close_interrupted(study, publisher, error)
-            raise
-        return _conclude(study, publisher, trains_now)
-
-
 def _close_interrupted(study: Study, publisher: Publisher, error: BaseException) -> None:
     """Close the MLflow runs of a study that stops before its end."""
     publisher.interrupt()
@@ -178,7 +169,7 @@ def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyRes
         records = load_study(study.search.study, parent.run_id)
         report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
         log_files(parent, report, "report")
-        tags = {"wml_ray.best_trial": str(best.number) if best else "none"}
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(records)}
         best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
         finish_run(parent, "FINISHED", files, tags, best_values)
     except Exception as error:
