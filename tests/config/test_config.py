@@ -47,7 +47,7 @@ def another(value, annotation):
         at = min(1, len(value) - 1)
         return [another(entry, None) if index == at else entry for index, entry in enumerate(value)]
     assert value is None
-    return "x" if annotation == str | None else 64
+    return "x" if annotation == str | None else 100
 
 
 def with_value(key, value):
