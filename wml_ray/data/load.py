@@ -32,7 +32,8 @@ def load_dataset(config: Config, device: torch.device | str = "cpu", skipped: Co
             skipped = _skipped_images(config)
         listing = list_images(config.data).without(skipped)
         return StreamedDataset(config, listing, device, skipped)
-    images, labels, num_train = read_images(config.data)
+    pixels, classes, num_train = read_images(config.data)
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(classes)
     splits = make_splits(config, labels, num_train, len(labels) - num_train)
     return InMemoryDataset(config, DATASETS[config.data.name].spec, splits, images, labels, device)
 

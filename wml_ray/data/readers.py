@@ -14,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock
-from torch import Tensor
 
 from wml_ray.config.schema import DataConfig
 from wml_ray.data.images import class_names
 from wml_ray.errors import UserError, one_line
 from wml_ray.networks.spec import ImageSpec
 
-Images = tuple[
-    Tensor, Tensor, int
-]  # uint8 images (N, C, H, W), labels (N,), number of training images, which are first
+Array = np.ndarray[Any, np.dtype[Any]]
+Images = tuple[Array, Array, int]
+"""uint8 images (N, C, H, W), int64 labels (N,), and the number of training images, which are first."""
 
 
 class DataMissing(UserError):
@@ -57,7 +55,7 @@ def image_resolution(config: DataConfig) -> int:
 
 
 def read_images(config: DataConfig) -> Images:
-    """Read a small dataset: uint8 images (N, C, H, W), labels (N,), and the number of training images.
+    """Read a small dataset: uint8 images (N, C, H, W), int64 labels (N,), and the number of training images.
 
     The training images come first; the rest is the set's own test set.
 
@@ -90,8 +88,8 @@ def _read_digits(config: DataConfig) -> Images:
     assert spec.origin is not None
     with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
         rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 64 pixels and the label
-    images = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 8, 8)).contiguous()
-    return images, torch.from_numpy(rows[:, -1].astype(np.int64)), len(images)
+    images = np.ascontiguousarray(rows[:, :-1].reshape(-1, 1, 8, 8))
+    return images, rows[:, -1].astype(np.int64), len(images)
 
 
 def _read_fashion_mnist(config: DataConfig) -> Images:
@@ -114,7 +112,7 @@ def _read_fashion_mnist(config: DataConfig) -> Images:
                 f"data.root = '{root}': the {prefix} images and labels in {folder} do not match; fetch them again"
             )
     pixels = np.concatenate(images).reshape(-1, 1, 28, 28)
-    return torch.from_numpy(pixels), torch.from_numpy(np.concatenate(labels).astype(np.int64)), len(labels[0])
+    return pixels, np.concatenate(labels).astype(np.int64), len(labels[0])
 
 
 def _idx_file(folder: Path, stem: str) -> Path | None:
@@ -155,7 +153,7 @@ def _read_cifar(config: DataConfig) -> Images:
         raise _missing(config, f"a folder {kind.base_folder}") from None
     images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2)
     labels = [label for part in parts for label in part.targets]
-    return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
+    return np.ascontiguousarray(images), np.array(labels, np.int64), len(parts[0].data)
 
 
 def _download(root: Path, fetch: Callable[[], object]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import nn
+if TYPE_CHECKING:  # the size of images is known without torch, whose import takes seconds
+    from torch import nn
 
-Stages = dict[str, nn.Module]
+Stages: TypeAlias = "dict[str, nn.Module]"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from wml_ray.config.schema import Config
 from wml_ray.data.readers import image_resolution
 
@@ -46,6 +44,8 @@ def describe_threads(config: Config) -> str:
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Run the body with `count` intra-operation threads of torch, then restore the number before."""
+    import torch  # here, so that the first line of a run does not wait for it
+
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
