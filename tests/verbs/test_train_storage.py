@@ -244,7 +244,7 @@ def test_the_checkpoints_of_a_stopped_trial_are_removed_from_the_storage(bucket)
     checkpoints = Checkpoints(store.trial_folder(3) / "a-run" / "checkpoints", 2)
     put_text(checkpoints.path(1) / "SHA256SUMS", "")
     assert checkpoints.epochs() == [1]
-    store.drop_checkpoints(3)
+    store.delete_checkpoints(3)
     assert checkpoints.epochs() == []
 
 
