@@ -21,6 +21,8 @@ BACKBONES = {
     "mobilenet_v2": "MobileNetV2",
 }
 CLASSES_OF_IMAGENET = 1000
+TIERS = {name: pytest.mark.nightly for name in CONFIGS if re.search("resnet(50|101)$", name)}
+TIERS["imagenet_mobilenet_v2"] = pytest.mark.slow
 
 
 def read(name):
@@ -91,8 +93,7 @@ def test_an_own_backbone_is_found_beside_its_config_and_results_are_written_else
     assert {"results", "mlflow.db"} <= {path.name for path in workplace.iterdir()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TIERS.get(name, ())) for name in CONFIGS])
 def test_plan_builds_the_tree_of_a_config(workplace, capsys, name):
     """The tree is that of the file, apart from the saliency, which is computed on two images."""
     config, _ = read(name)

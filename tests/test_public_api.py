@@ -1,5 +1,6 @@
 """The names of `wml_ray`, and a script that uses them."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ def test_scripts_and_spaces_import_only_the_public_names(path):
     if path.name == "submit.py":
         allowed = ("from wml_ray.cli.main import main",)
     assert [line for line in lines if not line.startswith(allowed)] == []
+
+
+def test_the_script_submit_is_the_verb_submit(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["submit.py", "train", "nowhere.yaml"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "jobs" / "submit.py"), run_name="__main__")
+    assert "config file nowhere.yaml" in capsys.readouterr().err
 
 
 def test_train_shows_its_progress_and_returns_pandas_frames(workplace, capsys):

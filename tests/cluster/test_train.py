@@ -32,6 +32,7 @@ def training_workers():
     return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
 
 
+@pytest.mark.core
 def test_a_run_whose_worker_was_killed_ends_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)
@@ -159,8 +160,8 @@ def test_an_elastic_run_uses_the_workers_that_fit_the_cluster(workplace):
     assert steps(only_run(), "train/loss") == [1, 2]
 
 
-@pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
-def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, ask):
+@pytest.mark.parametrize("override", ["scale.workers=64", "scale.cpus_per_worker=64"])
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, override):
     with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such slots, and no autoscaler"):
-        train(tiny_config("scale.workers=2", ask), ignore)
+        train(tiny_config("scale.workers=2", override), ignore)
     assert not os.listdir()

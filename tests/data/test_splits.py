@@ -3,7 +3,6 @@ import pytest
 import torch
 from small_sets import digits, fashion_mnist, image_folder, make_fashion_mnist, make_image_folder, one_line, write_idx
 
-from wml_ray.config.load import parse_config
 from wml_ray.errors import UserError
 
 
@@ -98,7 +97,3 @@ def test_a_subset_that_cannot_be_drawn_is_refused(data, message):
     with pytest.raises(UserError, match=message) as caught:
         digits(data=data)
     one_line(caught)
-
-
-def test_the_subset_is_part_of_the_run_id():
-    assert parse_config({"data": {"train_images": 100}}).run_id != parse_config({}).run_id

@@ -160,13 +160,13 @@ def test_only_metrics_reported_each_epoch_stop_trials():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.py")), ids=lambda path: path.stem)
 def test_each_space_of_tune_spaces_is_valid_for_the_quickstart(path):
-    check_ratios(load_space(path, load_config(ROOT / "jobs" / "quickstart.yaml")))
+    check_ratios(load_space(path, quickstart()))
 
 
 def test_all_commented_keys_of_the_wml_space_are_valid(tmp_path):
     text = (ROOT / "tune_spaces" / "wml.py").read_text()
     (tmp_path / "all.py").write_text(text.replace('# "', '"'))
-    space = load_space(tmp_path / "all.py", load_config(ROOT / "jobs" / "quickstart.yaml"))
+    space = load_space(tmp_path / "all.py", quickstart())
     assert len(space.domains) == 8
     check_ratios(space)
 
@@ -174,6 +174,10 @@ def test_all_commented_keys_of_the_wml_space_are_valid(tmp_path):
 def test_ratios_that_cannot_be_reached_are_refused_before_the_first_trial():
     with pytest.raises(UserError, match="reach"):
         check_ratios(ratios_space(0.0, 0.95))
+
+
+def quickstart():
+    return load_config(ROOT / "jobs" / "quickstart.yaml", ["pruning.saliency_images=16"])  # fewer images are faster
 
 
 def test_the_command_line_has_an_option_for_each_setting():

@@ -12,7 +12,6 @@ from wml_ray.cli.options import parse_arguments
 from wml_ray.cli.submit import shown_command
 from wml_ray.config.load import load_config, parse_config
 from wml_ray.errors import UserError
-from wml_ray.submit.client import connect
 from wml_ray.submit.entry import ENVIRONMENT_FILE, SUBMITTED_FROM, leave_ray_working_dir
 from wml_ray.submit.job import Job
 from wml_ray.submit.jobs import runtime_env, submit
@@ -172,26 +171,3 @@ def test_relative_folders_of_a_job_outlive_the_working_directory_that_ray_made(w
         leave_ray_working_dir()
         assert os.getcwd() == str(expected)
         assert str(expected) in capsys.readouterr().out
-
-
-@pytest.fixture
-def _ray_variables(monkeypatch):
-    """`connect` sets these."""
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-
-
-@pytest.mark.usefixtures("_ray_variables")
-@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:8265", "http://127.0.0.1:none"])
-def test_an_address_without_a_cluster_is_one_line(address, monkeypatch):
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")  # the option comes before it
-    with pytest.raises(UserError, match=r"--address http://HOST:8265") as raised:
-        connect(address)
-    assert address in str(raised.value)
-
-
-@pytest.mark.usefixtures("_ray_variables")
-def test_a_cluster_address_where_nothing_answers_is_named(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.2:9")
-    with pytest.raises(UserError, match=r"no Ray cluster at RAY_ADDRESS = 127\.0\.0\.2:9"):
-        connect(None)

@@ -38,8 +38,7 @@ def head(tmp_path_factory):
 @pytest.fixture
 def client(head, monkeypatch):
     monkeypatch.setenv("HOME", str(head.home))
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets both
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # `connect` sets it
     return connect(head.url)
 
 
@@ -60,6 +59,7 @@ def run_id(*words):
     return load_config(words[0], words[1:]).run_id
 
 
+@pytest.mark.core
 def test_the_same_run_submitted_twice_at_once_is_one_job_that_both_follow_to_its_end(head, client, tmp_path):
     words = [*SMALL, "optim.epochs=1"]
     both = [head.start("submit", "train", *words, folder=tmp_path) for _ in range(2)]
@@ -181,23 +181,6 @@ def test_passed_variables_reach_drivers_and_workers_but_no_log(head, client, tmp
     passed = list(head.temp.rglob(ENVIRONMENT_FILE))
     assert passed
     assert not any(path.stat().st_mode & 0o077 for path in passed)
-
-
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"RAY_AUTH_TOKEN": "wrong"}, "does not accept the token of RAY_AUTH_TOKEN"),
-        ({"RAY_AUTH_TOKEN": "wrong", "RAY_AUTH_MODE": "token"}, "does not accept the token of RAY_AUTH_TOKEN"),
-        ({"HOME": "/nonexistent"}, "requires a token, and this machine has none"),
-        ({"HOME": "/nonexistent", "RAY_AUTH_MODE": "token"}, "requires a token, and this machine has none"),
-    ],
-)
-def test_a_wrong_or_missing_token_is_one_line_that_names_the_address_first(head, variables, said):
-    refused = head.run("submit", "train", *SMALL, **variables)
-    assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
-    assert line.index(head.url) < line.index(said) < line.index("ray get-auth-token")
-    assert refused.stdout == ""
 
 
 def test_the_dashboard_of_the_cluster_at_ray_address_is_used_where_a_host_has_two(head, tmp_path_factory):

@@ -74,7 +74,7 @@ def test_the_logged_config_reruns_the_run_to_the_same_bits(workplace):
     assert_bit_equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_once(workplace):
     epochs = 12
     overrides = [f"optim.epochs={epochs}", "data.batch_size=32"]

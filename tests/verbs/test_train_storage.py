@@ -195,7 +195,7 @@ def test_a_run_without_a_usable_checkpoint_is_not_begun_anew(workplace):
     assert checkpoints.epochs() == [*epochs, last]
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_killed_run_resumes_from_its_uploads_with_every_epoch_logged_once(bucket, workplace):
     overrides = ["optim.epochs=12", "data.batch_size=32"]
     whole = train(tiny_config(*overrides, "run.name=whole"), ignore)

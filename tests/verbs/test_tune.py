@@ -88,6 +88,7 @@ def finished(finished_study, monkeypatch):
     return finished_study
 
 
+@pytest.mark.core
 def test_mlflow_has_all_params_metrics_tags_and_files_of_each_trial(finished):
     runs = children("whole")
     assert [run.info.run_name for run in runs] == ["trial 0", "trial 1", "trial 2"]
@@ -223,6 +224,7 @@ def trial_processes(study, number):
     return found
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_trial_resumes_from_its_checkpoint(workplace):
     killed = []
@@ -291,7 +293,9 @@ def test_the_scheduler_stops_bad_trials_and_their_checkpoints_are_deleted(workpl
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nsga2", "random"))]
+)
 def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampler):
     objectives = {"val/accuracy/smallest_peer": "max", "peers/macs/tree": "min", "peers/latency_ms/peer0": "min"}
     domains = {"pruning.ratios.3": ray_tune_api.uniform(0.0, 0.3), **ALPHA}
@@ -308,6 +312,7 @@ def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampl
     assert table["wml.alpha"].tolist() == pytest.approx(result.study.trials["wml.alpha"].tolist())
 
 
+@pytest.mark.core
 def test_the_same_command_continues_a_study_whose_driver_was_killed(workplace):
     """Killed twice: while the first trials train, and after some are finished."""
     config = tiny_config("optim.epochs=25", "scale.cpus_per_worker=1")
@@ -361,6 +366,7 @@ def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
         load_study("nothing")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("job", sorted((TESTS.parent / "jobs").glob("0*.py")), ids=lambda path: path.stem)
 def test_every_numbered_job_runs_as_many_trials_as_asked(workplace, capsys, monkeypatch, job):

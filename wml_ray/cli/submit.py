@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wml_ray.cli.exit_codes import FAILED, OK
 from wml_ray.cli.output import print_line
+from wml_ray.submit.token import configure_ray
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -22,6 +23,7 @@ NUM_LISTED = 20  # newest jobs in a list
 
 def submit_job(options: argparse.Namespace) -> int:
     """Submit a run or study, or find the job that works on it, and follow the log unless --detach is given."""
+    configure_ray()
     from wml_ray.cli.job import job_from_options
     from wml_ray.submit.client import connect
     from wml_ray.submit.jobs import submit
@@ -46,6 +48,7 @@ def submit_job(options: argparse.Namespace) -> int:
 
 def manage_jobs(options: argparse.Namespace) -> int:
     """Run `wml-ray jobs status`, `stop` or `logs`; returns the exit code."""
+    configure_ray()
     from wml_ray.submit.client import connect
     from wml_ray.submit.jobs import find_job, job_log, stop_job
 

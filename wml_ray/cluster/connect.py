@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError, one_line

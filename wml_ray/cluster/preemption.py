@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import ray
-import ray.tune
 from ray._private.state import state
 
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0

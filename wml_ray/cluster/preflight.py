@@ -15,16 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wml_ray.config.schema import Config, DataConfig
-from wml_ray.data.check import undecodable_images
-from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError
-from wml_ray.storage.files import (
-    check_storage,
-    missing_parents,
-    put_text,
-    remove_empty,
-    storage_error,
-)
+from wml_ray.storage.files import check_storage, missing_parents, put_text, remove_empty, storage_error
 from wml_ray.storage.paths import to_path
 from wml_ray.tracking.client import check_reachable, is_local_store, redacted, tracking_uri
 
@@ -160,11 +152,14 @@ def _check_tracking(uri: str, other_hosts: bool) -> str:
 def _check_data(config: DataConfig) -> str:
     if config.name == "digits":  # without the import of torch, which takes seconds
         return "digits is part of scikit-learn, 1,797 images"
+    from wml_ray.data.readers import check_dataset
 
     return f"{config.name} {check_dataset(config)}"
 
 
 def _check_images(config: DataConfig) -> str:
+    from wml_ray.data.check import undecodable_images
+
     if bad := undecodable_images(config):
         return f"{len(bad):,} cannot be decoded and are left out (data.skip_bad=true)"
     return "every header is intact, and a sample can be decoded"

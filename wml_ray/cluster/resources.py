@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group

@@ -61,7 +61,7 @@ class StreamedDataset(Dataset):
             for images, labels in loader:
                 on_device = images.to(self.device, non_blocking=True).float()
                 yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
-        except UserError as error:  # a loader process puts its traceback in front of the message
+        except UserError as error:  # the message of a loader process starts with its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 

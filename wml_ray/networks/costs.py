@@ -1,4 +1,4 @@
-"""What each layer of a network costs, in parameters and multiply-accumulates (MACs), at any width."""
+"""The cost of each layer of a network, in parameters and multiply-accumulates (MACs), at any width."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerCost:
     into: int  # input channels
     weights: int  # weights per (input, output) pair of channels; per output channel if grouped
     params_per_out: int  # biases, and BatchNorm's scale and shift
-    positions: int  # output positions, H * W of a convolution; 0 for BatchNorm, whose MACs nobody counts
+    positions: int  # output positions, H * W of a convolution; 0 for BatchNorm, whose MACs are not counted
     grouped: bool
 
     def params(self, out: int, into: int) -> int:

@@ -7,15 +7,16 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
-from ray.dashboard.utils import ray_address_to_api_server_url
-from ray.exceptions import AuthenticationError
+from ray._private.ray_constants import DASHBOARD_ADDRESS, KV_NAMESPACE_DASHBOARD
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
+from ray.exceptions import AuthenticationError, RpcError
 from ray.job_submission import JobSubmissionClient
 
 from wml_ray.errors import UserError, one_line
+from wml_ray.submit.token import ray_token
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 URL_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -32,16 +33,19 @@ def connect(address: str | None) -> JobSubmissionClient:
         UserError: no such address, no cluster there, or the cluster does not accept the token.
     """
     logging.disable(logging.WARNING)  # Ray's about addresses and tokens repeat the errors below
-    token, _ = _token()
-    if token:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     url = address or os.environ.get(URL_VARIABLE) or _dashboard_url(os.environ.get("RAY_ADDRESS", ""))
     if "://" not in url:
         raise UserError(f"'{url}' is not the address of a Ray dashboard; give --address http://HOST:8265")
     os.environ[URL_VARIABLE] = url  # Ray's client prefers this variable to its argument
     _check_reachable(url, url)
     with cluster_errors(url):
-        return JobSubmissionClient(url)
+        try:
+            return JobSubmissionClient(url)
+        except AuthenticationError:  # also raised where Ray was imported before `configure_ray`
+            token, _ = ray_token()
+            if not token:
+                raise
+            return JobSubmissionClient(url, headers={"Authorization": f"Bearer {token}"})
 
 
 def _dashboard_url(cluster: str) -> str:
@@ -52,7 +56,11 @@ def _dashboard_url(cluster: str) -> str:
         return DEFAULT_URL
     _check_reachable(f"gcs://{cluster}", f"RAY_ADDRESS = {cluster}")
     with cluster_errors(f"RAY_ADDRESS = {cluster}"):
-        return str(ray_address_to_api_server_url(cluster))
+        key, namespace = DASHBOARD_ADDRESS.encode(), KV_NAMESPACE_DASHBOARD
+        dashboard = GcsClient(address=cluster).internal_kv_get(key, namespace, timeout=CONNECT_TIMEOUT_S)
+    if not dashboard:
+        raise UserError(f"the Ray cluster at RAY_ADDRESS = {cluster} runs no dashboard, which jobs need")
+    return f"http://{dashboard.decode()}"
 
 
 def _check_reachable(url: str, shown: str) -> None:
@@ -79,6 +87,8 @@ def cluster_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError:
         raise UserError(_token_message(address)) from None
+    except RpcError as error:
+        raise _unreachable(address, error) from None
     except BrokenPipeError:  # of stdout
         raise
     except (OSError, aiohttp.ClientError) as error:  # exceptions of `requests` are OSErrors
@@ -90,24 +100,12 @@ def cluster_errors(address: str) -> Iterator[None]:
 
 
 def _token_message(address: str) -> str:
-    token, source = _token()
+    token, source = ray_token()
     problem = f"does not accept the token of {source}" if token else "requires a token, and this machine has none"
     return (
         f"the Ray cluster at {address} {problem}; if this is the right cluster, put the token that "
         "`ray get-auth-token` prints on its head node into ~/.ray/auth_token or RAY_AUTH_TOKEN here"
     )
-
-
-def _token() -> tuple[str, str]:
-    """Ray's token on this machine and its source, in Ray's order."""
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token, "RAY_AUTH_TOKEN"
-    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(given) if given else Path.home() / ".ray" / "auth_token"
-    try:
-        return path.read_text().strip(), str(path)
-    except OSError:
-        return "", str(path)
 
 
 def last_line(error: object) -> str:
