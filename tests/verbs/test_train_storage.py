@@ -128,7 +128,8 @@ def test_a_storage_that_stays_away_ends_the_run_with_one_line_and_the_same_comma
     (line,) = str(error.value).splitlines()
     assert "run the same command again when it works" in line
     object_store.accept_writes()
-    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 30.0)
+    for module in ("storage.retry", "checkpoints.store"):
+        monkeypatch.setattr(f"wml_ray.{module}.STORAGE_TIMEOUT_S", 30.0)
     assert train(config, ignore).trained_now
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
