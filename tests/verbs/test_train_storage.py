@@ -128,7 +128,8 @@ def test_a_storage_that_stays_away_ends_the_run_with_one_line_and_the_same_comma
     (line,) = str(error.value).splitlines()
     assert "run the same command again when it works" in line
     object_store.accept_writes()
-    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 30.0)
+    for module in ("storage.retry", "checkpoints.store"):
+        monkeypatch.setattr(f"wml_ray.{module}.STORAGE_TIMEOUT_S", 30.0)
     assert train(config, ignore).trained_now
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
@@ -244,7 +245,7 @@ def test_the_checkpoints_of_a_stopped_trial_are_removed_from_the_storage(bucket)
     checkpoints = Checkpoints(store.trial_folder(3) / "a-run" / "checkpoints", 2)
     put_text(checkpoints.path(1) / "SHA256SUMS", "")
     assert checkpoints.epochs() == [1]
-    store.drop_checkpoints(3)
+    store.delete_checkpoints(3)
     assert checkpoints.epochs() == []
 
 
