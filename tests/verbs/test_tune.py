@@ -35,11 +35,12 @@ from wml_ray.verbs.tune import StudyResult, tune
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
+PYTHONPATH = f"{TESTS}{os.pathsep}{TESTS.parent}"  # of trials and of `python -m wml_ray`
 
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
 
 
 def parent(study):
@@ -73,7 +74,7 @@ def finished_study(tmp_path_factory, migrated_store, ray_cluster):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
-        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         search = search_config(study="whole", trials=2, grace_epochs=3, storage="sqlite:///optuna.db")
         results = [tune(small_space(), search, start_again)]
         files = {path: path.read_bytes() for path in Path("results/whole/trials").glob("*/trial.json")}
