@@ -6,14 +6,15 @@ import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from wml_ray.config.schema import DataConfig
 from wml_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -121,6 +122,7 @@ def printable(text: str) -> str:
 
 
 def _decode(path: str) -> Tensor:
+    import torch  # takes seconds, which a dry run has no use for
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
