@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.check import undecodable_images
-from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError
 from wml_ray.storage.files import (
     check_storage,
@@ -160,6 +159,7 @@ def _check_tracking(uri: str, other_hosts: bool) -> str:
 def _check_data(config: DataConfig) -> str:
     if config.name == "digits":  # without the import of torch, which takes seconds
         return "digits is part of scikit-learn, 1,797 images"
+    from wml_ray.data.readers import check_dataset
 
     return f"{config.name} {check_dataset(config)}"
 
