@@ -1,6 +1,6 @@
 """Run the benchmarks, print their ratios beside the limits, and write results.json.
 
-python benchmarks/run.py [weights|kl|step|ray|search|help ...]; without names, all of them.
+python benchmarks/run.py [weights|kl|step|ray|search|start ...]; without names, all of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from timing import interleaved_medians_s
 
 RESULTS = Path(__file__).parent / "results.json"
-Row = tuple[str, float, str]  # what, ratio or seconds, limit
+Row = tuple[str, float, str]  # name, ratio or seconds, limit
 
 
 def weights(record: dict[str, Any]) -> Iterator[Row]:
@@ -82,33 +83,39 @@ def search(record: dict[str, Any]) -> Iterator[Row]:
         yield f"driver, a trial, {sampler}: last 100 of 1000 / first 100", growth, "<= 1.3"
     found = record["epochs_to_the_best_of_random"] = study.epochs_to_the_best_of_random()
     for one in found:
-        what = f"seed {one['seed']}: epochs of TPE + ASHA / of random, to its best"
-        yield what, one["tpe_asha"] / one["random"] if one["reached"] >= one["best"] else float("inf"), "<= 0.5"
+        name = f"seed {one['seed']}: epochs of TPE + ASHA / of random, to its best"
+        yield name, one["tpe_asha"] / one["random"] if one["reached"] >= one["best"] else float("inf"), "<= 0.5"
 
 
-def help(record: dict[str, Any]) -> Iterator[Row]:
-    program = Path(sys.executable).with_name("wml-ray")
-    call = {"help": lambda: subprocess.run([program, "--help"], stdout=subprocess.DEVNULL, check=True)}
-    record["help_s"] = interleaved_medians_s(call)["help"]
-    yield "wml-ray --help, seconds", record["help_s"], "< 0.5"
+def start(record: dict[str, Any]) -> Iterator[Row]:
+    program = str(Path(sys.executable).with_name("wml-ray"))
+    quickstart = str(Path(__file__).parents[1] / "jobs" / "quickstart.yaml")
+    commands = {"--help": ["--help"], "plan": ["plan", quickstart]}
+    calls = {
+        name: partial(subprocess.run, [program, *words], stdout=subprocess.DEVNULL, check=True)
+        for name, words in commands.items()
+    }
+    times_s = record["start_s"] = interleaved_medians_s(calls)
+    yield "wml-ray --help, seconds", times_s["--help"], "< 0.5"
+    yield "wml-ray plan jobs/quickstart.yaml, seconds", times_s["plan"], "<= 4"
 
 
 def main() -> None:
-    chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, search, help]
+    chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, search, start]
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     record["machine"] = _machine()
     print(record["machine"], flush=True)
     ratios = record.setdefault("ratios", {})
     for benchmark in chosen:
-        for what, value, limit in benchmark(record):
-            ratios[what] = {"value": round(value, 4), "limit": limit, "met": _met(value, limit)}
-            mark = "" if ratios[what]["met"] else "   MISSED"
-            print(f"{what:<56} {value:8.3f}   {limit}{mark}", flush=True)
+        for name, value, limit in benchmark(record):
+            ratios[name] = {"value": round(value, 4), "limit": limit, "met": _met(value, limit)}
+            mark = "" if ratios[name]["met"] else "   MISSED"
+            print(f"{name:<56} {value:8.3f}   {limit}{mark}", flush=True)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _met(value: float, limit: str) -> bool:
-    """Whether a ratio keeps a limit such as "<= 2.5"; no limit is always kept."""
+    """True if a ratio is within a limit such as "<= 2.5"; an empty limit is always met."""
     comparison, _, bound = limit.partition(" ")
     compare = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}.get(comparison)
     return compare is None or compare(value, float(bound))
