@@ -1,30 +1,44 @@
-# make quickstart   install into .venv, then train four peers on the digits scans
-# make test         the whole test suite
-# make lint types   ruff and mypy
-# make bench        the benchmarks of benchmarks/README.md
-# make lock         resolve requirements.lock anew (needs uv)
+# make quickstart     install into .venv, then train four peers on the digits scans
+# make test           the fast tests, and one slow test for each thing that must never break (8 minutes on 2 cores)
+# make test-all       what CI runs: all tests but the nightly ones (20 minutes)
+# make test-nightly   all tests, with outages of a minute
+# make lint types     ruff and mypy
+# make docs           write docs/config.md, the table of all config keys
+# make bench          the benchmarks of benchmarks/README.md
+# make lock           resolve requirements.lock again, for changed dependencies; UPGRADE=--upgrade for newer versions
 
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: quickstart install test lint types bench lock
+.PHONY: quickstart install test test-all test-nightly lint types docs bench lock
 
 quickstart: install
 	$(BIN)/wml-ray train jobs/quickstart.yaml
 
 install: .venv/installed
 
+# uv takes a fifth of pip's time. It does not read pip's configuration, so pip installs where uv fails.
+.venv/installed: export PATH := $(PATH):$(CURDIR)/$(BIN)
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); ok or sys.exit("wml_ray needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	@echo "installing the locked dependencies into .venv (about 6 GB with PyTorch's CUDA libraries; a few minutes)"
-	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	@echo "installing the locked dependencies into .venv (about 6 GB with PyTorch's CUDA libraries)"
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock >.venv/uv.lock
+	@command -v uv >/dev/null || $(BIN)/pip install --require-hashes -r .venv/uv.lock || true
+	uv pip install --python $(BIN)/python --require-hashes -r requirements.lock \
+		|| $(BIN)/pip install --require-hashes -r requirements.lock
+	$(BIN)/pip install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 test: install
-	$(BIN)/pytest -n 2 -m "not slow"
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m "core or not (slow or nightly)"
+
+test-all: install
+	$(PYTEST) -m "not nightly"
+
+test-nightly: install
+	WML_TEST_OUTAGE_S=60 $(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,9 +47,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+docs: install
+	$(BIN)/python -c 'from wml_ray.config.load import describe_keys as table; print("# Config keys\n\n" + table())' >docs/config.md
+
 bench: install
 	$(BIN)/python benchmarks/run.py
 
-lock:
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
-		pyproject.toml -o requirements.lock
+lock: install
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
+		$(UPGRADE) pyproject.toml -o requirements.lock

@@ -1,4 +1,4 @@
-"""The weight gradient and the KL term, against what they replace and against the number of peers."""
+"""The weight gradient and the KL term: against backward passes, and over the number of peers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
 def by_backward_passes(
     tree: PeerTree, inner: tuple[Tensor, Tensor], outer: tuple[Tensor, Tensor], weights_M: Tensor
 ) -> Tensor:
-    """Eq. 5 at the same point as one would write it first: a backward pass for L2, and one for each peer's L_a."""
+    """Eq. 5 at the same point by a backward pass for L2 and one for each peer's L_a."""
     parameters = dict(tree.named_parameters())
     omega_M = weights_M.clone().requires_grad_()
     loss = ensemble_loss(functional_forward(tree, parameters, outer[0]), outer[1], omega_M)

@@ -1,4 +1,4 @@
-"""Images a second through Ray Train: against the plain loop, and two workers against one."""
+"""Images per second with Ray Train, relative to the plain loop, and with two workers relative to one."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SPEED = "train/images_per_second"
 
 
 def images_per_second(rounds: int = 2) -> dict[str, Any]:
-    """Medians over epochs of interleaved runs, one thread a worker and in the plain loop.
+    """Medians over the epochs of interleaved runs, with one thread per worker and in the plain loop.
 
-    A pruned four-peer ResNet-20 on noise in Fashion-MNIST's format, 256 images a step. With one thread each, Ray's own
-    processes have a core to themselves beside the plain loop and beside one worker alike.
+    A pruned ResNet-20 of four peers on noise in Fashion-MNIST's format, 256 images a step. One thread leaves a core for
+    Ray's own processes, both beside the plain loop and beside one worker.
     """
     speeds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -63,11 +63,11 @@ def _config(folder: Path, seed: int, *overrides: str) -> Config:
 
 
 def _plain(config: Config) -> list[float]:
-    """The same training without Ray, MLflow or checkpoints."""
+    """Images per second of each epoch but the first, without Ray, MLflow and checkpoints."""
     torch.set_num_threads(1)
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.plan["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"])
     trainer = Trainer(config, method, dataset, torch.device("cpu"))
     speeds: list[float] = []
     trainer.fit(lambda event: speeds.append(event.metrics[SPEED]) if isinstance(event, EpochEnd) else None)

@@ -1,4 +1,4 @@
-"""What a study costs beside its training, and what its sampler and scheduler save."""
+"""The overhead of a study, and the epochs that its sampler and scheduler save."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from wml_ray.cluster.connect import WorkerEnvironment
+from wml_ray.cluster.space import load_space, make_space
 from wml_ray.cluster.trial import train_trial
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import load_config
 from wml_ray.config.schema import Config
+from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig, search_config
-from wml_ray.search.space import Space, load_space, make_space
+from wml_ray.search.space import Space
 from wml_ray.search.study import Study
 from wml_ray.tracking.runs import open_run
 from wml_ray.training.worker import WorkerContext, run_worker
@@ -35,8 +37,8 @@ ACCURACY = "val/accuracy/ensemble_weighted"
 
 
 @contextmanager
-def _workplace() -> Iterator[Path]:
-    """A folder of its own with its MLflow store, and a cluster of two cores."""
+def _temporary_workplace() -> Iterator[Path]:
+    """A temporary working directory with an MLflow store, and a cluster of two cores."""
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # MLflow's artifacts go into the working directory
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{name}/mlflow.db"
@@ -50,82 +52,82 @@ def _base(folder: Path, *overrides: str) -> Config:
 
 
 def warm_start(trials: int = 8) -> dict[str, float]:
-    """Median seconds from the moment Ray Tune asks for a trial to its first training step, actors reused."""
-    with _workplace() as folder:
+    """Seconds from the suggestion of a trial to its first training step: the first trial, and the median of others."""
+    with _temporary_workplace() as folder:
         base = _base(folder, "optim.epochs=1")
         space = load_space(ROOT / "tune_spaces" / "smoke.py", base)
-        asked_ms: dict[int, int] = {}
+        suggested_ms: dict[int, int] = {}
 
-        def note(sweep: Study) -> None:
-            asked_ms.update({number: trial.created_ms for number, trial in sweep.trials.items()})
+        def record(study: Study) -> None:
+            suggested_ms.update({number: trial.created_ms for number, trial in study.trials.items()})
 
         settings = search_config(study="warm", trials=trials, scheduler="none", concurrent=1)
-        sweep = Study(space, settings, folder / "warm", "token", note)
-        run_trials(sweep, InMemoryStorage(), trial_function=_train_and_note_first_step)
+        study = Study(space, settings, folder / "warm", "token", record)
+        run_trials(study, InMemoryStorage(), trial_function=_train_and_record_first_step)
         first_ms = {int(path.stem): float(path.read_text()) for path in (folder / "warm").glob("trials/*.first")}
-    starts_s = [(first_ms[number] - asked_ms[number]) / 1000 for number in sorted(asked_ms)]
+    starts_s = [(first_ms[number] - suggested_ms[number]) / 1000 for number in sorted(suggested_ms)]
     return {"first trial": starts_s[0], "reused actor": statistics.median(starts_s[1:])}
 
 
-def _train_and_note_first_step(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
+def _train_and_record_first_step(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
     from wml_ray.training.trainer import Trainer
 
-    plain = getattr(Trainer, "plain_step", Trainer.train_step)
-    Trainer.plain_step = plain  # type: ignore[attr-defined]
-    place = Path(json.loads(settings["config"])["run"]["storage_path"]) / f"{settings['trial']}.first"
+    train_step = getattr(Trainer, "original_step", Trainer.train_step)
+    Trainer.original_step = train_step  # type: ignore[attr-defined]
+    path = Path(json.loads(settings["config"])["run"]["storage_path"]) / f"{settings['trial']}.first"
 
-    def noted(self: Any, *arguments: Any) -> Any:
-        if not place.exists():
-            place.write_text(str(time.time() * 1000))
-        return plain(self, *arguments)
+    def timed_step(self: Any, *arguments: Any) -> Any:
+        if not path.exists():
+            path.write_text(str(time.time() * 1000))
+        return train_step(self, *arguments)
 
-    Trainer.train_step = noted  # type: ignore[method-assign]
+    Trainer.train_step = timed_step  # type: ignore[method-assign]
     train_trial(settings, worker_environment)
 
 
 def tune_cost(trials: int = 20) -> dict[str, float]:
     """Seconds of the same trials of 10 epochs, one at a time: under Ray Tune with MLflow, and in a bare loop."""
-    with _workplace() as folder:
+    with _temporary_workplace() as folder:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", _base(folder, "optim.epochs=10"))
         settings = search_config(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
         parent = open_run("cost", "cost", "token", {})
-        sweep = Study(space, settings, folder / "cost", "token")
-        sweep.publish_to(parent)
+        study = Study(space, settings, folder / "cost", "token")
+        publisher = Publisher(study, parent)
         start_s = time.perf_counter()
-        run_trials(sweep, InMemoryStorage())
-        sweep.close(60)
+        run_trials(study, InMemoryStorage())
+        publisher.close(60)
         tuned_s = time.perf_counter() - start_s
     torch.set_num_threads(1)
     start_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        for trial in sweep.trials.values():
-            config = sweep.config(trial)
+        for trial in study.trials.values():
+            config = study.config(trial)
             config = config.model_copy(update={"run": config.run.model_copy(update={"storage_path": name})})
             run_worker(config, WorkerContext())
     return {"Ray Tune": tuned_s, "bare loop": time.perf_counter() - start_s}
 
 
 def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
-    """Seconds a trial of nothing takes its driver, sampler and MLflow included: the first hundred, and the last."""
-    with _workplace() as folder:
+    """Seconds for each trial without training, sampler and MLflow included: the first hundred, and the last."""
+    with _temporary_workplace() as folder:
         space = load_space(ROOT / "tune_spaces" / "wml.py", _base(folder, "optim.epochs=1"))
         ended_s: list[float] = []
 
-        def note(sweep: Study) -> None:
-            done = len(sweep.trials) - sweep.counts()["RUNNING"]
+        def record(study: Study) -> None:
+            done = len(study.trials) - study.counts()["RUNNING"]
             if done > len(ended_s):
                 ended_s.append(time.perf_counter())
 
         settings = search_config(study="many", trials=trials, sampler=sampler)
         parent = open_run("many", "many", "token", {})
-        sweep = Study(space, settings, folder / "many", "token", note)
-        sweep.publish_to(parent)
-        run_trials(sweep, InMemoryStorage(), trial_function=_report_nothing)
-        sweep.close(600)
+        study = Study(space, settings, folder / "many", "token", record)
+        publisher = Publisher(study, parent)
+        run_trials(study, InMemoryStorage(), trial_function=_report_without_training)
+        publisher.close(600)
     return {"first 100": (ended_s[100] - ended_s[0]) / 100, "last 100": (ended_s[-1] - ended_s[-101]) / 100}
 
 
-def _report_nothing(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
+def _report_without_training(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
     value = (settings["trial"] * 0.6180339) % 1
     metrics = {ACCURACY: value, "peers/macs/tree": value}
     entry = {"epoch": 1, "timestamp_ms": 0, "metrics": metrics}
@@ -133,9 +135,9 @@ def _report_nothing(settings: dict[str, Any], worker_environment: WorkerEnvironm
 
 
 def epochs_to_the_best_of_random(seeds: int = 3, trials: int = 20) -> list[dict[str, float]]:
-    """Epochs that TPE with ASHA trains until it has the best score of a random search without stopping, a seed each."""
+    """For each seed, the epochs that TPE with ASHA needs for the best score of a random search without stopping."""
     found = []
-    with _workplace() as folder:
+    with _temporary_workplace() as folder:
         for seed in range(seeds):
             base = _base(folder, f"seed={seed}", "optim.epochs=9")
             domains = {
@@ -158,25 +160,25 @@ def _best_and_epochs(space: Space, settings: SearchConfig) -> tuple[float, int]:
     return float(trials[ACCURACY].max()), int(trials["epochs"].sum())
 
 
-def _epochs_until(space: Space, settings: SearchConfig, wanted: float) -> tuple[int, float]:
-    """Epochs trained by all trials together when the first complete one is as good as wanted, and what it has."""
+def _epochs_until(space: Space, settings: SearchConfig, target: float) -> tuple[int, float]:
+    """Epochs trained by all trials until the first complete one reaches `target`, and its score."""
 
     class Reached(Exception):
         pass
 
-    at: list[tuple[int, float]] = []
+    reached: list[tuple[int, float]] = []
 
-    def look(sweep: Study) -> None:
-        best = sweep.best()
-        if best is not None and sweep.values(best)[0] >= wanted:
-            at.append((sweep.epochs, sweep.values(best)[0]))
+    def check(study: Study) -> None:
+        best = study.best()
+        if best is not None and study.values(best)[0] >= target:
+            reached.append((study.epochs, study.values(best)[0]))
             raise Reached
 
     try:
-        outcome = tune(space, settings, look)
+        result = tune(space, settings, check)
     except Exception:
-        if not at:
+        if not reached:
             raise
-        return at[0]
-    assert outcome.study is not None
-    return int(outcome.study.trials["epochs"].sum()), float(outcome.study.trials[ACCURACY].max())
+        return reached[0]
+    assert result.study is not None
+    return int(result.study.trials["epochs"].sum()), float(result.study.trials[ACCURACY].max())

@@ -1,9 +1,9 @@
-"""A study under fire: its trials, its driver and its MLflow server are killed at random, and nothing may be lost.
+"""Kill the trials, the driver and the MLflow server of a study at random, and check that nothing is lost.
 
 python benchmarks/soak.py --minutes 10 --seed 0
 
-What is killed, and after how long, follows from the seed. The last start is left in peace. Exit status 1 if a trial or
-an epoch is lost, or one is logged twice.
+The seed determines the kills and the pauses between them. The last start is not killed. Exit status 1 if a trial or an
+epoch is lost or logged twice.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from wml_ray.tracking.client import check_reachable, client_of
 from wml_ray.tracking.tags import TRIAL_TAG
 
 ROOT = Path(__file__).parent.parent
-STUDY, EPOCHS, TRIALS = "soak", 8, 4  # trials asked for at first, and again whenever they are done
-VICTIMS = ("trial", "trial", "driver", "server")  # dealt as from a deck of cards
+STUDY, EPOCHS, TRIALS = "soak", 8, 4  # trials of the first start, and trials added each time that all are done
+TARGETS = ("trial", "trial", "driver", "server")  # killed in random order, then again
 PAUSE_S = (3.0, 10.0)  # between two kills
-AWAY_S = (1.0, 6.0)  # how long a killed server stays away before it is started again
-BAD = ("trials lost", "epochs missing", "epochs duplicated", "exit status of the last start")
+DOWN_S = (1.0, 6.0)  # between the kill of the server and its restart
+ERRORS = ("trials lost", "epochs missing", "epochs duplicated", "exit status of the last start")
 METRICS = ("train/loss", "val/accuracy/peer0", "weights/peer0")
 
 
@@ -46,18 +46,22 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
-        self.starts_s = 0.0  # when it is to be started again
+        self.restart_s = 0.0  # time of its next start
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a dozen processes less to start
+        environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }  # which would start a dozen processes
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def answers(self) -> bool:
+    def is_listening(self) -> bool:
+        """Whether its port accepts connections."""
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
         except OSError:
@@ -65,7 +69,7 @@ class Server:
         return True
 
     def wait(self) -> None:
-        """Until it answers, started if it is away."""
+        """Start the server if it is down, and wait until it responds."""
         if self.process is None:
             self.start()
         while True:
@@ -82,7 +86,7 @@ class Server:
 
 
 class Driver:
-    """`wml-ray tune`, always the same command; more trials are asked for when all are done."""
+    """`wml-ray tune`, always the same command, with more trials when all are done."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder, self.uri, self.trials = folder, uri, TRIALS
@@ -101,20 +105,20 @@ class Driver:
             )
 
     def trial_processes(self) -> list[psutil.Process]:
-        """Actors that train now."""
+        """Processes of the actors that train now."""
         try:
-            return [one for one in self.process.children(recursive=True) if _trains(one)]
+            return [child for child in self.process.children(recursive=True) if _is_trial(child)]
         except psutil.NoSuchProcess:
             return []
 
     def kill(self) -> None:
-        """The driver alone; Ray's processes are to see by themselves that it is gone."""
+        """Kill the driver alone; Ray's processes end by themselves."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
 
-def _trains(process: psutil.Process) -> bool:
+def _is_trial(process: psutil.Process) -> bool:
     try:
         return "trial-" in process.cwd() and process.name().startswith("ray::")
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -122,9 +126,9 @@ def _trains(process: psutil.Process) -> bool:
 
 
 def soak(minutes: float, seed: int, folder: Path) -> dict[str, int]:
-    """Kill until the time is up, then let the study finish; the ledger."""
-    draw, deck = random.Random(seed), list[str]()
-    done = Counter({f"{victim}s killed": 0 for victim in dict.fromkeys(VICTIMS)})
+    """Kill for so many minutes, then let the study finish; returns the counts of `_count` and of the kills."""
+    draw, targets = random.Random(seed), list[str]()
+    done = Counter({f"{target}s killed": 0 for target in dict.fromkeys(TARGETS)})
     server = Server(folder)
     driver = Driver(folder, server.uri)
     try:
@@ -133,56 +137,56 @@ def soak(minutes: float, seed: int, folder: Path) -> dict[str, int]:
         end_s = time.monotonic() + 60 * minutes
         kill_s = time.monotonic() + draw.uniform(*PAUSE_S)
         while time.monotonic() < end_s:
-            _go_on(driver, server, done)
+            _restart(driver, server, done)
             if time.monotonic() > kill_s:
-                deck = deck or draw.sample(VICTIMS, len(VICTIMS))
-                if _killed(deck[-1], driver, server, draw):
-                    done[f"{deck.pop()}s killed"] += 1
+                targets = targets or draw.sample(TARGETS, len(TARGETS))
+                if _kill(targets[-1], driver, server, draw):
+                    done[f"{targets.pop()}s killed"] += 1
                     kill_s = time.monotonic() + draw.uniform(*PAUSE_S)
             time.sleep(0.1)
         server.wait()
         driver.process.wait()
-        driver.start()  # once more and in peace: what is lacking then is lost
+        driver.start()  # without kills; trials that are still missing afterwards are lost
         done["exit status of the last start"] = driver.process.wait()
-        return {**done, **_ledger(driver)}
+        return {**done, **_count(driver)}
     finally:
         driver.kill()
         server.kill()
 
 
-def _go_on(driver: Driver, server: Server, done: Counter[str]) -> None:
-    """Start again what is not there: the server after its time, the driver at once and with the same command."""
-    if server.process is None and time.monotonic() > server.starts_s:
+def _restart(driver: Driver, server: Server, done: Counter[str]) -> None:
+    """Restart the server after its pause, and the driver at once and with the same command."""
+    if server.process is None and time.monotonic() > server.restart_s:
         server.start()
     status = driver.process.poll()
     if status is not None:
-        done["starts of the driver that ended by themselves"] += status > 0  # the server was away
+        done["starts of the driver that ended by themselves"] += status > 0  # because the server was down
         driver.trials += TRIALS if status == 0 else 0
         driver.start()
 
 
-def _killed(victim: str, driver: Driver, server: Server, draw: random.Random) -> bool:
-    """Kill it, unless it is not at work: a driver that is killed while it starts has nothing to lose."""
+def _kill(target: str, driver: Driver, server: Server, draw: random.Random) -> bool:
+    """Kill a process and return True; False if it is not running, or is a driver without running trials."""
     trials = driver.trial_processes()
-    if victim == "server":
-        if server.process is None or not server.answers():
+    if target == "server":
+        if server.process is None or not server.is_listening():
             return False
         server.kill()
-        server.starts_s = time.monotonic() + draw.uniform(*AWAY_S)
+        server.restart_s = time.monotonic() + draw.uniform(*DOWN_S)
     elif not trials:
         return False
-    elif victim == "driver":
+    elif target == "driver":
         driver.kill()
     else:
         try:
             draw.choice(trials).kill()
-        except psutil.NoSuchProcess:  # it has ended by itself
+        except psutil.NoSuchProcess:  # it ended in the meantime
             return False
     return True
 
 
-def _ledger(driver: Driver) -> dict[str, int]:
-    """What was asked for, and what of it the study's folder and MLflow have."""
+def _count(driver: Driver) -> dict[str, int]:
+    """Trials and epochs of the study, and those that its folder and MLflow contain."""
     os.environ["MLFLOW_TRACKING_URI"] = driver.uri
     client = client_of(driver.uri)
     experiment = client.get_experiment_by_name(STUDY).experiment_id
@@ -195,16 +199,16 @@ def _ledger(driver: Driver) -> dict[str, int]:
             finished.add(number)
         for metric in METRICS:
             logged.update((number, metric, entry.step) for entry in client.get_metric_history(run.info.run_id, metric))
-    asked = range(driver.trials)
-    wanted = {(number, metric, epoch) for number in asked for metric in METRICS for epoch in range(1, EPOCHS + 1)}
+    requested = range(driver.trials)
+    expected = {(number, metric, epoch) for number in requested for metric in METRICS for epoch in range(1, EPOCHS + 1)}
     return {
         "tracebacks of the driver": (driver.folder / "driver.log").read_text().count("Traceback"),
-        "trials asked": len(asked),
+        "trials asked": len(requested),
         "trials finished": len(complete & finished),
-        "trials lost": len(set(asked) - (complete & finished)),
-        "epochs asked": len(asked) * EPOCHS,
+        "trials lost": len(set(requested) - (complete & finished)),
+        "epochs asked": len(requested) * EPOCHS,
         "epochs logged": len({(number, epoch) for number, _, epoch in logged}),
-        "epochs missing": len({(number, epoch) for number, _, epoch in wanted - set(logged)}),
+        "epochs missing": len({(number, epoch) for number, _, epoch in expected - set(logged)}),
         "epochs duplicated": len({(number, epoch) for (number, _, epoch), times in logged.items() if times > 1}),
     }
 
@@ -216,12 +220,12 @@ def main() -> int:
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.minutes:g} minutes", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="wml-soak-"))
-    ledger = soak(options.minutes, options.seed, folder)
-    for what, count in ledger.items():
-        print(f"{what:<48}{count:>8}")
-    failed = any(ledger[what] for what in BAD)
+    counts = soak(options.minutes, options.seed, folder)
+    for name, count in counts.items():
+        print(f"{name:<48}{count:>8}")
+    failed = any(counts[name] for name in ERRORS)
     print(f"logs and results are in {folder}" if failed else "nothing was lost, and nothing logged twice")
-    if not failed and not ledger["tracebacks of the driver"]:
+    if not failed and not counts["tracebacks of the driver"]:
         shutil.rmtree(folder)
     return int(failed)
 

@@ -55,7 +55,7 @@ def _step(kind: str) -> Callable[[], None]:
 
 
 def _peak_bytes(kind: str) -> int:
-    """What building the model and three steps add to the peak memory of a fresh process."""
+    """Bytes that building the model and three steps add to the peak memory of a new process."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(kind, sender))
@@ -74,6 +74,6 @@ def _measure(kind: str, sender: Any) -> None:
 
 
 def _peak_resident_bytes() -> int:
-    """Linux's own count, since this process was started; `ru_maxrss` would include the parent's."""
+    """VmHWM of Linux, since the start of this process; `ru_maxrss` would include the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -1,28 +1,26 @@
-"""The smallest sweep: two knobs, a function call, a table. Two minutes on a laptop.
+"""The smallest study: two keys, a function call, a table. Two minutes on a laptop.
 
-python jobs/01_smoke.py [key=value ...]
+python jobs/01_smoke.py [--trials N] [key=value ...]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from wml_ray.config.load import load_config
-from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
-from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.tune import StudyResult, tune
+import wml_ray
 
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int = 8) -> StudyResult:
-    base = load_config(HERE / "search.yaml", overrides)
-    space = load_space(HERE.parent / "tune_spaces" / "smoke.py", base)
-    with StudyProgress() as progress:
-        outcome = tune(space, search_config(study="smoke", trials=trials), progress)
-    print(outcome.study.trials[["trial", "state", "epochs", *space.searched, *space.objectives]].to_string(index=False))
-    return outcome
+def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
+    base = wml_ray.load_config(HERE / "search.yaml", overrides)
+    space = wml_ray.load_space(HERE.parent / "tune_spaces" / "smoke.py", base)
+    result = wml_ray.tune(space, wml_ray.SearchConfig(study="smoke", trials=trials))
+    print(result.study.trials[["trial", "state", "epochs", *space.searched, *space.objectives]].to_string(index=False))
+    return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--trials", metavar="N", type=int, default=8)
+    main(**vars(parser.parse_intermixed_args()))

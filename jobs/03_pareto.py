@@ -1,31 +1,28 @@
 """Accuracy up, MACs down. New here: two objectives, NSGA-II on full trials, and the Pareto front as a DataFrame.
 
-python jobs/03_pareto.py [key=value ...]
+python jobs/03_pareto.py [--trials N] [key=value ...]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from wml_ray.config.load import load_config
-from wml_ray.report.analysis import pareto_front
-from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
-from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.tune import StudyResult, tune
+import wml_ray
 
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int = 40) -> StudyResult:
-    base = load_config(HERE / "search.yaml", overrides)
-    space = load_space(HERE.parent / "tune_spaces" / "pareto.py", base)
-    search = search_config(study="pareto", trials=trials, sampler="nsga2", scheduler="none")
-    with StudyProgress() as progress:
-        outcome = tune(space, search, progress)
-    on_front = outcome.study.trials.set_index("trial").loc[pareto_front(outcome.study)]
+def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
+    base = wml_ray.load_config(HERE / "search.yaml", overrides)
+    space = wml_ray.load_space(HERE.parent / "tune_spaces" / "pareto.py", base)
+    search = wml_ray.SearchConfig(study="pareto", trials=trials, sampler="nsga2", scheduler="none")
+    result = wml_ray.tune(space, search)
+    on_front = result.study.trials.set_index("trial").loc[wml_ray.pareto_front(result.study)]
     print(on_front[[*space.objectives, *space.searched]].to_string())
-    return outcome
+    return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--trials", metavar="N", type=int, default=40)
+    main(**vars(parser.parse_intermixed_args()))

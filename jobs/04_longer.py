@@ -1,29 +1,27 @@
-"""From a cheap study to a dear one. New here: a study of short trials teaches the sampler of one with long trials.
+"""From a cheap study to an expensive one. New here: the sampler of long trials learns from a study of short ones.
 
-python jobs/04_longer.py [key=value ...]
+python jobs/04_longer.py [--trials N] [key=value ...]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
-from wml_ray.config.load import load_config
-from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_space
-from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.tune import StudyResult, tune
+import wml_ray
 
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int = 12) -> StudyResult:
+def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
     for study, epochs, learn_from in (("short", 5, []), ("long", 30, ["short"])):
-        base = load_config(HERE / "search.yaml", [f"optim.epochs={epochs}", *overrides])
-        space = load_space(HERE.parent / "tune_spaces" / "wml.py", base)
-        with StudyProgress() as progress:
-            outcome = tune(space, search_config(study=study, trials=trials), progress, warm_start=learn_from)
-        print(f"{study}: wml-ray train {outcome.folder / 'config.yaml'}")
-    return outcome
+        base = wml_ray.load_config(HERE / "search.yaml", [f"optim.epochs={epochs}", *overrides])
+        space = wml_ray.load_space(HERE.parent / "tune_spaces" / "wml.py", base)
+        result = wml_ray.tune(space, wml_ray.SearchConfig(study=study, trials=trials), warm_start=learn_from)
+        print(f"{study}: wml-ray train {result.folder / 'config.yaml'}")
+    return result
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--trials", metavar="N", type=int, default=12)
+    main(**vars(parser.parse_intermixed_args()))

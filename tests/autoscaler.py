@@ -1,4 +1,4 @@
-"""Ray's own autoscaler on one machine: nodes are processes, started when work waits and ended when they idle."""
+"""Ray's own autoscaler on one machine: nodes are processes, started for waiting work and stopped when idle."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _config(max_nodes: int, idle_minutes: float) -> dict:
 
 
 def _end(folder: str) -> None:
-    """Every process of this cluster, whoever is its parent: they all know its folder."""
+    """Kill every process of this cluster: the folder is in the command line of each."""
     processes = [
         process for process in psutil.process_iter(["cmdline"]) if folder in " ".join(process.info["cmdline"] or [])
     ]

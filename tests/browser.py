@@ -15,8 +15,8 @@ from playwright.sync_api import Page, Request, Response, expect, sync_playwright
 from ray.tune import loguniform, uniform
 from servers import installed
 
+from wml_ray.cluster.space import make_space
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import make_space
 from wml_ray.verbs.tune import tune
 
 TIMEOUT_MS = 60_000  # the MLflow UI renders slowly on two busy cores

@@ -1,10 +1,15 @@
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from servers import ObjectStore
 
 sys.path.insert(0, str(Path(__file__).parent))  # reference, workers and tiny are modules of the tests
 
@@ -13,6 +18,17 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One xdist group a file, so that its servers start once, and one for all users of the shared Ray cluster.
+
+    Groups with slow tests come first: at the end both processes have short ones left.
+    """
+    slow = set()
+    for item in items:
+        group = "ray_cluster" if "ray_cluster" in getattr(item, "fixturenames", ()) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+        if any(item.get_closest_marker(tier) for tier in ("core", "slow", "nightly")):
+            slow.add(group)
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -51,3 +67,39 @@ def ray_cluster():
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator["ObjectStore"]:
+    """An S3 server in a process of its own, shared by all tests."""
+    from servers import ObjectStore
+
+    store = ObjectStore(tmp_path_factory.mktemp("s3"))
+    store.start()
+    store.wait()
+    yield store
+    store.kill()
+
+
+@pytest.fixture
+def bucket(object_store: "ObjectStore", workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty folder of that server, in an empty working directory."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the retries of the client are not what is tested
+    for module in ("storage.retry", "checkpoints.store"):
+        monkeypatch.setattr(f"wml_ray.{module}.STORAGE_TIMEOUT_S", 30.0)
+    monkeypatch.setattr("wml_ray.checkpoints.store.INTERRUPTED_UPLOAD_S", 0.0)  # upload only what a run waits for
+    yield f"s3://runs/{workplace.name}"
+    object_store.resume()
+    object_store.accept_writes()
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that does not exist, local or remote by the parameter."""
+    from wml_ray.storage.paths import to_path
+
+    if request.param == "remote":
+        return to_path(request.getfixturevalue("bucket"))
+    return tmp_path / "shared"

@@ -54,21 +54,21 @@ class Head:
         return {**mine, "HOME": str(self.home), "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
     def wait(self):
-        deadline_s = time.monotonic() + 60
-        while True:
+        deadline_s, refusal = time.monotonic() + 120, ""
+        while "no job 'nobody'" not in refusal:
             assert self.process.poll() is None, (self.folder / "head.log").read_text()
-            assert time.monotonic() < deadline_s, (self.folder / "head.log").read_text()
-            jobs = self.run("status", "nobody")
-            if "no job 'nobody'" in jobs.stderr:
-                return
-            time.sleep(0.5)
+            assert time.monotonic() < deadline_s, refusal
+            refusal = self.run("jobs", "status", "nobody").stderr
 
     def start(self, *words, folder=None, **variables):
-        """jobs/submit.py in a process of its own."""
+        """`wml-ray` in a process of its own, with --address unless RAY_ADDRESS is given."""
+        address = [] if "RAY_ADDRESS" in variables else ["--address", self.url]
         return subprocess.Popen(
-            [sys.executable, str(ROOT / "jobs" / "submit.py"), *words, "--address", self.url],
+            [sys.executable, "-m", "wml_ray", *words, *address],
             cwd=folder or self.folder,
-            env=self.environment(RAY_ADDRESS="http://127.0.0.1:9", **variables),  # --address wins
+            env=self.environment(
+                **{"RAY_ADDRESS": "http://127.0.0.1:9", "PYTHONPATH": str(ROOT)} | variables
+            ),  # --address wins
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -82,7 +82,7 @@ class Head:
 
     @contextmanager
     def watched_cores(self):
-        """Waits, in a process that has joined the cluster before it matters, until this many cores are free."""
+        """A function that waits until so many cores are free, in a process that has joined the cluster."""
         environment = self.environment(RAY_ADDRESS=f"127.0.0.1:{self.port}", RAY_AUTH_MODE="token")
         command = [sys.executable, "-c", WATCH]
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as watcher:
@@ -98,7 +98,7 @@ class Head:
                 watcher.kill()
 
     def metrics(self):
-        """What Prometheus would read."""
+        """The metrics that Prometheus would read."""
         return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
 
     def stop(self):

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on one machine, whose nodes come and are killed as machines are."""
+"""A Ray cluster of several nodes on one machine, to which nodes are added and in which they are killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RAY = Path(sys.executable).with_name("ray")
 START_S = 60
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
-    "RAY_health_check_period_ms": "500",  # a killed node is given up after 5 of them
+    "RAY_health_check_period_ms": "500",  # Ray declares a killed node dead after 5 of them
     "RAY_health_check_initial_delay_ms": "0",
     "PYTHONPATH": os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")])),
 }
@@ -28,7 +28,7 @@ ENVIRONMENT = {
 
 @contextmanager
 def nodes(head_cpus: int = 0) -> Iterator[Nodes]:
-    """A head without a CPU, or with some; nodes are to be added."""
+    """A cluster of a head alone, by default without a CPU."""
     cluster = Nodes()
     try:
         cluster.start_head(head_cpus)
@@ -51,9 +51,9 @@ class Nodes:
         self._wait(1)
 
     def add(self, cpus: int = 1, hidden: Sequence[Path] = (), **variables: str) -> None:
-        """One more node. One after the other: two that start at once take the same socket.
+        """Start one more node and wait for it: two that start at once would take the same socket.
 
-        With `hidden` folders, which are empty to it, it is a machine of its own, named other.
+        With `hidden` folders, which are empty on the node, its host name is "other".
         """
         joined = self._joined()
         options = ["--address", self.address, "--num-cpus", cpus]
@@ -63,7 +63,7 @@ class Nodes:
         self.ids.append(new)
 
     def announce_preemption(self, index: int, seconds: int) -> None:
-        """What a cloud's agent does when it hears that a spot machine is to go."""
+        """Announce the preemption of a node, as the agent of a cloud does for spot machines."""
         options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot machine reclaimed"]
         options += [
             "--deadline-remaining-seconds",
@@ -76,10 +76,10 @@ class Nodes:
         subprocess.run([RAY, "drain-node", *options], env=self.environment(), capture_output=True, check=True)
 
     def _wait(self, count: int) -> None:
-        """Until so many nodes have joined, the head being one."""
+        """Wait until so many nodes have joined, with the head."""
         deadline_s = time.monotonic() + START_S
         while len(self._joined()) < count:
-            assert time.monotonic() < deadline_s, self._said()
+            assert time.monotonic() < deadline_s, self._log()
             time.sleep(0.1)
 
     def have(self, count: int) -> None:
@@ -90,7 +90,7 @@ class Nodes:
             self.add()
 
     def kill(self, index: int) -> None:
-        """As a power cut: all processes of a node at once; returns when the head knows."""
+        """Kill all processes of a node at once, as a power cut does; returns when the head has noticed."""
         joined = self._joined()
         kill_family(self.workers.pop(index))
         del self.ids[index]
@@ -102,7 +102,7 @@ class Nodes:
         return [index for index, node in enumerate(self.workers) if any(name in line for line in _commands(node))]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """For a driver that joins."""
+        """Environment variables for a driver."""
         return {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": self.address, **more}
 
     def end(self) -> None:
@@ -129,28 +129,28 @@ class Nodes:
             return psutil.Popen(command, env=environment, stdout=log, stderr=log)
 
     def _joined(self) -> set[str]:
-        """Ids of the nodes the head takes for alive."""
+        """Ids of the nodes that are alive according to the head."""
         assert self.head is not None
-        assert self.head.is_running(), self._said()
+        assert self.head.is_running(), self._log()
         try:
             found = GcsClient(address=self.address).get_all_node_info(timeout=2)
-        except Exception:  # whatever it raises while the head starts
+        except Exception:  # of any type, while the head starts
             return set()
         return {node_id.hex() for node_id, node in found.items() if node.state == 0}
 
-    def _said(self) -> str:
+    def _log(self) -> str:
         return (self.folder / "nodes.log").read_text()
 
 
 def _commands(process: psutil.Process) -> Iterator[str]:
-    """The command lines of all its descendants."""
+    """Command lines of all descendants."""
     for child in process.children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # it has just ended
             yield " ".join(child.cmdline())
 
 
 def kill_family(process: psutil.Process) -> None:
-    """A process and all its descendants; the parent first, so that it starts no others."""
+    """Kill a process and all its descendants; the parent first, so that it starts no others."""
     try:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Runs as the tests start them and find them in MLflow."""
+"""Runs started in processes of their own, and read back from MLflow."""
 
 import os
 import signal

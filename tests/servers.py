@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+OUTAGE_S = float(os.environ.get("WML_TEST_OUTAGE_S", "8"))  # of a server in the tests that wait for its return
+
 
 def free_port():
     with socket.socket() as probe:

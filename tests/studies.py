@@ -1,10 +1,10 @@
-"""Studies as the tests start them and find them in MLflow."""
+"""Small studies for the tests, and their runs in MLflow."""
 
 from family import tiny_config
 from ray import tune as ray_tune_api
 from runs import client
 
-from wml_ray.search.space import make_space
+from wml_ray.cluster.space import make_space
 
 ACCURACY = {"val/accuracy/ensemble_weighted": "max"}
 ALPHA = {"wml.alpha": ray_tune_api.uniform(0.0, 0.9)}

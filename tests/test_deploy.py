@@ -1,4 +1,4 @@
-"""What deploy/ promises: fields that exist, no root, nothing open, secrets by reference, one Ray version."""
+"""Guarantees of deploy/: known fields, no root, nothing open, secrets by reference, one Ray version."""
 
 import copy
 import re
@@ -18,8 +18,8 @@ KUBERNETES = [*KUBERAY, "mlflow.yaml"]
 CLOUDS = ["aws.yaml", "gcp.yaml"]
 SECRET = re.compile(r"TOKEN|PASSWORD|KEY|SECRET|CREDENTIAL", re.IGNORECASE)
 HOST = re.compile(r"\b[a-z0-9-]+(?:\.[a-z0-9-]+)*\.(?:com|org|io|net|dev|ai|co|cloud|internal|local|sh)\b")
-HOSTS = {  # those that may be named; no registry and no package index is among them
-    *("ray.io", "networking.k8s.io", "nvidia.com"),  # API groups and a resource, not places
+HOSTS = {  # allowed in the files; no registry and no package index is among them
+    *("ray.io", "networking.k8s.io", "nvidia.com"),  # API groups and a resource
     *("mlflow.internal", "www.googleapis.com", "my-project.iam.gserviceaccount.com"),
 }
 
@@ -39,7 +39,7 @@ def ray_cluster(name):
 
 
 def walk(node):
-    """Every mapping and list in a document, the outermost first."""
+    """Every mapping and list in a document, outermost first."""
     yield node
     for inner in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         if isinstance(inner, (dict, list)):
@@ -151,7 +151,7 @@ VERSIONS = {
 
 
 def unknown_fields(node, known, path):
-    """Paths of fields that are not known; a list is known by its items, and what is known as None may be anything."""
+    """Paths of unknown fields. Lists are checked item by item; a field that is known as None may have any value."""
     if isinstance(node, list):
         return [found for item in node for found in unknown_fields(item, known, path)]
     if known is None or not isinstance(node, dict):
@@ -187,7 +187,7 @@ def test_cluster_files_pass_rays_own_schema(name):
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_no_container_is_root_or_can_become_it(name):
+def test_no_container_runs_as_root_or_can_become_root(name):
     assert containers(name)
     for pod in pods(name):
         user = pod["securityContext"]
@@ -203,7 +203,7 @@ def test_no_container_is_root_or_can_become_it(name):
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_containers_of_the_launcher_gain_no_privileges(name):
+def test_containers_of_the_cluster_launcher_cannot_gain_privileges(name):
     docker = document(name)["docker"]
     options = [option for key in docker if key.endswith("run_options") for option in docker[key]]
     assert "--security-opt=no-new-privileges" in options
@@ -252,7 +252,7 @@ def test_the_images_install_by_hash():
         assert len(pins) <= len(hashes)
 
 
-def test_the_images_hold_files_there_are_and_no_more():
+def test_the_images_contain_exactly_the_files_sent_to_the_builder():
     sent = [line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
     copied = [
         source
@@ -269,7 +269,7 @@ def test_the_images_hold_files_there_are_and_no_more():
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_no_service_leaves_the_cluster(name):
+def test_no_service_is_reachable_from_outside_the_cluster(name):
     for node in mappings(name):
         assert node.get("type") not in ("LoadBalancer", "NodePort", "ExternalName")
         assert node.get("serviceType", "ClusterIP") == "ClusterIP"
@@ -309,7 +309,7 @@ def test_the_launched_dashboard_listens_on_loopback_behind_a_token(name):
     assert not [node for node in walk(config) if isinstance(node, dict) and "SecurityGroupIds" in node]
 
 
-def test_mlflow_asks_for_a_login_and_its_database_answers_it_alone():
+def test_mlflow_requires_a_login_and_only_it_reaches_its_database():
     (server,) = (container for container in containers("mlflow.yaml") if container["name"] == "mlflow")
     assert "--app-name=basic-auth" in server["args"]
     policies = {
@@ -329,7 +329,7 @@ def test_mlflow_asks_for_a_login_and_its_database_answers_it_alone():
 
 
 @pytest.mark.parametrize("name", KUBERNETES)
-def test_secrets_come_by_reference(name):
+def test_secrets_are_given_by_reference(name):
     assert "Secret" not in {each["kind"] for each in documents(name)}
     variables = [variable for node in mappings(name) for variable in node.get("env", [])]
     assert len(variables) > 5
@@ -342,7 +342,7 @@ def test_secrets_come_by_reference(name):
 
 
 @pytest.mark.parametrize("path", [*KUBERNETES, *CLOUDS, "Dockerfile"])
-def test_nothing_that_looks_like_a_secret_is_written_down(path):
+def test_no_file_contains_a_secret(path):
     text = (DEPLOY / path).read_text()
     assert [word for word in re.findall(r"[A-Za-z0-9+=]{20,}", text) if re.search(r"\d", word)] == []
     assert not re.search(r"PRIVATE KEY|AKIA|--from-literal=(?!username=)", text)
@@ -390,7 +390,7 @@ def test_one_ray_one_python_one_mlflow():
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_gpu_workers_start_at_none_and_idle_ones_go(name):
+def test_gpu_workers_scale_from_zero_and_idle_ones_are_removed(name):
     cluster = ray_cluster(name)
     assert cluster["enableInTreeAutoscaling"] is True
     assert 0 < cluster["autoscalerOptions"]["idleTimeoutSeconds"] <= 600
@@ -402,7 +402,7 @@ def test_gpu_workers_start_at_none_and_idle_ones_go(name):
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_launched_gpu_workers_are_spot_and_start_at_none(name):
+def test_launched_gpu_workers_are_spot_and_scale_from_zero(name):
     config = document(name)
     node_types = config["available_node_types"]
     head = node_types.pop(config["head_node_type"])
@@ -416,13 +416,12 @@ def test_launched_gpu_workers_are_spot_and_start_at_none(name):
     assert not [node for node in walk(head) if isinstance(node, dict) and key in node]
 
 
-def test_the_job_goes_with_its_cluster_and_can_be_read():
+def test_the_cluster_of_a_job_is_deleted_after_it_and_its_entrypoint_is_valid():
     spec = document("kuberay/rayjob.yaml")["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
-    python, script, config, *overrides = shlex.split(spec["entrypoint"])
-    assert (python, script) == ("python", "jobs/train.py")
-    assert (ROOT / script).exists()
+    program, verb, config, *overrides = shlex.split(spec["entrypoint"])
+    assert (program, verb) == ("wml-ray", "train")
     parsed = load_config(ROOT / config, overrides)
     (group,) = ray_cluster("kuberay/rayjob.yaml")["workerGroupSpecs"]
     assert parsed.scale.workers == [1, group["maxReplicas"]]
@@ -434,7 +433,7 @@ def test_the_job_goes_with_its_cluster_and_can_be_read():
 
 
 @pytest.mark.parametrize("name", KUBERAY)
-def test_every_mount_has_its_volume_and_workers_have_what_the_head_has(name):
+def test_every_mount_has_a_volume_and_workers_have_the_environment_of_the_head(name):
     for pod in pods(name):
         (container,) = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -445,7 +444,7 @@ def test_every_mount_has_its_volume_and_workers_have_what_the_head_has(name):
 
 
 @pytest.mark.parametrize("path", [*KUBERNETES, *CLOUDS, "Dockerfile"])
-def test_files_that_are_named_exist(path):
+def test_every_file_that_is_named_exists(path):
     text = (DEPLOY / path).read_text()
     named = re.findall(r"(?<![\w/])(?:jobs|deploy|tune_spaces)/[\w/.-]*\w", text)
     assert named

@@ -1,6 +1,7 @@
-"""The configs in jobs/: each loads, says what it is, and is a tree that can be built and pruned."""
+"""The configs in jobs/: each loads, has a comment, and gives a tree that can be built and pruned."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,15 @@ BACKBONES = {
     "mobilenet_v2": "MobileNetV2",
 }
 CLASSES_OF_IMAGENET = 1000
+TIERS = {name: pytest.mark.nightly for name in CONFIGS if re.search("resnet(50|101)$", name)}
+TIERS["imagenet_mobilenet_v2"] = pytest.mark.slow
 
 
 def read(name):
-    """A config and the comment it opens with."""
+    """A config and the comment at its top."""
     path = JOBS / f"{name}.yaml"
     comment = re.match(r"(#.*\n)+", path.read_text())
-    assert comment, "opens with no comment"
+    assert comment, "does not start with a comment"
     return load_config(path), comment.group()
 
 
@@ -34,7 +37,7 @@ def names(comment, thing):
     return re.search(rf"(?<![\w-]){thing}(?![\w-])", comment)
 
 
-def test_the_papers_tables_are_all_there():
+def test_every_table_of_the_paper_has_a_config():
     assert set(PAPER) == {
         *("cifar100_resnet101", "cifar100_resnet18", "cifar100_resnet50"),
         *("cifar10_resnet18", "cifar10_resnet32", "cifar10_resnet50", "cifar10_resnet56"),
@@ -49,7 +52,7 @@ def test_a_config_loads_and_its_comment_names_the_dataset(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_config_of_the_paper_says_what_was_published_and_what_is_ours(name):
+def test_a_config_of_the_paper_separates_published_figures_from_ours(name):
     config, comment = read(name)
     assert names(comment, BACKBONES[config.model.backbone])
     assert re.search(r"baseline \d\d\.\d\d \| .*\d\d\.\d\d", comment)
@@ -60,7 +63,7 @@ def test_a_config_of_the_paper_says_what_was_published_and_what_is_ours(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_a_config_of_the_paper_leaves_out_what_is_at_its_default(name):
+def test_a_config_of_the_paper_leaves_out_keys_at_their_default(name):
     raw = yaml.safe_load((JOBS / f"{name}.yaml").read_text())
     given = {f"{section}.{key}" for section, keys in raw.items() for key in keys}
     assert given <= known_keys().keys()
@@ -74,18 +77,25 @@ def test_a_config_of_the_paper_leaves_out_what_is_at_its_default(name):
     assert same == set()
 
 
-def test_the_pruned_rows_are_peers_with_the_published_drops():
-    for name, drops in (("cifar10_resnet32", (0, 0.244, 0.454, 0.5)), ("cifar10_resnet56", (0, 0.247, 0.417, 0.49))):
+def test_the_pruned_rows_are_peers_with_the_published_shares_removed():
+    for name, removed in (("cifar10_resnet32", (0, 0.244, 0.454, 0.5)), ("cifar10_resnet56", (0, 0.247, 0.417, 0.49))):
         config, comment = read(name)
         assert config.pruning.unit == "macs"
-        assert config.pruning.ratios == drops
-        assert all(f"({drop:.1%})".replace("%", " %") in comment for drop in drops[1:])
+        assert config.pruning.ratios == removed
+        assert all(f"({share:.1%})".replace("%", " %") in comment for share in removed[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
-def test_plan_takes_a_config(workplace, capsys, name):
-    """The tree is the one the file describes; only the saliency that says which channels go is taken on two images."""
+def test_an_own_backbone_is_found_beside_its_config_and_results_are_written_elsewhere(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(JOBS.iterdir())
+    assert main(["train", str(JOBS / "own_backbone.yaml"), "optim.epochs=1"]) == 0
+    assert set(JOBS.iterdir()) - before <= {JOBS / "__pycache__"}
+    assert {"results", "mlflow.db"} <= {path.name for path in workplace.iterdir()}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=TIERS.get(name, ())) for name in CONFIGS])
+def test_plan_builds_the_tree_of_a_config(workplace, capsys, name):
+    """The tree is that of the file, apart from the saliency, which is computed on two images."""
     config, _ = read(name)
     if config.data.name == "imagefolder":
         _imagenet(Path(config.data.root))

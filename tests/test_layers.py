@@ -1,4 +1,4 @@
-"""The layers of DESIGN: each module imports only those above it, and one home for each heavy dependency."""
+"""The order of the folders, the folders of each heavy library, and start-up without what is not needed."""
 
 import ast
 import subprocess
@@ -7,87 +7,96 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "wml_ray"
-LAYERS = [
-    *("config", "backbones", "tree", "costs", "pruning", "objective", "weights"),
-    *("readers", "data", "metrics", "memory"),
-    *("batchnorm", "loop", "delivery", "storage", "lock", "checkpoint", "uploads", "session"),
-    *("tracking", "study", "records", "ledger"),
-    *("report", "study_tables", "study_pictures", "study_report", "space", "sweep"),
-    *("ray_mailbox", "ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune", "preflight"),
-    *("run", "tune", "progress", "cli"),
-    *("job_entry", "job_package", "submission"),
+PACKAGE = Path(__file__).parents[1] / "wml_ray"
+ORDER = [  # a folder imports from the lines above its own, never from a neighbour
+    {"errors", "settings", "distributed"},
+    {"storage", "networks"},
+    {"methods", "tracking"},
+    {"config", "report"},
+    {"data", "pruning"},
+    {"checkpoints"},
+    {"training", "export"},
+    *({"search"}, {"cluster"}, {"verbs"}, {"submit"}, {"cli"}),
 ]
 HOMES = {
-    "ray": {
-        *("ray_mailbox", "ray_metrics", "ray_train", "ray_room", "ray_schedulers", "ray_tune"),
-        *("preflight", "submission"),
-    },
+    "ray": {"cluster", "submit"},
     "mlflow": {"tracking"},
-    "optuna": {"study"},
+    "optuna": {"search", "report"},
     "torch_pruning": {"pruning"},
     "argparse": {"cli"},
 }
+SOURCES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
 
 
-def imports_of(module):
-    """Every module name `module` imports, at any depth of the file."""
-    names = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+def test_a_folder_imports_only_folders_below_it_and_each_heavy_library_has_its_home():
+    wrong = []
+    for file, source in SOURCES.items():
+        folder = file.partition("/")[0]
+        if folder in ("__init__", "__main__"):
+            continue
+        (level,) = (index for index, folders in enumerate(ORDER) if folder in folders)
+        allowed = {folder}.union(*ORDER[:level])
+        tree = ast.parse(source)
+        guards = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
+        for_types = {node for guard in guards for node in ast.walk(guard)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            for package, inner, *_ in (f"{name}.".split(".") for name in names):
+                if package == "wml_ray" and inner not in allowed:
+                    wrong.append(f"{file} imports {inner}, which is not below {folder}")
+                if node not in for_types and folder not in HOMES.get(package, {folder}):
+                    wrong.append(f"{file} imports {package}, which only {HOMES[package]} may")
+    assert wrong == []
 
 
-def test_every_module_has_its_layer():
-    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"} == set(LAYERS)
+def imported(program, *arguments):
+    """Names of all modules loaded after `program` has run in a process of its own."""
+    program += "\nimport sys; print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
 
 
-@pytest.mark.parametrize("module", LAYERS)
-def test_a_module_imports_only_the_layers_above_it(module):
-    above = set(LAYERS[: LAYERS.index(module)])
-    imported = {name.split(".")[1] for name in imports_of(module) if name.startswith("wml_ray.")}
-    assert imported <= above
-    assert not {name for name in imports_of(module) if name.split(".")[0] in ("jobs", "tune_spaces")}
-
-
-@pytest.mark.parametrize("package", HOMES)
-def test_a_heavy_dependency_has_one_home(package):
-    users = {module for module in LAYERS if package in {name.split(".")[0] for name in imports_of(module)}}
-    assert users == HOMES[package]
-
-
-def test_everything_down_to_the_session_runs_without_ray_and_mlflow(tmp_path):
-    """A notebook or a bare GPU box: neither package is even looked for."""
+def test_training_in_one_process_needs_neither_ray_nor_mlflow(tmp_path):
     program = """
 import sys
 sys.modules["ray"] = sys.modules["mlflow"] = None
-import torch
-from wml_ray import session
-from wml_ray.config import parse
-from wml_ray.data import Shard
-config = parse({"optim": {"epochs": 1}, "model": {"backbone": "resnet20", "sharing": [1, 1, 1, 1, 1]},
-                "pruning": {"ratios": [0.5]}, "run": {"storage_path": sys.argv[1]}})
-result = session.run_worker(config, Shard(), torch.device("cpu"), lambda event: None, lambda *log: None)
-assert 0 < result["peers"][0]["test_accuracy"] <= 1
+from wml_ray.config.load import parse_config
+from wml_ray.training.worker import WorkerContext, run_worker
+config = parse_config({"optim": {"epochs": 1}, "model": {"backbone": "resnet20", "sharing": [1, 1, 1, 1, 1]},
+                       "pruning": {"ratios": [0.5]}, "run": {"storage_path": sys.argv[1]}})
+assert 0 < run_worker(config, WorkerContext())["peers"][0]["test_accuracy"] <= 1
 """
-    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    imported(program, tmp_path)
 
 
-def test_help_imports_nothing_heavy():
-    program = (
-        "import sys; from wml_ray import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
-    )
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "ray", "mlflow", "pydantic", "rich", "numpy"} & set(loaded)
+COMMAND = """
+from wml_ray.cli.main import main
+try: main({})
+except SystemExit as end: assert not end.code
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "not_needed"),
+    [
+        (["--help"], {"torch", "ray", "mlflow", "pydantic", "rich", "numpy"}),
+        (["plan", "c.yaml"], {"ray", "mlflow", "optuna", "matplotlib", "sklearn", "torchvision", "pandas"}),
+        (["train", "c.yaml", "--dry-run"], {"torch", "ray", "optuna", "matplotlib", "sklearn", "torchvision"}),
+    ],
+    ids=["help", "plan", "dry run"],
+)
+def test_a_command_that_only_reads_imports_only_what_it_needs(workplace, words, not_needed):
+    (workplace / "c.yaml").write_text("pruning: {saliency_images: 2}")
+    assert not_needed & imported(COMMAND.format(words)) == set()
 
 
 def test_no_pickle_is_read_from_disk():
-    """Safetensors and JSON only: `torch.load` and `pickle` appear nowhere in the package."""
-    source = "".join(path.read_text() for path in PACKAGE.glob("*.py"))
-    assert "import pickle" not in source
-    assert "torch.load" not in source
-    assert "allow_pickle" not in source
+    """Checkpoints are safetensors and JSON: pickle can run code when it is loaded."""
+    source = "".join(SOURCES.values())
+    assert not [word for word in ("import pickle", "torch.load", "allow_pickle") if word in source]

@@ -1,4 +1,4 @@
-"""Two gloo workers in processes of their own, for what must hold under data parallelism."""
+"""Gloo workers in processes of their own, for properties of data parallelism."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 
 def run(function: Callable[..., Any], folder: Path, *arguments: Any, world_size: int = 2) -> list[Any]:
-    """`function(rank, *arguments)` on each worker; what each returned, tensors and plain containers only."""
+    """Run `function(rank, *arguments)` on each worker; returns their results: tensors and plain containers only."""
     mp.spawn(_enter, (world_size, function, folder, arguments), nprocs=world_size)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 

@@ -1,7 +1,8 @@
-"""Two objectives at once: the ensemble's accuracy up, the MACs of the whole family down."""
+"""Two objectives: a higher accuracy of the ensemble, and fewer MACs of the whole family."""
 
 from ray import tune
-from wml_ray.space import increasing
+
+from wml_ray import increasing
 
 OBJECTIVES = {"val/accuracy/ensemble_weighted": "max", "peers/macs/tree": "min"}
 

@@ -1,4 +1,4 @@
-"""Two minutes on a laptop: one knob of the losses, one of the weights."""
+"""A search of two minutes on a laptop: one key of the losses, one of the peer weights."""
 
 from ray import tune
 

@@ -1,4 +1,45 @@
-"""Train a whole family of differently sized networks in one run: Weighted Mutual Learning on Ray."""
+"""Train a whole family of differently sized networks in one run: Weighted Mutual Learning on Ray.
+
+import wml_ray
+
+result = wml_ray.train(wml_ray.load_config("jobs/quickstart.yaml"))
+print(result.peers)
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+
+_MODULES = {  # imported when a name is first used, so that `import wml_ray` loads neither PyTorch nor Ray
+    "Config": "wml_ray.config.schema",
+    "Diverged": "wml_ray.errors",
+    "RunPlan": "wml_ray.verbs.plan",
+    "RunResult": "wml_ray.verbs.train",
+    "SearchConfig": "wml_ray.search.settings",
+    "StudyResult": "wml_ray.verbs.tune",
+    "UserError": "wml_ray.errors",
+    "increasing": "wml_ray.search.ratios",
+    "load_config": "wml_ray.config.load",
+    "load_peer": "wml_ray.checkpoints.load",
+    "load_space": "wml_ray.cluster.space",
+    "load_study": "wml_ray.tracking.results",
+    "load_tree": "wml_ray.checkpoints.load",
+    "make_space": "wml_ray.cluster.space",
+    "pareto_front": "wml_ray.report.analysis",
+    "plan": "wml_ray.verbs.plan",
+    "train": "wml_ray.verbs.train",
+    "tune": "wml_ray.verbs.tune",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'wml_ray' has no attribute '{name}'; public are {', '.join(_MODULES)}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,19 +1,23 @@
-"""Errors that people read, and how an exception becomes one line."""
+"""The errors that end a command with one line, and functions that turn any error into one line."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one line with the key, the value, what is allowed and the mend."""
+    """A mistake in the user's input: one line with the key, the value, the allowed values and the correction."""
 
 
 class Diverged(RuntimeError):
-    """A loss, a parameter or a peer weight turned non-finite; the message says which, where and what helps."""
+    """A loss, a parameter or a peer weight became non-finite; the message says which, where, and a remedy."""
 
 
 def root_cause(error: BaseException) -> str:
-    """The first cause in one short line: "Connection refused" rather than what four layers made of it."""
+    """The message of the first error in a chain as one line, such as "Connection refused"."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).splitlines()[0][:200]
+    return one_line(getattr(error, "strerror", None) or error)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """A text or an error as one line of at most `limit` characters; the type's name where it has no text."""
+    return (" ".join(str(text).split()) or type(text).__name__)[:limit]

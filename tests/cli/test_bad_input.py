@@ -1,3 +1,5 @@
+"""Mistakes on the command line: exit code 2, one line with the correction, and no file written."""
+
 import os
 import socket
 import time
@@ -23,7 +25,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def refusal(tmp_path, monkeypatch, capfd):
-    """Run the CLI in an empty folder; the one line it refuses with, preempted nothing behind."""
+    """A function that runs the CLI in an empty folder and returns the one line of its refusal."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -60,12 +62,18 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["pruning.ratios.3=1.0"], ["pruning.ratios.3 = 1.0", "less than 1"]),
         (["pruning.ratios=[0, 0.2, 0.4, -0.1]"], ["pruning.ratios.3 = -0.1", "greater than or equal to 0"]),
         (["pruning.ratios.4=0.1"], ["pruning.ratios.4", "0 to 3"]),
-        (["pruning.ratios=[0.0, 0.5]"], ["pruning.ratios has 2 entries", "4 peers", "one ratio a peer"]),
-        (["model.sharing=[1, 2, 3]", "pruning.ratios=[0, 0, 0]"], ["sharing [1, 2, 3]", "(3)", "multiple", "(2)"]),
+        (["pruning.ratios=[0.0, 0.5]"], ["pruning.ratios has 2 entries", "4 peers", "one ratio per peer"]),
+        (
+            ["model.sharing=[1, 2, 3]", "pruning.ratios=[0, 0, 0]"],
+            ["model.sharing = [1, 2, 3]", "(3)", "multiple", "(2)"],
+        ),
         (["model.sharing=[1, 1, 0, 4, 4]"], ["model.sharing.2 = 0", "greater than or equal to 1"]),
         (["model.sharing=[1, 2, 4]"], ["model.sharing = [1, 2, 4]", "3 entries", "stem, layer1, layer2, layer3, head"]),
         (["model.backbone=resnet21"], ["model.backbone = 'resnet21'", *BACKBONES, "package.module:function"]),
-        (["model.backbone=nowhere:stages"], ["model.backbone = 'nowhere:stages'", "check the path"]),
+        (
+            ["model.backbone=nowhere:stages"],
+            ["model.backbone = 'nowhere:stages'", "beside the config file", "PYTHONPATH"],
+        ),
         (["model.backbone=:stages"], ["model.backbone = ':stages'"]),
         (["data.name=mnist"], ["data.name = 'mnist'", *DATASETS]),
         (["data.batch_size=1"], ["data.batch_size = 1", "greater than or equal to 2"]),
@@ -92,9 +100,21 @@ def refusal(tmp_path, monkeypatch, capfd):
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else "",
 )
-def test_a_wrong_setting_is_refused_with_key_value_and_mend(refusal, config, verb, overrides, expected):
+def test_a_wrong_setting_is_refused_with_key_value_and_correction(refusal, config, verb, overrides, expected):
     line = refusal(verb, config, *overrides)
     assert [words for words in expected if words not in line] == [], line
+
+
+def test_a_mistake_in_submitted_work_is_refused_before_the_cluster_is_asked(refusal, config, tmp_path):
+    assert "did you mean 'wml.alpha'" in refusal("submit", "train", config, "wml.alph=1")
+    line = refusal("submit", "tune", config, "--space", "nowhere.py", "--trials", "2")
+    assert "space file nowhere.py" in line
+    space = tmp_path / "space.py"
+    space.write_text(
+        "from ray import tune\nOBJECTIVES = {'train/loss': 'min'}\ndef space(): return {'seed': tune.randint(0, 9)}"
+    )
+    line = refusal("submit", "tune", config, "--space", str(space), "--trials", "2", "--stop-metric", "test/accuracy")
+    assert "stop_metric = 'test/accuracy'" in line
 
 
 def test_a_missing_dataset_is_refused_with_the_way_to_get_it(refusal, config):
@@ -127,7 +147,7 @@ def test_a_storage_path_that_cannot_be_a_folder_is_refused(refusal, config):
     ],
     ids=["missing", "half a list", "binary", "a list", "words"],
 )
-def test_a_config_file_that_is_none_is_refused(refusal, tmp_path, content, expected):
+def test_a_file_that_is_not_a_config_is_refused(refusal, tmp_path, content, expected):
     path = tmp_path / "given.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -147,10 +167,16 @@ def test_a_folder_in_place_of_a_config_file_is_refused(refusal, tmp_path):
         (["trian"], ["'trian'", "plan", "train", "report"]),
         (["train"], ["CONFIG", "--help"]),
         (["train", "config.yaml", "--fast"], ["--fast", "--help"]),
+        (["submit"], ["train,tune", "wml-ray submit --help"]),
+        (["submit", "train", "nowhere.yaml"], ["config file nowhere.yaml"]),
+        (["submit", "train", "nowhere.yaml", "--image", "x", "--packages"], ["--packages", "--image"]),
+        (["jobs"], ["status,stop,logs", "wml-ray jobs --help"]),
+        (["jobs", "stop"], ["NAME", "wml-ray jobs stop --help"]),
+        (["jobs", "status", "one", "other"], ["other"]),
     ],
-    ids=["no verb", "unknown verb", "no config", "unknown option"],
+    ids=lambda value: " ".join(value) if value[:1] in (["train"], ["submit"], ["jobs"]) else "",
 )
-def test_a_command_that_is_none_is_refused(refusal, arguments, expected):
+def test_a_wrong_command_is_refused(refusal, arguments, expected):
     line = refusal(*arguments)
     assert [words for words in expected if words not in line] == [], line
 
@@ -166,13 +192,13 @@ def closed_port():
 
 @pytest.fixture
 def silent_port():
-    """Takes connections and never answers."""
+    """Accepts connections and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-class _Stranger(BaseHTTPRequestHandler):
-    """A web server that is no MLflow."""
+class _OtherServer(BaseHTTPRequestHandler):
+    """A web server other than MLflow."""
 
     def do_GET(self):
         self.send_error(404)
@@ -184,18 +210,18 @@ class _Stranger(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def strange_port():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Stranger)
+def other_servers_port():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _OtherServer)
     Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize("kind", ["closed_port", "silent_port", "strange_port"])
-def test_an_mlflow_server_that_does_not_answer_is_named_within_ten_seconds(refusal, config, monkeypatch, request, kind):
+@pytest.mark.parametrize("kind", ["closed_port", "silent_port", "other_servers_port"])
+def test_an_unreachable_mlflow_server_is_named_within_ten_seconds(refusal, config, monkeypatch, request, kind):
     port = request.getfixturevalue(kind)
-    import wml_ray.run  # noqa: F401 - what is timed is the server, not the import
+    import wml_ray.verbs.train  # noqa: F401 - the imports are not part of the ten seconds
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:secret@127.0.0.1:{port}")
     start_s = time.monotonic()
@@ -210,7 +236,7 @@ def test_an_mlflow_server_that_does_not_answer_is_named_within_ten_seconds(refus
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:{port}", "localhost:{port}", "http://127.0.0.1:port", "http://", "file:./mlruns"]
 )
-def test_an_mlflow_address_that_is_none_is_refused(refusal, config, monkeypatch, closed_port, address):
+def test_a_wrong_mlflow_address_is_refused(refusal, config, monkeypatch, closed_port, address):
     address = address.format(port=closed_port)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     line = refusal("train", config)

@@ -1,4 +1,4 @@
-"""Studies on clusters that are not of this process: Ray's own autoscaler, really started nodes."""
+"""Studies on a cluster with Ray's own autoscaler, which starts and stops nodes."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ while True:
 """
 
 
-def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(workplace):
-    """A head without a free CPU: nodes come for the trials, all trials finish, and the nodes go; two at most."""
+def test_a_study_scales_a_cluster_up_from_zero_nodes_and_down_again(workplace):
+    """The head has no CPU: at most two nodes start for the trials, all trials finish, and the nodes stop."""
     config = tiny_config("optim.epochs=60", "scale.cpus_per_worker=1", "run.name=grown")
     write_study(workplace, config)
     with autoscaling_cluster(max_nodes=2) as address:
@@ -57,14 +57,14 @@ def test_a_study_makes_a_cluster_grow_from_nothing_and_lets_it_shrink_again(work
     assert (counts[0], max(counts), counts[-1]) == (0, 2, 0)
 
 
-def test_a_trial_no_node_can_hold_is_an_error_before_the_first(workplace):
+def test_a_trial_that_fits_no_node_is_an_error_before_the_first(workplace):
     write_study(workplace, tiny_config("scale.cpus_per_worker=64"))
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert (
-        "with 64 CPU cores each does not fit: this cluster has 0 such places, and no autoscaler that adds the rest"
+        "with 64 CPU cores each does not fit: this cluster has 0 such slots, and no autoscaler that adds the rest"
         in done.stderr
     )
     assert not list(workplace.glob("results/*/study.json"))

@@ -1,4 +1,4 @@
-"""What `--dry-run` finds, on one machine, and on a cluster with a node that sees other files than the driver."""
+"""Checks before a run, on one machine, and on a cluster with a node that has other files and packages."""
 
 import os
 import subprocess
@@ -10,13 +10,14 @@ from family import tiny_config, write_study
 from nodes import ENVIRONMENT, nodes
 from servers import free_port
 
-from wml_ray.cluster.preflight import report_node
+from wml_ray.cluster.nodes import report_node
+from wml_ray.cluster.preflight import run_checks
 
 TESTS = Path(__file__).parents[1]
 
 
 def dry_run(environment, *words):
-    """Exit status, and what was found by its subject."""
+    """Exit status, and the verdict and text of each check by its subject."""
     command = [sys.executable, "-m", "wml_ray", *words, "--dry-run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()[:-1]]
@@ -25,7 +26,7 @@ def dry_run(environment, *words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process other mounts")
-def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(empty_workplace):
+def test_a_node_with_other_files_and_packages_fails_the_checks(empty_workplace):
     images, results, packages = (empty_workplace / name for name in ("images", "results", "packages"))
     for folder in (images / "train" / "cat", images / "val" / "cat", results, packages / "mlflow-0.1.dist-info"):
         folder.mkdir(parents=True)
@@ -38,29 +39,39 @@ def test_a_node_that_sees_other_files_and_packages_is_found_before_the_run(empty
         status, run = dry_run(environment, "train", "c.yaml", "data.name=imagefolder", f"data.root={images}")
         _, study = dry_run(environment, "tune", "c.yaml", "--space", "alpha.py", "--trials", "2")
     assert status == 2
-    wrong = {subject: text for subject, (verdict, text) in run.items() if verdict == "NO"}
-    assert set(wrong) == {"versions", "storage", "MLflow", "data"}
-    assert "node other has mlflow 0.1" in wrong["versions"]
-    assert f"'{results}' is not the folder the driver sees" in wrong["storage"]
-    assert "is a file of this machine, but workers on others log to it" in wrong["MLflow"]
-    assert f"data.root = '{images}'" in wrong["data"]
-    assert study["MLflow"][0] == "ok"  # a study's driver alone logs
+    failed = {subject: text for subject, (verdict, text) in run.items() if verdict == "NO"}
+    assert set(failed) == {"versions", "storage", "MLflow", "data"}
+    assert "node other has mlflow 0.1" in failed["versions"]
+    assert f"'{results}' is not the folder the driver sees" in failed["storage"]
+    assert "is a file of this machine, but workers on others log to it" in failed["MLflow"]
+    assert f"data.root = '{images}'" in failed["data"]
+    assert study["MLflow"][0] == "ok"  # only the driver of a study logs
     assert sorted(os.listdir()) == ["alpha.py", "c.yaml", "images", "packages", "results"]
     assert not os.listdir("results")
 
 
-def test_a_dry_run_on_one_machine_leaves_nothing_behind(empty_workplace):
-    write_study(empty_workplace, tiny_config())
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
-    status, found = dry_run(environment, "train", "c.yaml", "run.storage_path=deep/results", "data.name=cifar10")
-    assert status == 2
-    assert [subject for subject, (verdict, _) in found.items() if verdict == "NO"] == ["data"]
-    assert sorted(os.listdir()) == ["alpha.py", "c.yaml"]
+def test_checks_of_one_machine_leave_no_file(empty_workplace):
+    config = tiny_config("run.storage_path=deep/results", "data.name=cifar10")
+    results = {result.subject: result for result in run_checks(config)}
+    assert [subject for subject, result in results.items() if not result.passed] == ["data"]
+    assert not os.listdir()
 
 
-def test_a_worker_that_cannot_reach_mlflow_says_so(tmp_path):
+def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(empty_workplace):
+    (empty_workplace / "c.yaml").write_text("data: {name: digits}")
+    program = (
+        "import sys; from wml_ray.cli.main import main\n"
+        "assert main(['train', 'c.yaml', '--dry-run']) == 0\n"
+        "assert not {'torch', 'ray', 'mlflow', 'sklearn'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert os.listdir() == ["c.yaml"]
+
+
+def test_a_worker_that_cannot_reach_mlflow_reports_it(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
-    said = report_node(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
-    assert "does not answer (Connection refused)" in said.tracking
-    assert said.storage == said.data == ""
+    report = report_node(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
+    assert report.errors.keys() == {"MLflow"}
+    assert "does not answer (Connection refused)" in report.errors["MLflow"]

@@ -1,4 +1,4 @@
-"""Through Ray's own workers, on one cluster for all tests."""
+"""Training on Ray's workers, on one cluster for all tests."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from runs import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
 from servers import Server, guarded
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.messages import DriverQueue
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
@@ -32,7 +32,8 @@ def training_workers():
     return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
 
 
-def test_two_workers_one_of_them_killed_end_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
+@pytest.mark.core
+def test_a_run_whose_worker_was_killed_ends_bit_equal_to_an_undisturbed_run(workplace, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     whole = train(tiny_config(*TWO, "run.storage_path=whole", "run.name=whole"), ignore)
     killed = []
@@ -52,13 +53,15 @@ def test_two_workers_one_of_them_killed_end_bit_equal_to_an_undisturbed_run(work
         assert steps(only_run(), metric) == [1, 2, 3, 4, 5, 6]
 
 
-def test_divergence_on_a_worker_ends_the_run_with_its_message(workplace):
+def test_divergence_on_a_worker_ends_the_run_with_the_message_of_that_worker(workplace):
     with pytest.raises(Diverged, match=r"loss of peers? .* learning rate 1e\+30"):
         train(tiny_config("scale.workers=1", "optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
     assert only_run().info.status == "FAILED"
 
 
-def test_a_password_of_mlflow_reaches_the_workers_of_a_cluster_that_was_there_before(workplace, tmp_path, monkeypatch):
+def test_mlflow_credentials_reach_the_workers_of_a_cluster_that_was_started_without_them(
+    workplace, tmp_path, monkeypatch
+):
     server = Server(tmp_path)
     server.start()
     try:
@@ -77,22 +80,53 @@ def test_a_password_of_mlflow_reaches_the_workers_of_a_cluster_that_was_there_be
         server.kill()
 
 
-def test_letters_that_nobody_waits_for_arrive_in_order_and_are_not_held_up_by_the_receiver():
-    """More than the thousand calls of an actor that Ray runs at a time; none is taken before all are sent."""
+def test_messages_that_are_not_acknowledged_keep_their_order_and_do_not_wait_for_the_receiver():
     all_sent, received = threading.Event(), []
 
     def receive(number):
-        all_sent.wait(30)
+        assert all_sent.wait(30)
         received.append(number)
 
-    with DriverQueue({"numbers": receive}) as mailbox:
-        send = mailbox.sender("numbers", answered=False)
-        ray.get([send(number) for number in range(1500)], timeout=30)
+    with DriverQueue({"numbers": receive}) as queue:
+        send = queue.sender("numbers", acknowledge=False)
+        assert all(send(number) for number in range(200))
         all_sent.set()
-    assert received == list(range(1500))
+    assert received == list(range(200))
 
 
-def test_ctrl_c_while_ray_workers_train_says_how_to_continue(workplace):
+def test_a_sender_waits_until_its_own_message_is_processed_or_refused():
+    """Also after a worker that died while it waited: its reply is not taken for the reply to the next one."""
+    receiving, continues, received = threading.Event(), threading.Event(), []
+
+    def receive(number):
+        receiving.set()
+        assert continues.wait(60)
+        if number == 3:
+            raise SystemExit
+        received.append(number)
+
+    @ray.remote(max_retries=0)
+    def call(send, number):
+        return send(number)
+
+    queue = DriverQueue({"numbers": receive})
+    send = queue.sender("numbers")
+    lost = call.remote(send, 1)
+    assert receiving.wait(60)
+    ray.cancel(lost, force=True)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(lost)
+    continues.set()
+    assert send(2)
+    assert received == [1, 2]
+    assert not send(3)
+    assert not send(4)
+    with pytest.raises(SystemExit), queue:
+        pass
+    assert received == [1, 2]
+
+
+def test_ctrl_c_during_training_on_workers_prints_how_to_continue(workplace):
     config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "optim.epochs=400")
     (workplace / "config.yaml").write_text(config.to_yaml())
     process = start_training()
@@ -105,7 +139,7 @@ def test_ctrl_c_while_ray_workers_train_says_how_to_continue(workplace):
     assert only_run().info.status == "KILLED"
 
 
-def test_a_run_goes_on_with_another_number_of_workers(workplace):
+def test_a_run_continues_with_another_number_of_workers(workplace):
     class Stop(Exception):
         pass
 
@@ -120,14 +154,14 @@ def test_a_run_goes_on_with_another_number_of_workers(workplace):
     assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
 
 
-def test_an_elastic_range_takes_what_the_cluster_has(workplace):
+def test_an_elastic_run_uses_the_workers_that_fit_the_cluster(workplace):
     outcome = train(tiny_config("scale.workers=[1,2]", "scale.cpus_per_worker=1", "optim.epochs=2"), ignore)
     assert outcome.undelivered == 0
     assert steps(only_run(), "train/loss") == [1, 2]
 
 
-@pytest.mark.parametrize("ask", ["scale.workers=64", "scale.cpus_per_worker=64"])
-def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, ask):
-    with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such places, and no autoscaler"):
-        train(tiny_config("scale.workers=2", ask), ignore)
+@pytest.mark.parametrize("override", ["scale.workers=64", "scale.cpus_per_worker=64"])
+def test_more_than_the_cluster_has_is_an_error_before_anything_is_written(empty_workplace, override):
+    with pytest.raises(UserError, match=r"do not fit: this cluster has [02] such slots, and no autoscaler"):
+        train(tiny_config("scale.workers=2", override), ignore)
     assert not os.listdir()

@@ -1,5 +1,8 @@
 """Each method against its slow twin, and the properties that every method has."""
 
+import re
+from pathlib import Path
+
 import pytest
 import reference
 import torch
@@ -62,3 +65,15 @@ def test_every_parameter_has_a_gradient_in_each_step(name):
     method, (inputs, targets) = method_of(name), batch(4)
     sum(method.losses(method(inputs), targets, FIRST_STEP).values()).backward()
     assert all(parameter.grad is not None for parameter in method.parameters())
+
+
+def test_the_loss_only_method_of_the_guide_is_a_method():
+    guide = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)[1], names)
+    method, (inputs, targets) = names["Independent"](pruned_tree(), DmlConfig(), SPEC), batch(4)
+    outputs = method(inputs)
+    terms = method.losses(outputs, targets, FIRST_STEP)
+    expected = sum(torch.nn.functional.cross_entropy(logits, targets) for logits in outputs["logits_MBK"])
+    torch.testing.assert_close(terms["labels"], expected)
+    assert "accuracy/method" in str(evaluate(method, [(inputs, targets)], "float32").metrics("val"))

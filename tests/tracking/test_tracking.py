@@ -38,7 +38,7 @@ def at_epoch(epoch, action):
     return on_event
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_server_that_restarts_during_a_run_misses_no_epoch(workplace, server):
     def restart():
         server.kill()

@@ -15,7 +15,7 @@ OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("unroll", ["exact", "same_point"])
-def test_the_weight_gradient_is_the_cpus(unroll):
+def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
     inner, outer = batch(8, 1), batch(6, 2)
     expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, MutualOptions(0.4), Unroll(0.3, unroll))
     moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
@@ -37,6 +37,6 @@ def test_a_compiled_step_learns(workplace):
 
 
 @pytest.mark.slow
-def test_one_ray_worker_takes_the_gpu(workplace):
+def test_one_ray_worker_trains_on_the_gpu(workplace):
     outcome = train(tiny_config("scale.gpu=true", "scale.workers=1", "optim.epochs=2"), ignore)
     assert outcome.result["device"] == "cuda"

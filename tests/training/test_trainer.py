@@ -20,7 +20,7 @@ from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS, Trainer
 def trainer_of(config, worker=None):
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.plan["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"])
     trainer = Trainer(config, method, dataset, torch.device("cpu"), worker)
     trainer.load_state(start.model, start.state)
     return trainer

@@ -12,7 +12,7 @@ import yaml
 from family import tiny_config
 from runs import assert_bit_equal, client, ignore, only_run, start_training, steps, wait_for_epoch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
 from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError
@@ -22,23 +22,23 @@ from wml_ray.verbs.train import train
 TESTS = Path(__file__).parents[1]
 
 
-def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
+def test_a_run_is_logged_to_mlflow_with_params_metrics_and_files(workplace):
     config = tiny_config("optim.epochs=3")
-    outcome = train(config, ignore)
-    run = only_run()
-    assert run.info.status == "FINISHED"
-    assert run.info.run_name == run_title(config)
-    assert run.data.tags["wml_ray.run_id"] == config.run_id
-    assert run.data.params == {key: str(value) for key, value in config.flatten().items()}
+    run = train(config, ignore)
+    logged = only_run()
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name == run_title(config)
+    assert logged.data.tags["wml_ray.run_id"] == config.run_id
+    assert logged.data.params == {key: str(value) for key, value in config.flatten().items()}
     for metric in ("val/accuracy/peer3", "val/accuracy/ensemble_average", "weights/peer0", "train/loss"):
-        assert steps(run, metric) == [1, 2, 3]
+        assert steps(logged, metric) == [1, 2, 3]
     for metric in ("test/accuracy/peer0", "test/accuracy/ensemble_weighted"):
-        assert steps(run, metric) == [3]
-    assert steps(run, "peers/macs/peer0") == [0]
-    assert run.data.metrics["peers/params/peer3"] == outcome.result["peers"][3]["params"]
-    files = {file.path for file in client().list_artifacts(run.info.run_id)}
+        assert steps(logged, metric) == [3]
+    assert steps(logged, "peers/macs/peer0") == [0]
+    assert logged.data.metrics["peers/params/peer3"] == run.result["peers"][3]["params"]
+    files = {file.path for file in client().list_artifacts(logged.info.run_id)}
     assert files == {"config.yaml", "peers.csv", "pictures"}
-    pictures = {file.path for file in client().list_artifacts(run.info.run_id, "pictures")}
+    pictures = {file.path for file in client().list_artifacts(logged.info.run_id, "pictures")}
     assert pictures == {"pictures/accuracy.png", "pictures/weights.png", "pictures/accuracy_macs.png"}
     assert client().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
     images = {entry.tags[0].value: entry.dataset.profile for entry in run.inputs.dataset_inputs}
@@ -46,7 +46,7 @@ def test_a_run_leaves_all_that_design_names_in_mlflow(workplace):
         name: f'{{"num_rows": {n}}}' for name, n in (("training", 1294), ("validation", 144), ("test", 359))
     }
     note = run.data.tags["mlflow.note.content"]
-    assert f"| {outcome.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
+    assert f"| {run.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
     assert run.data.tags["mlflow.source.type"] == "LOCAL"
 
 
@@ -74,7 +74,7 @@ def test_the_logged_config_reruns_the_run_to_the_same_bits(workplace):
     assert_bit_equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.core
 def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_once(workplace):
     epochs = 12
     overrides = [f"optim.epochs={epochs}", "data.batch_size=32"]
@@ -89,7 +89,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
     for target in (1, 5, 9):
         process = start_training()
         wait_for_epoch(checkpoints, target, process)
-        time.sleep(rng.uniform(0, 0.5))  # a random moment is the point: anywhere between two checkpoints, or in one
+        time.sleep(rng.uniform(0, 0.5))  # a random moment: between two checkpoints, or inside one
         kills += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -98,15 +98,15 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
     assert final.wait(120) == 0
     last = f"epoch-{epochs:04d}"
     assert_bit_equal(config.run_folder / "checkpoints" / last, whole.folder / "checkpoints" / last)
-    run = only_run()
-    assert run.info.status == "FINISHED"
+    logged = only_run()
+    assert logged.info.status == "FINISHED"
     for metric in ("train/loss", "val/accuracy/peer0", "weights/peer3"):
-        assert steps(run, metric) == list(range(1, epochs + 1))
-    assert steps(run, "test/accuracy/peer0") == [epochs]
+        assert steps(logged, metric) == list(range(1, epochs + 1))
+    assert steps(logged, "test/accuracy/peer0") == [epochs]
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_continue_and_the_same_command_does(workplace):
+def test_after_ctrl_c_the_same_command_continues(workplace):
     config = tiny_config("optim.epochs=40", "data.batch_size=32")
     (workplace / "config.yaml").write_text(config.to_yaml())
     process = start_training()
@@ -131,13 +131,13 @@ def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(w
     assert "step" in line
     assert "learning rate 1e+30" in line
     assert "checkpoints" in line
-    run = only_run()
-    assert run.info.status == "FAILED"
-    assert "not finite" in run.data.tags["wml_ray.reason"]
+    logged = only_run()
+    assert logged.info.status == "FAILED"
+    assert "not finite" in logged.data.tags["wml_ray.reason"]
     assert Checkpoints(config.run_folder / "checkpoints", 2).latest().epoch == 0
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_logged_twice(workplace):
+def test_a_damaged_checkpoint_is_skipped_and_no_epoch_is_logged_twice(workplace):
     config = tiny_config("optim.epochs=4")
 
     def stop_after_three(event):
@@ -153,15 +153,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_no_epoch_is_logged_twice(workpl
     assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
 
 
-def test_the_best_epoch_is_tested_where_asked_for(workplace):
-    outcome = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
-    scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in outcome.result["history"]]
-    assert scores[outcome.result["test_epoch"] - 1] == max(scores)
-    validation = outcome.result["predictions"]["ensemble_weighted"]["validation_accuracy"]
+def test_the_best_epoch_is_tested_with_test_epoch_best(workplace):
+    run = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
+    scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in run.result["history"]]
+    assert scores[run.result["test_epoch"] - 1] == max(scores)
+    validation = run.result["predictions"]["ensemble_weighted"]["validation_accuracy"]
     assert validation == max(scores)
 
 
-def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(workplace):
+def test_the_next_best_checkpoint_replaces_a_damaged_best_one(workplace):
     config = tiny_config("optim.epochs=5", "run.test_epoch=best", "run.keep_checkpoints=5", "optim.learning_rate=0.5")
     store = Checkpoints(config.run_folder / "checkpoints", 5)
 
@@ -171,26 +171,26 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next_best(workplace):
                 (store.folder / f"epoch-{epoch:04d}" / "model.safetensors").write_bytes(b"")
 
     with pytest.warns(UserWarning, match="is damaged"):
-        outcome = train(config, damage_all_but_the_second)
-    assert outcome.result["test_epoch"] == 2
+        run = train(config, damage_all_but_the_second)
+    assert run.result["test_epoch"] == 2
 
 
 def test_two_commands_cannot_train_one_run_at_once(workplace):
     config = tiny_config("optim.epochs=1")
 
     def train_again(event):
-        with pytest.raises(UserError, match="in use by another process"):
+        with pytest.raises(UserError, match="in use by process"):
             train(config, ignore)
 
     train(config, train_again)
 
 
-def test_system_metrics_are_logged_where_asked_for(workplace, monkeypatch):
+def test_system_metrics_are_logged_if_the_config_sets_them(workplace, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLES_BEFORE_LOGGING", "1")
     train(tiny_config("optim.epochs=3", "run.system_metrics=true"), ignore)
     assert any(name.startswith("system/cpu") for name in only_run().data.metrics)
-    assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may be another store's
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may use another store
 
 
 def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(empty_workplace):
@@ -207,7 +207,7 @@ def test_plan_writes_nothing_and_names_the_run(empty_workplace, capsys):
     assert os.listdir() == ["config.yaml"]
 
 
-def test_plan_shows_the_sizes_that_training_then_has(workplace):
+def test_plan_shows_the_sizes_of_the_trained_peers(workplace):
     from wml_ray.verbs.plan import plan
 
     config = tiny_config("optim.epochs=1")

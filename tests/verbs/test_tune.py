@@ -1,39 +1,36 @@
-"""Whole studies: Ray Tune, Optuna and MLflow for real, drivers and trials killed with real signals."""
+"""Studies with Ray Tune, Optuna and MLflow; their drivers, trials and databases are killed by signals."""
 
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import pandas as pd
 import pytest
 from family import tiny_config, write_study
-from mlflow import MlflowClient
 from postgres import postgres
 from ray import tune as ray_tune_api
-from servers import free_port
+from runs import client, steps
 from studies import ACCURACY, ALPHA, children, small_space
 
 from wml_ray.cli.main import main
-from wml_ray.cluster.schedulers import EarlierTrial, make_scheduler, replay
-from wml_ray.cluster.trial import train_trial
+from wml_ray.cluster import trial as trial_module
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
-from wml_ray.search.optuna_study import open_storage
 from wml_ray.search.settings import search_config
-from wml_ray.search.space import load_start_points
-from wml_ray.search.study import DIED, Study
-from wml_ray.search.trials import Trial, TrialStore
+from wml_ray.search.study import DIED
+from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.tracking.results import load_study
-from wml_ray.tracking.runs import open_run
-from wml_ray.verbs.tune import tune
+from wml_ray.verbs.tune import StudyResult, tune
 
 pytestmark = pytest.mark.slow
 
@@ -45,31 +42,60 @@ def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
 
 
-def client():
-    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
-
-
 def parent(study):
     experiment = client().get_experiment_by_name(study).experiment_id
     (run,) = client().search_runs([experiment], "tags.`wml_ray.kind` = 'study'")
     return run
 
 
-def steps(run, metric):
-    return [entry.step for entry in client().get_metric_history(run.info.run_id, metric)]
+@dataclass
+class FinishedStudy:
+    """A study of two trials, continued to three trials, then started again for one trial."""
+
+    workplace: Path
+    results: list[StudyResult]
+    files_of_two: dict[Path, bytes]
+    """The trial files after the second trial."""
+    errors_of_second_start: list[str]
+    """Errors of the same study, started while it ran."""
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_study_is_whole_in_mlflow(workplace):
-    """Parent and children, params and metrics, tags and files; and the best config is one that `train` takes."""
-    search = search_config(study="whole", trials=3, grace_epochs=3)  # ASHA, which ends trials at their last epoch
-    outcome = tune(small_space(), search)
+@pytest.fixture(scope="module")
+def finished_study(tmp_path_factory, migrated_store, ray_cluster):
+    workplace, errors = tmp_path_factory.mktemp("finished"), []
+    shutil.copy(migrated_store, workplace)
+
+    def start_again(study):
+        if not errors:
+            with pytest.raises(UserError) as raised:
+                tune(study.space, study.search)
+            errors.append(str(raised.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        patch.setenv("PYTHONPATH", str(TESTS))
+        search = search_config(study="whole", trials=2, grace_epochs=3, storage="sqlite:///optuna.db")
+        results = [tune(small_space(), search, start_again)]
+        files = {path: path.read_bytes() for path in Path("results/whole/trials").glob("*/trial.json")}
+        for trials in (3, 1):
+            results.append(tune(small_space(), search.model_copy(update={"trials": trials})))
+        yield FinishedStudy(workplace, results, files, errors)
+
+
+@pytest.fixture
+def finished(finished_study, monkeypatch):
+    monkeypatch.chdir(finished_study.workplace)
+    return finished_study
+
+
+@pytest.mark.core
+def test_mlflow_has_all_params_metrics_tags_and_files_of_each_trial(finished):
     runs = children("whole")
     assert [run.info.run_name for run in runs] == ["trial 0", "trial 1", "trial 2"]
-    for run in runs:
+    for number, run in enumerate(runs):
         assert run.data.tags["wml_ray.state"] == "COMPLETE"
         assert run.info.status == "FINISHED"
-        assert "run.storage_path" in run.data.params
+        assert run.data.params["run.study"] == f"whole/{number}"
         for metric in ("train/loss", "val/accuracy/peer3", "val/accuracy/smallest_peer", "weights/peer0"):
             assert steps(run, metric) == [1, 2, 3]
         for metric in ("test/accuracy/peer0", "test/accuracy/ensemble_average", "peers/latency_ms/peer3"):
@@ -77,61 +103,103 @@ def test_a_study_is_whole_in_mlflow(workplace):
         assert steps(run, "peers/macs/tree") == [0]
         files = {file.path for file in client().list_artifacts(run.info.run_id)}
         assert files == {"config.yaml", "peers.csv", "pictures"}
-    study_run = parent("whole")
-    assert study_run.info.status == "FINISHED"
-    assert study_run.data.params["space.wml.alpha"] == "0.0 to 0.9"
-    assert study_run.data.params["objective.val/accuracy/ensemble_weighted"] == "max"
-    assert study_run.data.params["search.scheduler"] == "asha"
-    best = outcome.study.trials.sort_values("val/accuracy/ensemble_weighted").iloc[-1]
-    taken = load_config(client().download_artifacts(study_run.info.run_id, "config.yaml", str(workplace)))
-    assert taken.wml.alpha == best["wml.alpha"]
-    assert (taken.run.name, taken.run.storage_path) == ("wml", "results")
-    report = {file.path for file in client().list_artifacts(study_run.info.run_id, "report")}
+
+
+def test_mlflow_has_the_settings_the_report_and_the_best_values_of_the_study(finished):
+    run = parent("whole")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["space.wml.alpha"] == "0.0 to 0.9"
+    assert run.data.params["objective.val/accuracy/ensemble_weighted"] == "max"
+    assert run.data.params["search.scheduler"] == "asha"
+    accuracies = finished.results[1].study.trials["val/accuracy/ensemble_weighted"]
+    assert run.data.metrics["best/val/accuracy/ensemble_weighted"] == accuracies.max()
+    report = {file.path for file in client().list_artifacts(run.info.run_id, "report")}
     assert {"report/report.html", "report/history.png", "report/trials.csv"} <= report
 
 
-@pytest.mark.usefixtures("ray_cluster")
-def test_more_trials_add_the_difference_and_fewer_add_none(workplace):
-    tune(small_space(), search_config(study="grows", trials=2))
-    before = {path: path.read_bytes() for path in Path("results/grows/trials").glob("*/trial.json")}
-    assert tune(small_space(), search_config(study="grows", trials=3)).trained_now
-    assert not tune(small_space(), search_config(study="grows", trials=1)).trained_now
-    assert {path: path.read_bytes() for path in before} == before
-    assert [run.data.tags["wml_ray.trial"] for run in children("grows")] == ["0", "1", "2"]
-    assert len({run.data.params["wml.alpha"] for run in children("grows")}) == 3
+def test_the_best_config_is_that_of_the_best_trial_and_names_it(finished):
+    trials = finished.results[1].study.trials
+    best = trials.sort_values("val/accuracy/ensemble_weighted", kind="stable", ascending=False).iloc[0]
+    logged = client().download_artifacts(parent("whole").info.run_id, "config.yaml")
+    for path in ("results/whole/config.yaml", logged):
+        config = load_config(path)
+        assert config.wml.alpha == best["wml.alpha"]
+        assert (config.run.name, config.run.storage_path) == ("wml", "results")
+        assert config.run.study == f"whole/{best['trial']}"
+
+
+def test_more_trials_add_the_difference_and_fewer_add_none(finished):
+    assert [result.trained_now for result in finished.results] == [True, True, False]
+    assert [path.parent.name for path in sorted(finished.files_of_two)] == ["0000", "0001"]
+    assert {path: path.read_bytes() for path in finished.files_of_two} == finished.files_of_two
+    assert [run.data.tags["wml_ray.trial"] for run in children("whole")] == ["0", "1", "2"]
+    assert len({run.data.params["wml.alpha"] for run in children("whole")}) == 3
+    stored = optuna.load_study(study_name="whole", storage="sqlite:///optuna.db").trials
+    assert [trial.params for trial in stored] == [trial.point for trial in TrialStore(Path("results/whole")).trials()]
+
+
+def test_two_processes_cannot_run_one_study(finished):
+    (error,) = finished.errors_of_second_start
+    assert "is in use by" in error
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: small_space("wml.temperature=2"),
+        lambda: small_space(domains={"wml.alpha": ray_tune_api.uniform(0.0, 0.5)}),
+        lambda: small_space(objectives={"val/accuracy/peer0": "max"}),
+    ],
+    ids=["config", "space", "objectives"],
+)
+def test_another_space_or_config_does_not_continue_a_study(finished, other):
+    with pytest.raises(UserError, match="was started with another"):
+        tune(other(), search_config(study="whole", trials=4))
+
+
+def test_settings_that_do_not_change_the_networks_continue_a_study(finished):
+    space = small_space("run.name=moved", "scale.max_failures=1")
+    assert not tune(space, search_config(study="whole", trials=3)).trained_now
+
+
+def test_a_study_of_another_folder_cannot_share_the_storage(finished):
+    search = search_config(study="whole", trials=1, storage="sqlite:///optuna.db")
+    with pytest.raises(UserError, match="contains another study named 'whole'"):
+        tune(small_space("run.storage_path=elsewhere"), search)
+
+
+def test_the_sampler_learns_from_an_earlier_study(finished):
+    search = search_config(study="second", trials=1, scheduler="none", storage="sqlite:///second.db")
+    tune(small_space(), search, warm_start=["whole"])
+    stored = optuna.load_study(study_name="second", storage="sqlite:///second.db").trials
+    earlier = [trial.point for trial in TrialStore(Path("results/whole")).trials()]
+    assert [trial.params for trial in stored[:3]] == earlier
+    assert len(stored) == 4
+
+
+def test_an_earlier_study_that_does_not_exist_is_one_line(finished):
+    with pytest.raises(UserError, match=r"holds no study|is not on"):
+        tune(small_space(), search_config(study="third", trials=1), warm_start=["never"])
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_another_space_or_config_does_not_continue_a_study(workplace):
-    tune(small_space(), search_config(study="same", trials=1))
-    for other in (
-        small_space("wml.temperature=2"),
-        small_space(domains={"wml.alpha": ray_tune_api.uniform(0.0, 0.5)}),
-        small_space(objectives={"val/accuracy/peer0": "max"}),
-    ):
-        with pytest.raises(UserError, match="was begun with another"):
-            tune(other, search_config(study="same", trials=2))
-    tune(small_space("run.name=moved", "scale.max_failures=1"), search_config(study="same", trials=1))
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_trials_that_diverge_or_die_are_failed_everywhere_and_never_best(workplace):
-    """Trial 0 diverges, trial 1 is killed with no restart allowed, the others go on."""
+def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(workplace):
+    """Trial 0 diverges; trial 1 is killed and may not restart."""
     domains = {"optim.learning_rate": ray_tune_api.choice([0.05, 0.1, 1e30])}
     space = small_space("scale.max_failures=0", "optim.schedule=constant", "optim.epochs=20", domains=domains)
     killed = []
 
-    def kill_trial_1(sweep):
-        if len(sweep.trials) > 1 and sweep.trials[1].epochs == 2 and not killed:
-            killed.append(max(trial_processes(sweep, 1)))
+    def kill_trial_1(study):
+        if len(study.trials) > 1 and study.trials[1].epochs == 2 and not killed:
+            killed.append(max(trial_processes(study, 1)))
             os.kill(killed[0], signal.SIGKILL)
 
     start = [{"optim.learning_rate": 1e30}, {"optim.learning_rate": 0.05}]
     search = search_config(
         study="bad", trials=4, scheduler="none", storage="sqlite:///bad.db", sampler="random", concurrent=1
     )
-    outcome = tune(space, search, kill_trial_1, start)
-    trials = outcome.study.trials.set_index("trial")
+    result = tune(space, search, kill_trial_1, start)
+    trials = result.study.trials.set_index("trial")
     assert killed
     assert list(trials["state"][:2]) == ["FAILED", "FAILED"]
     assert "training diverged" in trials["reason"][0]
@@ -144,8 +212,8 @@ def test_trials_that_diverge_or_die_are_failed_everywhere_and_never_best(workpla
     assert taken.optim.learning_rate < 1
 
 
-def trial_processes(sweep, number):
-    """Processes of this machine that work in the folder of a trial."""
+def trial_processes(study, number):
+    """Ids of the processes whose working directory is that of a trial."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -156,14 +224,15 @@ def trial_processes(sweep, number):
     return found
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_trial_goes_on_from_its_checkpoint(workplace):
+def test_a_killed_trial_resumes_from_its_checkpoint(workplace):
     killed = []
 
-    def kill_once(sweep):
-        if sweep.trials[0].epochs == 5 and not killed:
-            killed.append(max(trial_processes(sweep, 0)))
-            killed.append([entry["timestamp_ms"] for entry in sweep.trials[0].history])
+    def kill_once(study):
+        if study.trials[0].epochs == 5 and not killed:
+            killed.append(max(trial_processes(study, 0)))
+            killed.append([entry["timestamp_ms"] for entry in study.trials[0].history])
             os.kill(killed[0], signal.SIGKILL)
 
     tune(small_space("optim.epochs=12"), search_config(study="once", trials=1, scheduler="none"), kill_once)
@@ -174,13 +243,13 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(workplace):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_process_that_dies_between_two_trials_fails_neither(workplace):
-    """Ray Tune keeps it for the next trial, and tells its death twice."""
+def test_an_actor_that_dies_between_two_trials_fails_neither(workplace):
+    """Ray Tune reuses the actor for the next trial and reports its death twice."""
     killed = []
 
-    def kill_once(sweep):
-        if sweep.counts()["COMPLETE"] == 1 and not killed:
-            killed.append(max(trial_processes(sweep, 0)))
+    def kill_once(study):
+        if study.counts()["COMPLETE"] == 1 and not killed:
+            killed.append(max(trial_processes(study, 0)))
             os.kill(killed[0], signal.SIGKILL)
 
     tune(small_space(), search_config(study="between", trials=3, scheduler="none", concurrent=1), kill_once)
@@ -190,30 +259,30 @@ def test_a_process_that_dies_between_two_trials_fails_neither(workplace):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_storage_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    def out_of_storage(settings, worker_environment):
+def test_unavailable_storage_of_a_trial_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
+    def train_without_storage(settings, worker_environment):
         def run_worker(*_):
-            raise StorageUnavailable("the storage does not answer")
+            raise StorageUnavailable("the storage does not respond")
 
-        run_worker = run_worker
-        train_trial(settings, worker_environment)
+        trial_module.run_worker = run_worker
+        trial_module.train_trial(settings, worker_environment)
 
-    monkeypatch.setattr("wml_ray.cluster.tune.train_trial", out_of_storage)
-    with pytest.raises(UserError, match=r"^the storage does not answer$"):
+    monkeypatch.setattr("wml_ray.cluster.tune.train_trial", train_without_storage)
+    with pytest.raises(UserError, match=r"^the storage does not respond$"):
         tune(small_space(), search_config(study="away", trials=2, scheduler="none"))
     assert {trial.state for trial in TrialStore(Path("results/away")).trials()} == {"RUNNING"}
     assert {run.info.status for run in [parent("away"), *children("away")]} <= {"FAILED", "KILLED"}
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_scheduler_stops_bad_trials_whose_checkpoints_go(workplace):
+def test_the_scheduler_stops_bad_trials_and_their_checkpoints_are_deleted(workplace):
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 0.1, 0.1, 1e-6)]
     search = search_config(study="stops", trials=4, scheduler="median", grace_epochs=2, storage="sqlite:///stops.db")
-    outcome = tune(
+    result = tune(
         small_space("optim.epochs=6", domains=domains), search.model_copy(update={"concurrent": 1}), None, start
     )
-    trials = outcome.study.trials
+    trials = result.study.trials
     assert list(trials["state"]) == ["COMPLETE"] * 3 + ["STOPPED"]
     assert trials["epochs"][3] < 6
     assert children("stops")[3].data.tags["wml_ray.reason"] == f"stopped early after epoch {trials['epochs'][3]}"
@@ -224,38 +293,28 @@ def test_the_scheduler_stops_bad_trials_whose_checkpoints_go(workplace):
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_earlier_study_is_learnt_from(workplace):
-    tune(small_space(), search_config(study="first", trials=2, scheduler="none"))
-    search = search_config(study="second", trials=1, storage="sqlite:///second.db")
-    tune(small_space(), search, warm_start=["first"])
-    stored = optuna.load_study(study_name="second", storage="sqlite:///second.db").trials
-    first = [trial.point for trial in TrialStore(Path("results/first")).trials()]
-    assert [trial.params for trial in stored[:2]] == first
-    assert len(stored) == 3
-    with pytest.raises(UserError, match=r"holds no study|is not on"):
-        tune(small_space(), search_config(study="third", trials=1), warm_start=["never"])
-
-
-@pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nsga2", "random"))]
+)
 def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampler):
     objectives = {"val/accuracy/smallest_peer": "max", "peers/macs/tree": "min", "peers/latency_ms/peer0": "min"}
     domains = {"pruning.ratios.3": ray_tune_api.uniform(0.0, 0.3), **ALPHA}
-    outcome = tune(
+    result = tune(
         small_space(domains=domains, objectives=objectives), search_config(study="many", trials=3, sampler=sampler)
     )
-    complete = outcome.study.trials[outcome.study.trials["state"] == "COMPLETE"]
+    complete = result.study.trials[result.study.trials["state"] == "COMPLETE"]
     assert complete[list(objectives)].notna().all(axis=None)
+    capsys.readouterr()  # the progress of the study
     assert main(["report", "many", "--csv"]) == 0
-    lines = capsys.readouterr().out
-    (workplace / "out.csv").write_text(lines)
+    (workplace / "out.csv").write_text(capsys.readouterr().out)
     table = pd.read_csv("out.csv")
     assert list(table["trial"]) == [0, 1, 2]
-    assert table["wml.alpha"].tolist() == pytest.approx(outcome.study.trials["wml.alpha"].tolist())
+    assert table["wml.alpha"].tolist() == pytest.approx(result.study.trials["wml.alpha"].tolist())
 
 
-def test_a_driver_killed_at_any_moment_is_continued_by_the_same_command(workplace):
-    """Killed twice: once while the first trials train, once after some are finished."""
+@pytest.mark.core
+def test_the_same_command_continues_a_study_whose_driver_was_killed(workplace):
+    """Killed twice: while the first trials train, and after some are finished."""
     config = tiny_config("optim.epochs=25", "scale.cpus_per_worker=1")
     write_study(workplace, config)
     folder = Path("results/wml-alpha/trials")
@@ -294,49 +353,9 @@ def start_tune():
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_scheduler_remembers_what_earlier_trials_reached(workplace):
-    space, search = small_space("optim.epochs=9"), search_config(study="asha", trials=9, grace_epochs=1)
-    ledger = TrialStore(workplace / "asha")
-    for number, last in enumerate([9, 3, 1, 9]):
-        history = [
-            {"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: number / 10}} for e in range(1, last + 1)
-        ]
-        ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
-    scheduler = make_scheduler(search, space, set())
-    replay(scheduler, Study(space, search, workplace / "asha", "token"))
-    rungs = {milestone: len(recorded) for milestone, recorded in scheduler._brackets[0]._rungs}
-    assert rungs == {1: 4, 3: 3, 9: 2}
-
-
-def test_an_interrupted_study_closes_the_runs_of_its_trials_though_some_have_none_yet(workplace):
-    sweep = Study(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
-    sweep.publish_to(open_run("halted", "halted", "token", {}, {}))
-    _, started = (sweep.begin({"wml.alpha": alpha}, {}) for alpha in (0.1, 0.2))
-    sweep.started(started)
-    assert sweep.running() == [started]
-    sweep.interrupted()
-    assert sweep.close(2.0) == 0
-    (run,) = children("halted")
-    assert (run.data.tags["wml_ray.trial"], run.info.status) == (str(started.number), "KILLED")
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("- wml.alpha: 0.95", "outside the space"),
-        ("- wml.alpa: 0.5", "is not searched"),
-        ("wml.alpha: 1", "must be a YAML list"),
-    ],
-)
-def test_a_start_point_outside_the_space_is_refused(workplace, text, says):
-    (workplace / "start.yaml").write_text(text)
-    with pytest.raises(UserError, match=says):
-        load_start_points(Path("start.yaml"), small_space())
-
-
-def test_two_commands_do_not_run_one_study(workplace, ray_cluster):
-    def again(sweep):
-        with pytest.raises(UserError, match="in use by another process"):
+def test_a_second_command_is_refused_while_a_study_runs(workplace, ray_cluster):
+    def again(study):
+        with pytest.raises(UserError, match="in use by process"):
             tune(small_space(), search_config(study="two", trials=1))
 
     tune(small_space(), search_config(study="two", trials=1), again)
@@ -347,22 +366,26 @@ def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
         load_study("nothing")
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("job", sorted((TESTS.parent / "jobs").glob("0*.py")), ids=lambda path: path.stem)
-def test_every_numbered_job_runs(workplace, capsys, job):
-    outcome = runpy.run_path(str(job))["main"](["optim.epochs=1"], trials=2)
-    assert list(outcome.study.trials["state"]) == ["COMPLETE", "COMPLETE"]
-    assert capsys.readouterr().out
+def test_every_numbered_job_runs_as_many_trials_as_asked(workplace, capsys, monkeypatch, job):
+    monkeypatch.setattr(sys, "argv", [str(job), "--trials", "2", "optim.epochs=1"])
+    runpy.run_path(str(job), run_name="__main__")
+    studies = [path.parent for path in Path("results").glob("*/study.json")]
+    assert studies
+    for study in studies:
+        assert [trial.state for trial in TrialStore(study).trials()] == ["COMPLETE", "COMPLETE"]
+    assert "2 of 2 trials done" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_study_in_postgresql_outlives_the_restart_of_its_database(workplace):
-    """What others see there is what the ledger has, although the server died in the middle."""
+def test_a_study_in_postgresql_equals_its_trial_files_after_a_restart_of_the_database(workplace):
     with postgres() as database:
         restarted = []
 
-        def restart(sweep):
-            if sweep.trials[0].epochs == 2 and not restarted:
+        def restart(study):
+            if study.trials[0].epochs == 2 and not restarted:
                 database.kill()
                 database.start()
                 restarted.append(True)
@@ -372,30 +395,31 @@ def test_a_study_in_postgresql_outlives_the_restart_of_its_database(workplace):
         assert restarted
         stored = optuna.load_study(study_name="shared", storage=database.url)
         assert [trial.state.name for trial in stored.trials] == ["COMPLETE"] * 3
-        ledger = TrialStore(Path("results/shared")).trials()
-        assert [trial.params for trial in stored.trials] == [trial.point for trial in ledger]
-        accuracies = [trial.results()["val/accuracy/ensemble_weighted"] for trial in ledger]
+        store = TrialStore(Path("results/shared")).trials()
+        assert [trial.params for trial in stored.trials] == [trial.point for trial in store]
+        accuracies = [trial.results()["val/accuracy/ensemble_weighted"] for trial in store]
         assert [trial.value for trial in stored.trials] == accuracies
         secret = database.password
-    said = [
+    texts = [
         path.read_text(errors="replace") for path in workplace.rglob("*") if path.is_file() and path.suffix != ".png"
     ]
-    assert not [text for text in said if secret in text], "the database's password was written down"
+    assert not [text for text in texts if secret in text], "a file contains the password of the database"
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_database_that_stays_away_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    monkeypatch.setattr("wml_ray.cluster.tune.STORAGE_TIMEOUT_S", 1.0)
-    space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})  # Optuna hears of a trial at its end
+def test_an_unreachable_database_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
+    monkeypatch.setattr("wml_ray.search.optuna_study.STORAGE_TIMEOUT_S", 1.0)
+    # with two objectives Optuna is called only at the end of a trial
+    space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})
     with postgres() as database:
         search = search_config(study="gone", trials=2, storage=database.url, scheduler="none", concurrent=1)
 
-        def kill(sweep):
-            if sweep.trials[0].epochs == 2 and (database.data / "postmaster.pid").exists():
+        def kill(study):
+            if study.trials[0].epochs == 2 and (database.data / "postmaster.pid").exists():
                 database.kill()
                 (database.data / "postmaster.pid").unlink()
 
-        with pytest.raises(UserError, match=r"storage .* does not answer .* run the same command again"):
+        with pytest.raises(UserError, match=r"storage .* does not respond .* run the same command again"):
             tune(space, search, kill)
         (finished,) = TrialStore(Path("results/gone")).trials()
         assert finished.state == "COMPLETE"
@@ -407,69 +431,41 @@ def test_a_database_that_stays_away_ends_the_study_and_fails_no_trial(workplace,
     assert [run.info.status for run in children("gone")] == ["FINISHED"] * 2
 
 
-def test_a_storage_that_does_not_open_is_one_line_without_its_password(workplace):
-    address = f"postgresql+psycopg://someone:secret@127.0.0.1:{free_port()}/nothing"
-    with pytest.raises(UserError, match=r"storage 'postgresql\+psycopg://127.0.0.1:") as raised:
-        open_storage(address, "study", None)
-    assert "secret" not in str(raised.value)
-    assert "\n" not in str(raised.value)
-
-
-def test_trials_of_two_workers_on_a_cluster_for_one_of_them_never_wait_for_ever(workplace, ray_cluster):
-    """Six trials, those with a poor learning rate stopped early; each has both cores, so each had to be given back."""
+def test_stopped_trials_of_two_workers_free_their_slots(workplace, ray_cluster):
+    """Six trials on two cores, each with both; every second one is stopped early."""
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6, 0.1, 1e-6, 0.1, 1e-6)]
     space = small_space("scale.workers=2", "optim.epochs=4", domains=domains)
     running = []
 
-    def count(sweep):
-        running.append(sweep.counts()["RUNNING"])
+    def count(study):
+        running.append(study.counts()["RUNNING"])
 
-    outcome = tune(space, search_config(study="pairs", trials=6, reduction_factor=2), count, start)
+    result = tune(space, search_config(study="pairs", trials=6, reduction_factor=2), count, start)
     assert max(running) == 1
-    assert list(outcome.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
+    assert list(result.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
     for run in children("pairs")[::2]:
         assert steps(run, "train/loss") == [1, 2, 3, 4]
 
 
-def test_a_killed_trial_of_two_workers_gives_their_places_to_its_next_start(workplace, ray_cluster):
+def test_a_killed_trial_of_two_workers_frees_their_slots_for_its_restart(workplace, ray_cluster):
     killed = []
 
-    def kill_once(sweep):
-        if sweep.trials[0].epochs == 2 and not killed:
-            killed.append(max(trial_processes(sweep, 0)))
+    def kill_once(study):
+        if study.trials[0].epochs == 2 and not killed:
+            killed.append(max(trial_processes(study, 0)))
             os.kill(killed[0], signal.SIGKILL)
 
     space = small_space("scale.workers=2", "optim.epochs=4")
-    outcome = tune(space, search_config(study="pair", trials=1, scheduler="none"), kill_once)
+    result = tune(space, search_config(study="pair", trials=1, scheduler="none"), kill_once)
     assert killed
-    assert list(outcome.study.trials["state"]) == ["COMPLETE"]
+    assert list(result.study.trials["state"]) == ["COMPLETE"]
     assert steps(children("pair")[0], "train/loss") == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("scheduler", ["asha", "median"])
-def test_a_continued_scheduler_stops_bad_trials_but_none_for_its_past(workplace, scheduler):
-    """Trials of an earlier start set the mark; one that was interrupted behind them reports its past unharmed."""
-    space = small_space("optim.epochs=9")
-    search = search_config(study="again", trials=9, scheduler=scheduler)
-    ledger = TrialStore(workplace / "again")
-    for number in range(4):
-        history = [{"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: 0.9}} for e in range(1, 10)]
-        ledger.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
-    stopped = set()
-    continued = make_scheduler(search, space, stopped)
-    replay(continued, Study(space, search, workplace / "again", "token"))
-    interrupted, new = EarlierTrial("interrupted"), EarlierTrial("new")
-    for trial, past in ((interrupted, True), (new, False)):
-        continued.on_trial_add(None, trial)
-        results = [{"epoch": e, "past": past, search.stop_metric: 0.1} for e in (1, 2, 3)]
-        assert any(continued.on_trial_result(None, trial, result) == "STOP" for result in results) == (trial == new)
-    assert stopped == {"new"}
-
-
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_best_epoch_counts_where_the_config_says_so(workplace):
-    """Also beside trials that were stopped early, which have no tested epoch."""
+def test_with_test_epoch_best_the_report_has_the_metrics_of_the_best_epoch(workplace):
+    """Also with trials that were stopped early, which have no tested epoch."""
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6)]
     space = small_space("run.test_epoch=best", "optim.epochs=4", domains=domains)
@@ -479,13 +475,3 @@ def test_the_best_epoch_counts_where_the_config_says_so(workplace):
     history = TrialStore(Path("results/best")).trials()[0].history
     scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in history]
     assert trials["val/accuracy/ensemble_weighted"][0] == max(scores)
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_storage_that_holds_the_study_of_others_is_refused(workplace):
-    tune(small_space(), search_config(study="mine", trials=1, storage="sqlite:///shared.db"))
-    with pytest.raises(UserError, match="holds another study named 'mine'"):
-        tune(
-            small_space("run.storage_path=elsewhere"),
-            search_config(study="mine", trials=1, storage="sqlite:///shared.db"),
-        )

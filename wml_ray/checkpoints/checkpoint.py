@@ -1,149 +1,154 @@
-"""Checkpoints: safetensors and JSON in a folder an epoch, written beside and renamed, checked by digest, no pickle."""
+"""One checkpoint: safetensors and JSON in a folder per epoch, renamed into place, checked by digest, no pickle."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 import tempfile
-import warnings
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wml_ray.errors import UserError
-from wml_ray.storage.files import flush, local_files
-from wml_ray.storage.lease import Lease
-from wml_ray.storage.paths import is_remote
-from wml_ray.storage.retry import retry_for
+from wml_ray.errors import UserError, one_line, root_cause
+from wml_ray.storage.files import local_files
+from wml_ray.storage.local import NotRegularFile, check_regular, flush
+from wml_ray.storage.retry import StorageUnavailable, retry_storage, storage_unavailable
 
 SELECTION_METRIC = "val/accuracy/method"  # the prediction that the method selects by
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
-FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # the digests last: with them it is whole
+FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # in the order of upload: the digests last
+UNREADABLE = (  # errors of reading damaged files; any other is one of the file system
+    *(FileNotFoundError, NotADirectoryError, NotRegularFile, SafetensorError),
+    *(ValueError, LookupError, TypeError, RecursionError),
+)
 _FOLDER = re.compile(r"epoch-(\d{4,})")
 
 
-class DamagedCheckpoint(RuntimeError):
-    """A checkpoint whose files are missing, cut short or changed."""
+class DamagedCheckpoint(UserError):
+    """A checkpoint with missing, changed or unreadable files, or one of another run."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One epoch's end. `plan` is JSON: config, sharing, channel plan, epoch, metrics and the history up to here."""
+    """The state of a run after `epoch` epochs.
+
+    `metadata` is JSON: run id, config, sharing, channel widths, epoch, metrics and the history up to here.
+    """
 
     epoch: int
     model: dict[str, Tensor]
     state: dict[str, Tensor]
-    plan: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and the best by `SELECTION_METRIC`."""
-
-    def __init__(self, folder: Path, keep: int, lease: Lease | None = None) -> None:
-        """`lease` is what allows to write there."""
-        self.folder, self.keep, self.lease = folder, keep, lease
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Write beside, then rename: a reader sees the whole checkpoint or none, whatever kills the writer.
-
-        Raises:
-            LeaseLost: another process has taken the run over.
-        """
-        if self.lease:
-            self.lease.check()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".*.writing"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        target = self.path(checkpoint.epoch)
-        beside = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{target.name}-", suffix=".writing"))
-        save_file(_plain(checkpoint.model), beside / "model.safetensors")
-        save_file(_plain(checkpoint.state), beside / "trainer.safetensors")
-        (beside / "plan.json").write_text(json.dumps(checkpoint.plan, indent=1))
-        (beside / DIGESTS).write_text("".join(f"{_digest(beside / name)}  {name}\n" for name in FILES[:-1]))
-        for path in [*beside.iterdir(), beside]:
-            flush(path)
-        for epoch in self.epochs():
-            if epoch >= checkpoint.epoch:  # damaged, or the run would not have gone back behind it
-                shutil.rmtree(self.path(epoch))
-        beside.rename(target)
-        flush(self.folder)
-        for epoch in self.outdated(best_epoch(checkpoint.plan["history"])):
-            shutil.rmtree(self.path(epoch), ignore_errors=True)
-
-    def wait_for_uploads(self) -> None:
-        """Return when all that was saved is where every process finds it."""
-
-    def close(self) -> None:
-        """Save no more."""
-
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; a damaged one is passed over with a warning."""
-        for epoch in reversed(self.epochs()):
-            try:
-                return self.load(epoch)
-            except DamagedCheckpoint as error:
-                warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
-        return None
-
-    def load(self, epoch: int) -> Checkpoint:
-        """Raises:
-        Damaged: the checkpoint's files do not match their digests.
-        """
-        try:
-            with local_files(self.path(epoch), FILES) as folder:
-                return _read(folder, epoch)
-        except UserError:
-            raise
-        except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"checkpoint {self.path(epoch)} is damaged ({error})") from error
-
-    def epochs(self) -> list[int]:
-        """Epochs that have a checkpoint, in order."""
-        if is_remote(self.folder):  # one without digests was not uploaded to the end
-            return _numbers(
-                path.parent for path in retry_for(lambda: list(self.folder.glob(f"*/{DIGESTS}")), self.folder)
-            )
-        return _numbers(self.folder.iterdir()) if self.folder.is_dir() else []
-
-    def path(self, epoch: int) -> Path:
-        """The folder of an epoch's checkpoint."""
-        return self.folder / f"epoch-{epoch:04d}"
-
-    def outdated(self, best: int | None) -> list[int]:
-        """Epochs whose checkpoints nobody needs."""
-        return [epoch for epoch in self.epochs()[: -self.keep] if epoch != best]
-
-
-def best_epoch(history: list[dict[str, Any]]) -> int | None:
-    """The epoch of the highest `SELECTION_METRIC`, the latest of equals."""
-    scored = [(entry["metrics"][SELECTION_METRIC], entry["epoch"]) for entry in history]
+def best_epoch(history: list[dict[str, Any]], selects: str = SELECTION_METRIC) -> int | None:
+    """The epoch with the highest value of the metric `selects`, the latest of equals; None without a history."""
+    scored = [(entry["metrics"][selects], entry["epoch"]) for entry in history]
     return max(scored)[1] if scored else None
 
 
-def _read(folder: Path, epoch: int) -> Checkpoint:
+def epoch_folder(folder: Path, epoch: int) -> Path:
+    """The folder of one checkpoint among a run's checkpoints in `folder`."""
+    return folder / f"epoch-{epoch:04d}"
+
+
+def epochs_of(folders: Iterable[Path]) -> list[int]:
+    """The epochs of those folders that are named as checkpoints, in order."""
+    matches = (_FOLDER.fullmatch(path.name) for path in folders)
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def outdated_epochs(epochs: list[int], keep: int, best: int | None) -> list[int]:
+    """Epochs that are neither among the newest `keep` nor the best."""
+    return [epoch for epoch in epochs[:-keep] if epoch != best]
+
+
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int) -> None:
+    """Write a checkpoint into a run's local `folder` and remove those that are outdated.
+
+    The checkpoint is renamed into place, so a reader finds all of it or nothing. Checkpoints of the same and of later
+    epochs, which a resumed run has found damaged, are moved to `damaged/`.
+
+    Raises:
+        OSError: the folder cannot be written, or is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.writing"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    target = epoch_folder(folder, checkpoint.epoch)
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{target.name}-", suffix=".writing"))
+    _save_tensors(checkpoint.model, temporary / "model.safetensors")
+    _save_tensors(checkpoint.state, temporary / "trainer.safetensors")
+    (temporary / "plan.json").write_text(json.dumps(checkpoint.metadata, indent=1))
+    (temporary / DIGESTS).write_text("".join(f"{_digest(temporary / name)}  {name}\n" for name in FILES[:-1]))
+    for path in [*temporary.iterdir(), temporary]:
+        flush(path)
+    for epoch in epochs_of(folder.iterdir()):
+        if epoch >= checkpoint.epoch:
+            (folder / "damaged").mkdir(exist_ok=True)
+            epoch_folder(folder, epoch).rename(damaged_folder(folder, epoch))
+    temporary.rename(target)
+    flush(folder)
+    for epoch in outdated_epochs(epochs_of(folder.iterdir()), keep, best_epoch(checkpoint.metadata["history"])):
+        shutil.rmtree(epoch_folder(folder, epoch), ignore_errors=True)
+
+
+def damaged_folder(folder: Path, epoch: int) -> Path:
+    """A new name for the folder of a damaged checkpoint."""
+    return folder / "damaged" / f"{epoch_folder(folder, epoch).name}-{uuid.uuid4().hex[:8]}"
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint from its folder and check its digests.
+
+    Raises:
+        DamagedCheckpoint: it has missing, changed or unreadable files.
+        StorageUnavailable: the storage failed for ten minutes, or refuses access.
+    """
+    try:
+        with local_files(folder, FILES) as local:
+            return retry_storage(lambda: _read(local), local)
+    except StorageUnavailable:
+        raise
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged ({one_line(error)})") from error
+    except OSError as error:
+        raise storage_unavailable(f"{folder} cannot be read ({root_cause(error)})") from error
+
+
+def _read(folder: Path) -> Checkpoint:
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise NotRegularFile(f"{folder} is no folder")
+    for name in FILES:
+        check_regular(folder / name)
     lines = (folder / DIGESTS).read_text().splitlines()
     digests = {name: digest for digest, name in (line.split("  ") for line in lines)}
     for name in FILES[:-1]:
         if digests.get(name) != _digest(folder / name):
             raise ValueError(f"{name} does not match its digest")
-    plan = json.loads((folder / "plan.json").read_text())
+    metadata = json.loads((folder / "plan.json").read_text())
     model, state = load_file(folder / "model.safetensors"), load_file(folder / "trainer.safetensors")
-    return Checkpoint(epoch, model, state, plan)
+    return Checkpoint(metadata["epoch"], model, state, metadata)
 
 
-def _numbers(folders: Iterable[Path]) -> list[int]:
-    found = (_FOLDER.fullmatch(path.name) for path in folders)
-    return sorted(int(match.group(1)) for match in found if match)
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    try:
+        save_file({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # of an operating system's error too, such as a full disk
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number.group(1)) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _digest(path: Path) -> str:

@@ -1,22 +1,123 @@
-"""A tree or a peer rebuilt from a checkpoint."""
+"""Trees and peers rebuilt from checkpoints."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
+from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint, read_checkpoint
+from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config
 from wml_ray.data.splits import seed_for
+from wml_ray.errors import UserError, one_line
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.widths import apply_channel_widths
+from wml_ray.storage.paths import to_path
+
+
+def load_tree(folder: str | Path) -> PeerTree:
+    """The tree of a checkpoint, in evaluation mode on the CPU.
+
+    `folder` is the folder of one checkpoint, such as `results/wml/RUN/checkpoints/epoch-0030`, or its address in remote
+    storage. Parameters and buffers equal those of the checkpoint bit for bit. Inputs (B, channels, height, width),
+    normalised as `plan.json` says, give logits (M, B, classes).
+
+    Raises:
+        DamagedCheckpoint: a file is missing, a digest does not match, or the tensors do not fit the network.
+        StorageUnavailable: the storage failed for ten minutes.
+        UserError: the backbone cannot be imported.
+    """
+    return rebuild_tree(read_checkpoint(to_path(folder)), folder).eval()
+
+
+def load_peer(folder: str | Path, index: int) -> nn.Module:
+    """The network of one peer of a checkpoint, otherwise as `load_tree`; inputs give logits (B, classes).
+
+    Raises:
+        UserError: as `load_tree`, or there is no such peer.
+    """
+    tree = load_tree(folder)
+    if not 0 <= index < tree.num_peers:
+        raise UserError(f"{folder} has no peer {index}; give a number from 0 to {tree.num_peers - 1}")
+    return tree.peer(index)
 
 
 def build_tree(config: Config, spec: ImageSpec) -> PeerTree:
     """The unpruned tree of a config; its initial tensors follow from the seed.
 
     Raises:
-        UserError: an unknown backbone, or sharing that does not fit its stages.
+        UserError: the backbone is unknown, or the sharing does not fit its stages.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "initialisation"))
         return PeerTree(lambda: build_stages(config.model.backbone, spec), config.model.sharing)
+
+
+def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
+    """The tree of a checkpoint, in training mode; `name` is shown in errors.
+
+    Raises:
+        DamagedCheckpoint: the metadata cannot be parsed, or the tensors do not fit the network that it describes.
+        UserError: the backbone cannot be imported.
+    """
+    config, spec = _described(checkpoint, name)
+    tree = build_tree(config, spec)
+    try:
+        apply_channel_widths(tree, checkpoint.metadata["channels"])
+    except (*UNREADABLE, RuntimeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
+    if difference := _difference(checkpoint.model, tree.state_dict()):
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (model.safetensors: {difference})")
+    tree.load_state_dict(checkpoint.model)
+    return tree
+
+
+def check_checkpoint(
+    checkpoint: Checkpoint, config: Config, initial_state: Callable[[PeerTree, ImageSpec], Mapping[str, Tensor]]
+) -> None:
+    """Check that the run of `config` can be resumed from a checkpoint.
+
+    `initial_state` gives those tensors that the trainer's state of a tree always has, in their shapes.
+
+    Raises:
+        DamagedCheckpoint: it is of another run, or its tensors do not fit the network or the trainer.
+    """
+    name = f"of epoch {checkpoint.epoch}"
+    run_ids = {str(checkpoint.metadata.get("run_id")), _described(checkpoint, name)[0].run_id}
+    if run_ids != {config.run_id}:
+        raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
+    tree = rebuild_tree(checkpoint, name)
+    initial = initial_state(tree, _described(checkpoint, name)[1])
+    own = {key.removeprefix("method/"): tensor for key, tensor in initial.items() if key.startswith("method/")}
+    parameters = {**own, **dict(tree.named_parameters())}
+    shapes = {key: tensor.shape for key, tensor in checkpoint.state.items()}
+    misfits = [key for key, tensor in initial.items() if shapes.get(key) != tensor.shape]
+    for key, shape in shapes.items():
+        kind, _, rest = key.partition("/")
+        parameter = parameters.get(rest.partition("/")[2])
+        if kind == "optimizer" and (parameter is None or shape not in (parameter.shape, ())):
+            misfits.append(key)
+    if misfits:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (trainer.safetensors: {misfits[0]} does not fit)")
+
+
+def _described(checkpoint: Checkpoint, name: str | Path) -> tuple[Config, ImageSpec]:
+    try:
+        return parse_config(checkpoint.metadata["config"]), ImageSpec(**checkpoint.metadata["image_spec"])
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
+
+
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first name, shape or dtype that differs; empty if none does."""
+    for name in sorted(found.keys() ^ expected.keys()):
+        return f"{name} is {'missing' if name in expected else 'unknown'}"
+    for name, tensor in expected.items():
+        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            return f"{name} is {tuple(found[name].shape)} {found[name].dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
+    return ""

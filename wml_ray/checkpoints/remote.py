@@ -1,97 +1,121 @@
-"""Checkpoints in remote storage: saved on this machine, and uploaded from there while the training goes on."""
+"""Checkpoints for remote storage: written to the local disk and uploaded from there while the training continues."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-import warnings
+import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from wml_ray.checkpoints.checkpoint import DIGESTS, FILES, Checkpoint, Checkpoints, best_epoch
-from wml_ray.storage.files import put_files, remove_tree, staging_folder
+from wml_ray.checkpoints.checkpoint import (
+    DIGESTS,
+    FILES,
+    Checkpoint,
+    best_epoch,
+    damaged_folder,
+    epoch_folder,
+    epochs_of,
+    outdated_epochs,
+    write_checkpoint,
+)
+from wml_ray.storage.files import remove_tree
 from wml_ray.storage.lease import Lease, LeaseLost
-from wml_ray.storage.paths import is_remote
-from wml_ray.storage.retry import STORAGE_TIMEOUT_S, RetryQueue, storage_unavailable
+from wml_ray.storage.retry import RetryQueue
 
-INTERRUPTED_UPLOAD_S = 5.0  # how long an interrupted training waits for its uploads
-UPLOAD_FAILED = "the storage takes no checkpoint ({}); training goes on, checkpoints wait on this machine"
+UPLOAD_FAILED = "no checkpoint can be uploaded ({}); training continues, checkpoints wait on this machine"
 
 
-def open_checkpoints(folder: Path, keep: int, lease: Lease | None = None) -> Checkpoints:
-    """The checkpoints of one run, wherever its folder is."""
-    return (UploadedCheckpoints if is_remote(folder) else Checkpoints)(folder, keep, lease)
+class Uploader:
+    """Uploads a run's checkpoints in a thread. Only those waiting that would be kept in the storage are uploaded."""
 
+    def __init__(self, folder: Path, keep: int, lease: Lease | None) -> None:
+        """Only a process that holds `lease` may write into the remote `folder`."""
+        self._folder, self._keep, self._lease = folder, keep, lease
+        self._local = _staging_folder(folder)
+        self._queue = RetryQueue(UPLOAD_FAILED)
+        self._uploaded: int | None = None  # the last epoch
+        self._lost: LeaseLost | None = None
 
-class UploadedCheckpoints(Checkpoints):
-    """What waits for the storage is what would be kept there: the newest, and the best. The rest is never uploaded."""
+    def put(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint to the local disk and queue its upload.
 
-    _uploads: RetryQueue | None = None
-    _here: Checkpoints
-    _replaced: LeaseLost | None = None
+        Raises:
+            LeaseLost: another process has taken the run over.
+            OSError: the local disk cannot be written, or is full.
+        """
+        if self._lost:
+            raise self._lost
+        write_checkpoint(checkpoint, self._local, self._keep)
+        best = best_epoch(checkpoint.metadata["history"])
+        self._queue.put(partial(self._upload_if_kept, checkpoint.epoch, best))
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Returns when it is on this machine's disk; a thread uploads it.
+    def finish(self, timeout_s: float) -> int:
+        """Wait until the uploads are done, or none succeeded for `timeout_s`; returns the uploads left.
 
         Raises:
             LeaseLost: another process has taken the run over.
         """
-        if self._replaced:
-            raise self._replaced
-        if self._uploads is None:
-            self._here = Checkpoints(staging_folder(self.folder), self.keep)
-            self._uploads = RetryQueue(UPLOAD_FAILED)
-        self._here.save(checkpoint)
-        best = best_epoch(checkpoint.plan["history"])
-        self._uploads.put(partial(self._upload, checkpoint.epoch, best))
-
-    def wait_for_uploads(self) -> None:
-        """Raises:
-        LeaseLost: another process has taken the run over.
-        StorageUnavailable: the storage took nothing for ten minutes.
-        """
-        left = self._finish(STORAGE_TIMEOUT_S)
-        if self._replaced:
-            raise self._replaced
-        if left:
-            raise storage_unavailable(self.folder, "the last checkpoints are not there")
-
-    def close(self) -> None:
-        """Give up what is not uploaded in a few seconds."""
-        if self._finish(INTERRUPTED_UPLOAD_S):
-            warnings.warn(f"{self.folder}: the newest checkpoint was not uploaded", stacklevel=2)
-
-    def _finish(self, timeout_s: float) -> int:
-        """How many saved checkpoints the storage has not taken."""
-        if self._uploads is None:
-            return 0
-        left = self._uploads.close(timeout_s)
-        self._uploads = None
-        shutil.rmtree(self._here.folder, ignore_errors=True)
+        left = self._queue.close(timeout_s)
+        shutil.rmtree(self._local, ignore_errors=True)
+        if self._lost:
+            raise self._lost
         return left
 
-    def _upload(self, epoch: int, best: int | None) -> None:
-        if self._replaced or not self._here.path(epoch).exists():  # newer ones have made it superfluous
+    def _upload_if_kept(self, epoch: int, best: int | None) -> None:
+        if self._lost or not epoch_folder(self._local, epoch).exists():  # outdated by newer ones
             return
         try:
-            if self.lease:
-                self.lease.check()
-            self._replace(epoch, best)
+            if self._lease:
+                self._lease.check()
+            self._upload(epoch, best)
         except LeaseLost as error:
-            self._replaced = error
+            self._lost = error
         except FileNotFoundError:
-            if self._here.path(epoch).exists():
+            if epoch_folder(self._local, epoch).exists():
                 raise
 
-    def _replace(self, epoch: int, best: int | None) -> None:
-        begun = [int(path.name.removeprefix("epoch-")) for path in self.folder.glob("epoch-*")]
-        for later in begun:
-            if later >= epoch:  # cut off or damaged, or the run would not have gone back behind it
+    def _upload(self, epoch: int, best: int | None) -> None:
+        whole = set(uploaded_epochs(self._folder))
+        begun = epochs_of(self._folder.glob("epoch-*"))
+        if self._uploaded != epoch:  # else only the removal below is retried
+            for later in (other for other in begun if other >= epoch):
+                if later in whole:  # a resumed run has found it damaged
+                    _copy(epoch_folder(self._folder, later), damaged_folder(self._folder, later))
                 self._remove(later)
-        put_files(self._here.path(epoch), FILES, self.path(epoch))
-        cut_off = {earlier for earlier in begun if earlier < epoch} - set(self.epochs())
-        for earlier in cut_off.union(self.outdated(best)):
+            for name in FILES:
+                target: Any = epoch_folder(self._folder, epoch) / name
+                target.fs.put_file(str(epoch_folder(self._local, epoch) / name), target.path)
+            self._uploaded = epoch
+        cut_off = {earlier for earlier in begun if earlier < epoch} - whole
+        for earlier in cut_off.union(outdated_epochs(uploaded_epochs(self._folder), self._keep, best)):
             self._remove(earlier)
 
     def _remove(self, epoch: int) -> None:
-        (self.path(epoch) / DIGESTS).unlink(missing_ok=True)  # first: what is half removed is no checkpoint
-        remove_tree(self.path(epoch))
+        folder = epoch_folder(self._folder, epoch)
+        (folder / DIGESTS).unlink(missing_ok=True)  # first: without digests the rest is no checkpoint
+        remove_tree(folder)
+
+
+def uploaded_epochs(folder: Path) -> list[int]:
+    """Epochs whose checkpoint was uploaded completely, which the digests show."""
+    return epochs_of(path.parent for path in folder.glob(f"*/{DIGESTS}"))
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in FILES:
+        file: Any = source / name
+        copy: Any = target / name
+        if file.exists():
+            file.fs.copy(file.path, copy.path)
+
+
+def _staging_folder(folder: Path) -> Path:
+    """An empty local folder for the uploads to `folder`; files that a killed process left there are removed."""
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    staging = Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(mode=0o700)
+    return staging

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from wml_ray.cli.output import USER_ERROR
+from wml_ray.cli.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
     from wml_ray.config.schema import Config
@@ -20,13 +21,19 @@ SEARCH_OPTIONS = (
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """`key=value` may stand anywhere behind the config, also behind options."""
+    """Parse the command line. `key=value` may stand anywhere after the config, also after options.
+
+    `command` is the first word, `verb` the run or study it is about (`wml-ray submit tune`: submit and tune), `words`
+    the whole line.
+    """
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(words)
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
+    options.words = words
     return options
 
 
@@ -41,49 +48,65 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a whole family of differently sized networks in one run (Weighted Mutual Learning).",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for name, text in (
-        ("plan", "show what a run would be: peers, params, MACs, memory, resources, run id; trains nothing"),
-        ("train", "train, or resume the same run if it was interrupted"),
-    ):
-        one = verbs.add_parser(name, help=text, description=text)
-        _add_config(one)
-        one.set_defaults(verb=name)
-    _add_dry_run(one)
+    text = "show the peers, params, MACs, memory, resources and id of a run; trains nothing"
+    plan = verbs.add_parser("plan", help=text, description=text)
+    _add_config(plan, "plan")
+    _add_check_data(plan)
+    _add_train(verbs)
     _add_tune(verbs)
     text = "tables and pictures of a study, or of the finished runs of an MLflow experiment"
     report = verbs.add_parser("report", help=text, description=text)
     report.add_argument("experiment", metavar="EXPERIMENT", help="name of the study, or run.name in the config")
-    report.add_argument("--out", metavar="FOLDER", default="reports", help="where the files go (reports/)")
-    report.add_argument("--csv", action="store_true", help="print the table as CSV, every metric and key, and no more")
-    report.set_defaults(verb="report")
+    report.add_argument("--out", metavar="FOLDER", default="reports", help="folder of the files (reports/)")
+    report.add_argument("--csv", action="store_true", help="print only the table, as CSV with every metric and key")
+    report.set_defaults(command="report")
+    _add_submit(verbs)
+    _add_jobs(verbs)
     return parser
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see jobs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys, such as wml.alpha=0.3")
+    parser.set_defaults(command=verb, verb=verb)
+
+
+def _add_train(verbs: Any) -> argparse.ArgumentParser:
+    text = "train, or resume the same run if it was interrupted"
+    train: argparse.ArgumentParser = verbs.add_parser("train", help=text, description=text)
+    _add_config(train, "train")
+    _add_check_data(train)
+    _add_dry_run(train)
+    return train
+
+
+def _add_check_data(parser: argparse.ArgumentParser) -> None:
+    text = "first decode every image of data.name=imagefolder, and list all that cannot be decoded"
+    parser.add_argument("--check-data", action="store_true", help=text)
 
 
 def _add_dry_run(parser: argparse.ArgumentParser) -> None:
-    text = "look at the cluster, storage, MLflow and data, say what would stop it, and do no more"
+    text = "check the cluster, storage, MLflow and data, report every problem, and start nothing"
     parser.add_argument("--dry-run", action="store_true", help=text)
 
 
-def _add_tune(verbs: Any) -> None:
+def _add_tune(verbs: Any) -> argparse.ArgumentParser:
     text = "search config keys: many trials, Ray Tune and Optuna; the same command continues or extends a study"
-    tune = verbs.add_parser("tune", help=text, description=text)
-    _add_config(tune)
+    tune: argparse.ArgumentParser = verbs.add_parser("tune", help=text, description=text)
+    _add_config(tune, "tune")
     tune.add_argument("--space", metavar="FILE", required=True, help="Python file of domains and objectives")
-    tune.add_argument("--trials", metavar="N", type=int, required=True, help="trials the study is to have in all")
+    tune.add_argument(
+        "--trials", metavar="N", type=int, required=True, help="trials of the study, earlier ones included"
+    )
     tune.add_argument("--study", metavar="NAME", help="its name (run.name and the space's, such as wml-smoke)")
     tune.add_argument("--sampler", choices=("tpe", "nsga2", "random"), help="Optuna's sampler (tpe)")
-    tune.add_argument("--scheduler", choices=("asha", "median", "none"), help="who stops trials early (asha)")
-    tune.add_argument("--stop-metric", metavar="M", help="metric that decides (val/accuracy/method)")
-    tune.add_argument("--grace-epochs", metavar="N", type=int, help="epochs a trial is given first (root of all)")
-    tune.add_argument("--reduction-factor", metavar="N", type=int, help="ASHA keeps one trial in N at a rung (3)")
+    tune.add_argument("--scheduler", choices=("asha", "median", "none"), help="early stopping of trials (asha)")
+    tune.add_argument("--stop-metric", metavar="M", help="metric of early stopping (val/accuracy/method)")
     tune.add_argument(
-        "--storage", metavar="URL", help="Optuna storage for others to look on ($OPTUNA_STORAGE, or none)"
+        "--grace-epochs", metavar="N", type=int, help="epochs before a trial can be stopped (root of all)"
     )
+    tune.add_argument("--reduction-factor", metavar="N", type=int, help="ASHA keeps one trial in N at a rung (3)")
+    tune.add_argument("--storage", metavar="URL", help="Optuna storage to share the study ($OPTUNA_STORAGE, or none)")
     tune.add_argument("--concurrent", metavar="N", type=int, help="trials at a time (as many as the cluster holds)")
     tune.add_argument("--keep-stopped", action="store_true", default=None, help="keep checkpoints of stopped trials")
     tune.add_argument("--seed", metavar="N", type=int, help="seed of the sampler (0)")
@@ -91,11 +114,52 @@ def _add_tune(verbs: Any) -> None:
     tune.add_argument("--warm-start", metavar="STUDY", action="append", default=[], help="learn from an earlier study")
     tune.add_argument("--verbose", action="store_true", help="Ray's own output")
     _add_dry_run(tune)
-    tune.set_defaults(verb="tune")
+    return tune
+
+
+def _add_submit(verbs: Any) -> None:
+    text = "train or tune as a job on a Ray cluster, and follow its log; submitted twice, it is one job"
+    submit = verbs.add_parser("submit", help=text, description=text)
+    works = submit.add_subparsers(metavar="{train,tune}", required=True)
+    for parser in (_add_train(works), _add_tune(works)):
+        parser.description = (
+            f"{text}. Sent are wml_ray/, jobs/, tune_spaces/, the config with all overrides, the space, the start "
+            "points, and the module or package of a backbone of your own; any other file that the job needs is sent "
+            "with --include."
+        )
+        environment = parser.add_mutually_exclusive_group()
+        environment.add_argument("--image", metavar="IMAGE", help="run in this image, which holds the repository")
+        environment.add_argument("--packages", action="store_true", help="install requirements.lock on the nodes first")
+        text = "further file or folder to send, such as modules your backbone imports; may be repeated"
+        parser.add_argument("--include", metavar="PATH", action="append", default=[], help=text)
+        parser.add_argument("--detach", action="store_true", help="do not follow the log")
+        _add_address(parser)
+        parser.set_defaults(command="submit")
+
+
+def _add_jobs(verbs: Any) -> None:
+    text = "status, log and end of jobs on a Ray cluster"
+    jobs = verbs.add_parser("jobs", help=text, description=text)
+    actions = jobs.add_subparsers(metavar="{status,stop,logs}", required=True)
+    for action, text, count in (
+        ("status", "state of one job, or the newest jobs", "?"),
+        ("stop", "end a job as Ctrl-C would", None),
+        ("logs", "print the log of a job", None),
+    ):
+        parser = actions.add_parser(action, help=text, description=text)
+        parser.add_argument("name", metavar="NAME", nargs=count, help="run id, study, or job id")
+        _add_address(parser)
+        parser.set_defaults(command="jobs", action=action)
+    parser.add_argument("--follow", action="store_true", help="continue until the job ends")
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    text = "Ray dashboard, such as http://HOST:8265 ($RAY_API_SERVER_ADDRESS, or that of the cluster at $RAY_ADDRESS)"
+    parser.add_argument("--address", metavar="URL", help=text)
 
 
 def search_settings(options: argparse.Namespace, base: Config) -> SearchConfig:
-    """How `wml-ray tune` is to search, from its options.
+    """The search settings that the options of `wml-ray tune` give.
 
     Raises:
         UserError: a value outside its range.

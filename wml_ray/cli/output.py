@@ -1,65 +1,74 @@
-"""What the command line prints."""
+"""The tables and lines that the command line prints."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from wml_ray.cli.exit_codes import OK, USER_ERROR
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from wml_ray.cluster.preflight import CheckResult
+    from wml_ray.config.schema import Config
     from wml_ray.tracking.results import StudyRecords
+    from wml_ray.verbs.plan import RunPlan
     from wml_ray.verbs.train import RunResult
 
 
-OK, FAILED, USER_ERROR = 0, 1, 2
+def show_plan(config: Config, plan: RunPlan) -> None:
+    from rich.console import Console
+
+    from wml_ray.report.run_report import plan_table
+
+    Console().print(plan_table(plan.peers))
+    separate_params = sum(peer["params"] for peer in plan.peers)
+    workers = config.scale.workers
+    where = "in this process" if workers == 0 else f"on {workers} Ray workers"
+    device = "one GPU each" if config.scale.gpu else "CPU"
+    print_line(f"images      {plan.images}, {config.data.batch_size} a step, {config.optim.epochs} epochs")
+    print_line(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}")
+    print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")
+    print_line(f"memory      about {plan.memory_bytes / 2**20:,.0f} MiB a worker")
+    print_line(f"resources   {where}, {device}")
+    print_line(f"run id      {config.run_id}")
+    print_line(f"folder      {config.run_folder} ({plan.state})")
 
 
-def reader_has_left() -> bool:
-    """Whether what we print is a pipe that nobody reads any more (`| head`); if so, the rest is not kept for it."""
-    import select
-
-    output = select.poll()
-    output.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in output.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
-
-
-def show_run(outcome: RunResult) -> None:
+def show_run(run: RunResult) -> None:
     from rich.console import Console
 
     from wml_ray.report.run_report import peer_table
 
-    result, folder = outcome.result, outcome.folder
-    if not outcome.trained_now:
-        print_line("this run has finished before; here is its result")
+    result, folder = run.result, run.folder
+    if not run.trained_now:
+        print_line("this run has finished before; its result:")
     Console().print(peer_table(result))
     rule = "the last epoch" if result["test_rule"] == "last" else "the best epoch by validation"
     device = "CPU" if result["device"] == "cpu" else "GPU"
-    print_line(f"accuracy    of epoch {result['test_epoch']}, {rule}; the test images were looked at once, at the end")
-    print_line(f"latency     of one image on the {device} it was trained on")
+    print_line(f"accuracy    of epoch {result['test_epoch']}, {rule}; test accuracy was measured once, at the end")
+    threads = result["latency_threads"]
+    print_line(f"latency     of one image on the {device}, {threads} CPU thread, median of repeated calls")
     print_line(f"run         {folder} (pictures in report/)")
-    print_line(f"MLflow      {outcome.tracked.command}")
-    if not outcome.trained_now:
+    print_line(f"MLflow      {run.tracked.command}")
+    if not run.trained_now:
         print_line(f"train anew  change a key (seed=1), name another experiment (run.name=...), or delete {folder}")
-    if outcome.undelivered:
-        say_undelivered(folder / "result.json")
+    if run.undelivered:
+        warn_undelivered(folder / "result.json")
 
 
-def show_checks(findings: Iterable[CheckResult]) -> int:
-    wrong = 0
-    for finding in findings:  # as they come: a node may take a while to answer
-        wrong += not finding.fine
-        print_line(f"{finding.subject:<11} {'ok' if finding.fine else 'NO'}  {finding.text}")
-    print_line(f"{wrong} to mend" if wrong else "ready; nothing was started")
-    return USER_ERROR if wrong else OK
+def show_checks(results: Iterable[CheckResult]) -> int:
+    """Print each check as it ends; returns the exit code."""
+    failed = 0
+    for result in results:
+        failed += not result.passed
+        print_line(f"{result.subject:<11} {'ok' if result.passed else 'NO'}  {result.text}")
+    print_line(f"{failed} check{'s' * (failed != 1)} failed" if failed else "all checks passed; nothing was started")
+    return USER_ERROR if failed else OK
 
 
 def show_study(study: StudyRecords) -> None:
@@ -72,10 +81,10 @@ def show_study(study: StudyRecords) -> None:
     console.print(front_table(study, console.width))
 
 
-def say_undelivered(place: Path) -> None:
+def warn_undelivered(path: Path) -> None:
     print(
-        f"wml-ray: MLflow does not answer; every metric is in {place}: run the same command again when it is back, and "
-        "they are delivered",
+        f"wml-ray: MLflow cannot be reached; every metric is in {path}: run the same command again when MLflow is "
+        "back, to deliver them",
         file=sys.stderr,
     )
 
@@ -84,8 +93,8 @@ def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def quieten() -> None:
-    """Our warnings on one line, none from the libraries below."""
+def configure_warnings() -> None:
+    """Show the warnings of wml_ray on one line each, and none of the libraries."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, and the environment that workers inherit."""
+"""Connection to a Ray cluster, and the environment its workers take over from the driver."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.storage.files import storage_environment
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path
@@ -24,54 +22,57 @@ from wml_ray.tracking.client import tracking_environment
 
 
 def join_cluster(verbose: bool = False) -> None:
-    """Raises:
-    UserError: the cluster does not take us in.
+    """Connect to the cluster at RAY_ADDRESS, or start one on this machine; does nothing if one is connected.
+
+    Raises:
+        UserError: the cluster cannot be reached, or refuses the token.
     """
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS")
     try:
-        # "local": Ray would else look for a cluster that ran here last, and wait for one that was killed
         ray.init(
-            os.environ.get("RAY_ADDRESS") or "local",
+            address or "local",  # by default Ray searches for a cluster of this machine, and waits for one that died
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS", "of this machine")
         raise UserError(
-            f"RAY_ADDRESS: the Ray cluster {address} does not take us in ({' '.join(str(error).split())[:200]}); check "
-            "the address, and with token authentication set RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
+            f"RAY_ADDRESS: cannot connect to the Ray cluster at {address or 'this machine'} "
+            f"({one_line(error)}); check the address; with token authentication set "
+            "RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
 
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """What a worker, perhaps on another node, takes over from the process that started it."""
+    """Import path, credentials and lease, which a worker on any node takes over from the driver."""
 
-    import_path: list[str]  # where the user's own backbone may lie
-    environment: dict[str, str] = field(repr=False)  # secrets among it
+    import_path: list[str]  # for the user's own backbone
+    variables: dict[str, str] = field(repr=False)  # with secrets
     lease: Lease | None
 
     @classmethod
     def capture(cls, folder: Path, lease: Lease | None) -> WorkerEnvironment:
-        """Of this process, for a worker that writes into `folder`."""
-        of_storage = storage_environment() if is_remote(folder) else {}
-        return cls([path for path in sys.path if path], tracking_environment() | of_storage, lease)
+        """The environment of this process, for a worker that writes into `folder`."""
+        credentials = storage_environment() if is_remote(folder) else {}
+        return cls([path for path in sys.path if path], tracking_environment() | credentials, lease)
 
     def apply(self) -> None:
+        """Extend the import path and the environment variables of this process."""
         sys.path.extend(path for path in self.import_path if path not in sys.path)
-        os.environ.update(self.environment)
+        os.environ.update(self.variables)
 
 
 def ray_folder(folder: Path) -> Path:
-    """Where Ray may keep what nobody reads: among a run's files, or on each node if those are in remote storage."""
+    """A folder for Ray's own files, which are never read: in the run's folder, or local if that is remote."""
     if is_remote(folder):
         return Path(tempfile.gettempdir()) / f"wml_ray-{uuid.uuid4().hex}"
     return folder.resolve() / ".ray"
 
 
 def with_absolute_paths(config: Config) -> dict[str, Any]:
-    """Settings for a worker, whose working directory is one that Ray made."""
+    """The config as a dict for a worker, whose working directory is made by Ray."""
     raw = config.model_dump(mode="json")
     raw["run"]["storage_path"] = str(to_path(config.run.storage_path).resolve())
     raw["data"]["root"] = str(Path(config.data.root).resolve())

@@ -1,4 +1,4 @@
-"""A run's metrics as Ray's own, for its dashboard and Prometheus."""
+"""A run's metrics as Ray metrics, for its dashboard and Prometheus."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MODEL = re.compile(r"(.+)/(peer\d+|tree|(?<=accuracy/)\w+)")
 
 
 class Gauges:
-    """`val/accuracy/peer0` of a run becomes `ray_wml_val_accuracy{run="...", model="peer0"}`, at its latest value."""
+    """`val/accuracy/peer0` of a run becomes `ray_wml_val_accuracy{run="...", model="peer0"}`, with its latest value."""
 
     def __init__(self, run: str) -> None:
         self.run = run
         self._gauges: dict[str, Gauge] = {}
 
     def show(self, event: StepProgress | EpochEnd) -> None:
-        """Show an epoch's metrics; without a cluster there is nobody to show them to."""
+        """Set the gauges to an epoch's metrics. Does nothing without a cluster."""
         if not isinstance(event, EpochEnd) or not ray.is_initialized():
             return
         for name, value in {"epoch": float(event.epoch), **event.metrics}.items():
@@ -29,6 +29,6 @@ class Gauges:
 
     def _gauge(self, name: str) -> Gauge:
         if name not in self._gauges:
-            words = f"{name} of a wml_ray run, as in MLflow"
-            self._gauges[name] = Gauge(f"wml_{name.replace('/', '_')}", words, tag_keys=("run", "model"))
+            text = f"{name} of a wml_ray run, as in MLflow"
+            self._gauges[name] = Gauge(f"wml_{name.replace('/', '_')}", text, tag_keys=("run", "model"))
         return self._gauges[name]

@@ -1,110 +1,87 @@
-"""Calls from Ray's workers to the process that started them."""
+"""Messages from Ray's workers to the driver, the process that started them."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
+import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import ray
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-DRAIN_TIMEOUT_S = 60.0  # a trial's history is taken by Ray Tune epoch by epoch
+DRAIN_TIMEOUT_S = 60.0  # for the messages that are left when the queue closes: Ray Tune takes a report at a time
 
 
 class DriverQueue:
-    """Carries calls from the workers to this process, which has no other way to hear of them."""
+    """Calls `receivers` in a thread of this process, with the workers' messages in the order they were sent."""
 
-    def __init__(self, receivers: Mapping[str, Callable[..., None]], pause_s: float = 0) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(
-            _QueueActor
-        ).remote()  # no other node's loss ends it
-        self._receivers, self._pause_s = receivers, pause_s
-        self._closing = threading.Event()
+    def __init__(self, receivers: Mapping[str, Callable[..., None]]) -> None:
+        self._receivers, self._messages = receivers, _queue_on_this_node()
+        self._replies: dict[str, Queue] = {}  # by receiver
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread = threading.Thread(target=self._drain, name="driver-queue", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> DriverQueue:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._closing.set()
-        ray.get(self.actor.close.remote())
+        """Process the messages that are left, then raise the error of a receiver if no other error is under way."""
+        self._messages.put(None)
         self._thread.join(DRAIN_TIMEOUT_S)
-        ray.kill(self.actor)
+        for queue in (self._messages, *self._replies.values()):
+            queue.shutdown(force=True)
         if self._error and not error:
             raise self._error
 
-    def sender(self, receiver: str, answered: bool = True) -> Callable[..., Any]:
-        """A stand-in for `receivers[receiver]` on any node, whose calls arrive in order.
+    def sender(self, receiver: str, acknowledge: bool = True) -> Sender:
+        """A function that sends its arguments to `receivers[receiver]`, for use on any node."""
+        if not acknowledge:
+            return Sender(receiver, self._messages, None)
+        self._replies[receiver] = _queue_on_this_node()
+        return Sender(receiver, self._messages, self._replies[receiver])
 
-        It returns a reference to whether the call was taken; if `answered`, the next call waits for that.
-        """
-        return _Sender(self.actor, receiver, answered)
-
-    def _receive(self) -> None:
-        """Until the workers have sent all, or a receiver wants no more."""
+    def _drain(self) -> None:
+        """Process messages until the queue closes. After an error of a receiver the others are discarded."""
         try:
-            while letters := ray.get(self.actor.take.remote()):
-                for receiver, arguments in letters:
-                    self._receivers[receiver](*arguments)
-                    self.actor.acknowledge.remote()
-                self._closing.wait(self._pause_s)
-        except BaseException as error:  # raised again where the mailbox closes
-            self._error = error
-            self.actor.close.remote()
+            while (message := self._messages.get()) is not None:
+                receiver, arguments, token = message
+                try:
+                    if not self._error:
+                        self._receivers[receiver](*arguments)
+                except BaseException as error:  # SystemExit too, with which Ray Tune stops a trial
+                    self._error = error
+                if token:
+                    self._replies[receiver].put((token, not self._error))
+        except ray.exceptions.RayError as error:  # raised where the queue closes
+            self._error = self._error or error
 
 
-class _Sender:
-    def __init__(self, actor: Any, receiver: str, answered: bool) -> None:
-        self._actor, self._receiver, self._answered = actor, receiver, answered
-        self._before: Any = None
+@dataclass(frozen=True)
+class Sender:
+    """Sends messages to one receiver of a `DriverQueue`."""
 
-    def __call__(self, *arguments: Any) -> Any:
-        # the call before is an argument of this one, for Ray keeps no order among the coroutines of an actor
-        self._before = self._actor.deliver.remote(self._receiver, arguments, self._answered, self._before)
-        return self._before
+    receiver: str
+    messages: Queue
+    replies: Queue | None
+
+    def __call__(self, *arguments: object) -> bool:
+        """Return once the message is queued; with `acknowledge`, once the driver has processed it.
+
+        False if a receiver has raised, so that this message was discarded. Without `acknowledge` always True.
+        """
+        token = None if self.replies is None else uuid.uuid4().hex
+        self.messages.put((self.receiver, arguments, token))
+        if self.replies is None:
+            return True
+        while (reply := self.replies.get())[0] != token:
+            pass  # it was for a worker that died while it waited
+        return bool(reply[1])
 
 
-class _QueueActor:
-    """An asyncio actor, in which a call may wait for another."""
-
-    def __init__(self) -> None:
-        self.letters: list[tuple[str, tuple[Any, ...]]] = []
-        self.sent = self.acknowledged = 0
-        self.closed = False
-        self.changed = asyncio.Condition()
-
-    async def deliver(self, receiver: str, arguments: tuple[Any, ...], answered: bool, _before: bool | None) -> bool:
-        """Whether the letter was taken, once it is known; if nobody waits for that, whether it may be."""
-        async with self.changed:
-            self.letters.append((receiver, arguments))
-            self.sent += 1
-            number = self.sent
-            self.changed.notify_all()
-            if not answered:
-                return not self.closed
-            await self.changed.wait_for(lambda: self.acknowledged >= number or self.closed)
-            return self.acknowledged >= number
-
-    async def take(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """All letters there are, as soon as there are any; none when no more will come."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.letters or self.closed)
-            taken, self.letters = self.letters, []
-            return taken
-
-    async def acknowledge(self) -> None:
-        """The oldest letter that was not yet."""
-        async with self.changed:
-            self.acknowledged += 1
-            self.changed.notify_all()
-
-    async def close(self) -> None:
-        """Nothing will be taken that is not in the box now."""
-        async with self.changed:
-            self.closed = True
-            self.changed.notify_all()
+def _queue_on_this_node() -> Queue:
+    """A queue that does not end with another node."""
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})

@@ -1,4 +1,4 @@
-"""Notices that a node is about to be taken away."""
+"""Notices that a node is about to be preempted."""
 
 from __future__ import annotations
 
@@ -9,50 +9,49 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import ray
-import ray.tune
 from ray._private.state import state
 
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 
-BETWEEN_CHECKPOINTS_S = 10.0  # while a node is about to be taken away
+CHECKPOINT_INTERVAL_S = 10.0  # between two checkpoints in the middle of an epoch, while a node is about to stop
+POLL_S = 5.0  # between two queries for draining nodes, the interval of Ray Train
 
 
 class PreemptionNotice:
-    """What is heard of nodes that are about to be taken away: `announced` says whether one of this training's is."""
+    """Decides, alike on all workers of a training, when a preemption notice calls for a checkpoint."""
 
-    def __init__(self, worker: WorkerRank, announced: Callable[[], bool]) -> None:
-        self._shard, self._announced, self._last_s = worker, announced, -math.inf
+    def __init__(self, worker: WorkerRank, notified: Callable[[], bool]) -> None:
+        """`notified` is True once a node of this training is about to be preempted."""
+        self._worker, self._notified, self._last_s = worker, notified, -math.inf
 
     def preempted(self) -> bool:
-        """Whether a node is to go, and it is time for another checkpoint; the same on all workers."""
-        if not self._announced():
+        """True if a node is about to be preempted and the last checkpoint for that is ten seconds old."""
+        if not self._notified():
             return False
-        if not broadcast_from_rank_0(self._shard, lambda: time.monotonic() - self._last_s > BETWEEN_CHECKPOINTS_S):
+        if not broadcast_from_rank_0(self._worker, lambda: time.monotonic() - self._last_s > CHECKPOINT_INTERVAL_S):
             return False
         self._last_s = time.monotonic()
         return True
 
 
-POLL_S = 5.0  # between two looks whether a trial's machine is to go, as often as Ray Train looks
-
-
 @contextmanager
 def watch_node() -> Iterator[Callable[[], bool]]:
-    """Whether this trial's machine is about to be taken away, which Ray Train tells none but its own workers.
+    """A function that is True once this process's node is about to be preempted.
 
-    A thread asks, for the answer of a head that is away can take as long as it likes.
+    Ray Train has the same for its own workers only; a trial on one worker is none. A thread queries the head, which
+    may take long to answer or fail.
     """
-    is_to_go, ended = threading.Event(), threading.Event()
-    here = ray.get_runtime_context().get_node_id()
+    notified, ended = threading.Event(), threading.Event()
+    node_id = ray.get_runtime_context().get_node_id()
 
     def watch() -> None:
         while not ended.wait(POLL_S):
-            with suppress(ray.exceptions.RayError):  # a head that is away; others say so
-                if here in state.get_draining_nodes():
-                    is_to_go.set()
+            with suppress(ray.exceptions.RayError):  # an unreachable head fails the trial elsewhere
+                if node_id in state.get_draining_nodes():
+                    notified.set()
 
-    threading.Thread(target=watch, name="notices", daemon=True).start()
+    threading.Thread(target=watch, name="preemption-notice", daemon=True).start()
     try:
-        yield is_to_go.is_set
+        yield notified.is_set
     finally:
         ended.set()

@@ -1,4 +1,4 @@
-"""What a cluster holds of a run's workers or a study's trials, and what its autoscaler could add."""
+"""Slots for workers and trials: those of the nodes in a cluster, and those its autoscaler can add."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -19,86 +17,108 @@ from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.search.settings import SearchConfig
 
-AUTOSCALER_TIMEOUT_S = 30.0  # how long an autoscaler may take to answer a demand
+AUTOSCALER_TIMEOUT_S = 30.0  # for the autoscaler's response to a request
 
 
-def check_capacity(workers: int, wanted: Mapping[str, float]) -> str:
-    """How the cluster holds so many workers, in words: now, or when its autoscaler has made room for them.
+def check_capacity(workers: int, resources: Mapping[str, float]) -> str:
+    """A sentence on the slots for `workers` workers of these resources each, now or after the cluster has grown.
 
     Raises:
-        UserError: it never will.
+        UserError: the cluster has too few slots, and no autoscaler adds them.
     """
-    now = worker_slots(wanted)
-    what = f"{workers} worker{'s' * (workers > 1)} with {_in_words(wanted)} each"
-    there = f"cluster has {now} such place{'s' * (now != 1)}"
-    if now >= workers:
-        return f"{what}: the {there}"
-    if _grows(workers, wanted):
-        return f"{what}: the {there}, its autoscaler adds the rest"
+    slots = worker_slots(resources)
+    request = f"{workers} worker{'s' * (workers > 1)} with {_in_words(resources)} each"
+    available = f"cluster has {slots} such slot{'s' * (slots != 1)}"
+    if slots >= workers:
+        return f"{request}: the {available}"
+    if _autoscaler_adds(workers, resources):
+        return f"{request}: the {available}, its autoscaler adds the rest"
     raise UserError(
-        f"{what} do{'es' * (workers == 1)} not fit: this {there}, and no autoscaler that adds the rest; use fewer "
-        f"scale.workers or a smaller scale.cpus_per_worker{', or scale.gpu=false' * ('GPU' in wanted)}"
+        f"{request} do{'es' * (workers == 1)} not fit: this {available}, and no autoscaler that adds the rest; use "
+        f"fewer scale.workers or a smaller scale.cpus_per_worker{', or scale.gpu=false' * ('GPU' in resources)}"
     )
 
 
 def max_concurrent_trials(config: Config, settings: SearchConfig) -> int:
-    """How many trials are to run now: what fits the nodes there are, and one more, which an autoscaler makes room for.
+    """Trials to run at a time: those that fit the nodes, and one more on a joined cluster, so that an autoscaler grows.
 
-    Trials of several workers take all their places at once or wait, so none holds what another waits for.
+    A trial of several workers takes all its slots at once, so trials never block each other.
     """
-    room = worker_slots(trial_resources(config)) // max(worker_range(config)[1], 1)
-    return min(room + 1 if _joined() else max(room, 1), settings.concurrent or sys.maxsize)
+    fitting = worker_slots(trial_resources(config)) // max(config.scale.worker_range[1], 1)
+    return min(fitting + 1 if _joined_existing() else max(fitting, 1), settings.concurrent or sys.maxsize)
 
 
 def trial_resources(config: Config) -> dict[str, float]:
-    """What each worker of a trial takes: one core unless the config says more, so that many trials run at a time."""
+    """Resources of each worker of a trial: one core by default, so that many trials run at a time."""
     return {"CPU": float(config.scale.cpus_per_worker or 1), **({"GPU": 1.0} if config.scale.gpu else {})}
 
 
+def worker_resources(config: Config) -> dict[str, float]:
+    """Resources of each worker of a run."""
+    return {"CPU": float(cpus_per_worker(config)), **({"GPU": 1.0} if config.scale.gpu else {})}
+
+
+def cpus_per_worker(config: Config) -> int:
+    """`scale.cpus_per_worker`, or an equal share of the cluster's cores that fits its largest node."""
+    if config.scale.cpus_per_worker is not None:
+        return config.scale.cpus_per_worker
+    cores = [int(node.get("CPU", 0)) for node in _resources_of_nodes()]
+    return max(1, min(sum(cores) // config.scale.worker_range[1], max(cores)))
+
+
 def has_several_workers(config: Config) -> bool:
-    """Whether a trial starts Ray Train, or trains in its own actor."""
-    return worker_range(config)[1] > 1
+    """True if a trial starts Ray Train; a trial on one worker trains in its own actor."""
+    return config.scale.worker_range[1] > 1
 
 
-def _joined() -> bool:
-    """Whether the cluster was there before: one of our own on this machine does not grow."""
+def worker_slots(resources: Mapping[str, float]) -> int:
+    """Workers of these resources that fit the nodes of the cluster."""
+    return sum(slots_of_node(node, resources) for node in _resources_of_nodes())
+
+
+def slots_of_node(node: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """Workers of these resources that fit one node."""
+    return min(int(node.get(name, 0) // amount) for name, amount in resources.items())
+
+
+def _joined_existing() -> bool:
+    """True on a cluster that was started by others. One of this process's own does not grow."""
     return bool(os.environ.get("RAY_ADDRESS"))
 
 
-def _grows(workers: int, wanted: Mapping[str, float]) -> bool:
-    """Whether an autoscaler makes room: it is asked to, for what it may add it tells nobody."""
-    if not _joined():
+def _autoscaler_adds(workers: int, resources: Mapping[str, float]) -> bool:
+    """True if an autoscaler adds slots on request. Its limits cannot be queried, so a placement group requests them."""
+    if not _joined_existing():
         return False
-    asked = placement_group([dict(wanted)] * workers)
+    group = placement_group([dict(resources)] * workers)
     try:
         deadline_s = time.monotonic() + AUTOSCALER_TIMEOUT_S
-        heard_of = None  # the state of the cluster that was the first with this demand
+        version = None  # of the first cluster state with this request
         while time.monotonic() < deadline_s:
-            if asked.wait(1):
+            if group.wait(1):
                 return True
-            cluster, autoscaler = _cluster_state()
-            if _among(asked, autoscaler.infeasible_gang_resource_requests):
-                continue  # for ever, or until nodes that are going have gone
-            if heard_of is None and _among(asked, cluster.pending_gang_resource_requests):
-                heard_of = cluster.cluster_resource_state_version
-            answered = heard_of is not None and autoscaler.last_seen_cluster_resource_state_version >= heard_of
-            if answered and (autoscaler.pending_instance_requests or autoscaler.pending_instances):
+            cluster, autoscaler = _cluster_status()
+            if _requested(group, autoscaler.infeasible_gang_resource_requests):
+                continue  # perhaps only until draining nodes have stopped
+            if version is None and _requested(group, cluster.pending_gang_resource_requests):
+                version = cluster.cluster_resource_state_version
+            processed = version is not None and autoscaler.last_seen_cluster_resource_state_version >= version
+            if processed and (autoscaler.pending_instance_requests or autoscaler.pending_instances):
                 return True
         return False
     finally:
-        remove_placement_group(asked)
+        remove_placement_group(group)
 
 
-def _cluster_state() -> tuple[Any, Any]:
-    """What the cluster asks for, and what its autoscaler makes of it."""
+def _cluster_status() -> tuple[Any, Any]:
+    """The cluster's resource requests, and the state of its autoscaler."""
     reply = GetClusterStatusReply()
-    reply.ParseFromString(
-        GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=AUTOSCALER_TIMEOUT_S)
-    )
+    client = GcsClient(ray.get_runtime_context().gcs_address)
+    reply.ParseFromString(client.get_cluster_status(timeout_s=AUTOSCALER_TIMEOUT_S))
     return reply.cluster_resource_state, reply.autoscaling_state
 
 
-def _among(group: PlacementGroup, requests: Iterable[Any]) -> bool:
+def _requested(group: PlacementGroup, requests: Iterable[Any]) -> bool:
     return any(group.id.hex() in request.details for request in requests)
 
 
@@ -107,36 +127,5 @@ def _in_words(resources: Mapping[str, float]) -> str:
     return f"{cores:.0f} CPU core{'s' * (cores != 1)}{' and a GPU' if 'GPU' in resources else ''}"
 
 
-def worker_range(config: Config) -> tuple[int, int]:
-    workers = config.scale.workers
-    return (workers[0], workers[1]) if isinstance(workers, list) else (workers, workers)
-
-
-def worker_resources(config: Config) -> dict[str, float]:
-    """What each worker of a run takes of a node."""
-    return {"CPU": float(cpus_per_worker(config)), **({"GPU": 1.0} if config.scale.gpu else {})}
-
-
-def cpus_per_worker(config: Config) -> int:
-    if config.scale.cpus_per_worker is not None:
-        return config.scale.cpus_per_worker
-    nodes = _cpus_of_nodes()
-    return max(1, min(sum(nodes) // worker_range(config)[1], max(nodes)))
-
-
-def worker_slots(wanted: Mapping[str, float]) -> int:
-    """Workers that fit the nodes there are, if each takes these resources of one node."""
-    return sum(slots_of_node(node, wanted) for node in _resources_of_nodes())
-
-
-def slots_of_node(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
-    """Workers that fit one node of these resources."""
-    return min(int(dict(node).get(name, 0) // amount) for name, amount in wanted.items())
-
-
 def _resources_of_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _cpus_of_nodes() -> list[int]:
-    return [int(resources.get("CPU", 0)) for resources in _resources_of_nodes()]

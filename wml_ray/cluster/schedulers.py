@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers, for studies that are continued: they remember earlier trials, and judge no trial twice."""
+"""Ray Tune's schedulers for continued studies: they include earlier trials and ignore results of a replay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wml_ray.search.study import Study
 
 
 def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> TrialScheduler:
-    """A scheduler that adds the trials it stops to `stopped`."""
+    """A scheduler that adds the ids of the trials it stops to `stopped`."""
     mode = check_stop_metric(settings, space)
     metric, budget = settings.stop_metric, space.base.optim.epochs
     grace = settings.grace(budget)
@@ -21,7 +21,7 @@ def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> T
         scheduler: Any = _Asha(
             "epoch", metric, mode, max_t=budget, grace_period=grace, reduction_factor=settings.reduction_factor
         )
-    elif settings.scheduler == "median":  # min_time_slice: it shall stop, never pause
+    elif settings.scheduler == "median":  # an infinite time slice, so that it never pauses a trial
         scheduler = _Median("epoch", metric, mode, grace_period=grace, min_time_slice=float("inf"))
     else:
         return FIFOScheduler()
@@ -29,8 +29,28 @@ def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> T
     return scheduler
 
 
+def replay(scheduler: TrialScheduler, study: Study) -> None:
+    """Report the results of ended trials to a new scheduler, so that a continued study stops trials as before."""
+    for trial in study.trials.values():
+        if trial.state == "RUNNING" or not trial.history:
+            continue
+        earlier = EarlierTrial(f"earlier-{trial.number}")
+        results = [{"epoch": entry["epoch"], "past": True, **entry["metrics"]} for entry in trial.history]
+        scheduler.on_trial_add(None, earlier)
+        for result in results:
+            scheduler.on_trial_result(None, earlier, result)
+        scheduler.on_trial_complete(None, earlier, results[-1])
+
+
+@dataclass(frozen=True)
+class EarlierTrial:
+    """Stands for a trial of an earlier start; schedulers use only its id."""
+
+    trial_id: str
+
+
 class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is not typed
-    """ASHA that takes note of an interrupted trial's past without judging it again by those that came after it."""
+    """ASHA that records results replayed after a restart but does not stop trials for them."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = str(super().on_trial_result(tune_controller, trial, result))
@@ -41,7 +61,7 @@ class _Asha(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray is not typed
 
 
 class _Median(MedianStoppingRule):  # type: ignore[misc]  # Ray is not typed
-    """Median stopping with the same mercy."""
+    """Median stopping that records results replayed after a restart but does not stop trials for them."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("past"):
@@ -51,23 +71,3 @@ class _Median(MedianStoppingRule):  # type: ignore[misc]  # Ray is not typed
         if decision == TrialScheduler.STOP:
             self.stopped.add(trial.trial_id)
         return decision
-
-
-@dataclass(frozen=True)
-class EarlierTrial:
-    """An earlier trial, as far as a scheduler looks at it."""
-
-    trial_id: str
-
-
-def replay(scheduler: TrialScheduler, sweep: Study) -> None:
-    """Let a new scheduler see what earlier trials reached, so that a continued study is as strict as before."""
-    for trial in sweep.trials.values():
-        if trial.state == "RUNNING" or not trial.history:
-            continue
-        seen = EarlierTrial(f"earlier-{trial.number}")
-        results = [{"epoch": entry["epoch"], "past": True, **entry["metrics"]} for entry in trial.history]
-        scheduler.on_trial_add(None, seen)
-        for result in results:
-            scheduler.on_trial_result(None, seen, result)
-        scheduler.on_trial_complete(None, seen, results[-1])

@@ -1,4 +1,4 @@
-"""The same worker under Ray Train: in this process, on N workers, or on as many as there are."""
+"""A run or a trial under Ray Train: in this process, on N workers, or on as many as the cluster has."""
 
 from __future__ import annotations
 
@@ -32,213 +32,95 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.errors import Diverged, UserError
 from wml_ray.storage.files import read_json, write_json
 from wml_ray.storage.lease import Lease, LeaseLost
-from wml_ray.storage.retry import StorageUnavailable, retry_for
+from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
-from wml_ray.training.events import EpochEnd, OnEvent, StepProgress, ignore_metrics
+from wml_ray.training.events import EpochEnd, OnEvent, StepProgress
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.worker import WorkerContext, run_worker
 
-DELIVERY_S = 120.0  # how long a finished run waits for a tracking server that went away
+DELIVERY_S = 120.0  # for metrics that an unreachable tracking server lacks, after training
 INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
-OUTCOME = "outcome.json"  # how the latest attempt ended, written where the driver can read it
-WORKER_START_TIMEOUT_S = (
-    10  # how long an elastic run waits for places Ray takes for free: those of a lost node, for up to 20 s
-)
-RESIZE_INTERVAL_S = (
-    30.0  # between two looks of an elastic run for nodes that came; to grow is to start the workers again
-)
-HEALTH_CHECK_S = 0.5  # how often Ray Train looks at its workers: so long goes unnoticed that they have ended, or died
-PROGRESS_POLL_S = (
-    1.0  # between two looks of the driver for progress: the workers, which may be as many as cores, wait for none
-)
+STATUS_FILE = "status.json"  # how the latest attempt ended, written by a worker and read by the driver
+WORKER_START_TIMEOUT_S = 10  # for an elastic run's slots: Ray counts those of a lost node as free for up to 20 s
+RESIZE_INTERVAL_S = 30.0  # between two checks of an elastic run for new nodes, for which all workers start again
+HEALTH_CHECK_S = 0.5  # between two checks by Ray Train whether a worker has ended or died
 
 
 def fit(config: Config, tracked: TrackedRun | None, on_event: OnEvent, lease: Lease | None = None) -> int:
-    """Train to the end on the cluster that was joined; returns the steps MLflow could not be told of.
+    """Train to the end on the connected cluster; returns the number of steps that MLflow has not received.
 
     Metrics go to the MLflow run `tracked`, progress to `on_event` in this process. `lease` is on the run's folder.
 
     Raises:
         Diverged: training turned non-finite.
-        UserError: a worker met a mistake of the user's, such as an image that cannot be read.
+        UserError: a mistake in the user's input that only a worker meets, such as an image that cannot be read.
     """
     settings: dict[str, Any] = {"tracked": asdict(tracked) if tracked else None}
+    name = uuid.uuid4().hex
     if config.scale.workers == 0:
-        return _train(config, settings | {"send": on_event}, uuid.uuid4().hex, lease)
-    with DriverQueue({"event": on_event}, pause_s=PROGRESS_POLL_S) as mailbox:
-        send = mailbox.sender("event", answered=False)
-        return _train(config, settings | {"send": send}, uuid.uuid4().hex, lease)
+        return _train(config, settings | {"on_event": on_event}, name, lease)
+    with DriverQueue({"on_event": on_event}) as queue:
+        return _train(config, settings | {"on_event": queue.sender("on_event", acknowledge=False)}, name, lease)
 
 
 class TrialListener(Protocol):
-    """Hears a training on several workers that is a trial, in the process that started it.
+    """Callbacks, in the process of a trial, for its training on several workers."""
 
-    `log` may end the training by raising SystemExit, as `ray.tune.report` does for a stopped trial.
-    """
+    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Receive metrics. SystemExit ends the training: `ray.tune.report` raises it in a stopped trial."""
 
-    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None: ...
-
-    def placed(self, group: PlacementGroup) -> None:
-        """The workers have taken their places; again after a restart."""
+    def on_placement(self, group: PlacementGroup) -> None:
+        """Receive the workers' placement group, again after each restart."""
 
 
 def fit_trial(config: Config, listener: TrialListener, name: str, lease: Lease | None = None) -> None:
-    """Train as a trial: until the end, or until `listener` ends it; then the workers have given back what they held.
+    """Train a trial on several workers, to the end or until `listener.log` ends it; then its slots are free.
 
-    `name` is Ray Train's for the run; `lease` is on the study's folder.
+    `name` is that of the run in Ray Train; `lease` is on the study's folder.
 
     Raises:
         Diverged, UserError: as for `fit`.
-        SystemExit: as `listener` did.
+        SystemExit: raised by `listener.log`.
     """
-    with DriverQueue({"log": listener.log, "placed": listener.placed}) as mailbox:
-        senders = {"log": mailbox.sender("log"), "placed": mailbox.sender("placed")}
+    with DriverQueue({"log": listener.log, "on_placement": listener.on_placement}) as queue:
+        senders = {"log": queue.sender("log"), "on_placement": queue.sender("on_placement", acknowledge=False)}
         _train(config, senders, name, lease)
 
 
 def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | None) -> int:
-    retry_for(lambda: (config.run_folder / OUTCOME).unlink(missing_ok=True), config.run_folder)
+    retry_storage(lambda: (config.run_folder / STATUS_FILE).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    timing = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S)}
-    if isinstance(config.scale.workers, list):
-        timing["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKER_START_TIMEOUT_S)
-    of_ray = ray_folder(config.run_folder)
+    ray_files = ray_folder(config.run_folder)
     settings |= {
         "config": with_absolute_paths(config),
-        "threads": cpus_per_worker(config) if config.scale.workers else config.scale.cpus_per_worker,
+        "threads": training_threads(config, cpus_per_worker(config) if config.scale.workers else None),
         "worker_environment": WorkerEnvironment.capture(config.run_folder, lease),
     }
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
         train_loop_config=settings,
         scaling_config=_scaling(config),
-        run_config=RunConfig(
-            name=name,  # our checkpoints are what a run resumes from, never Ray's
-            storage_path=str(of_ray),
+        run_config=RunConfig(  # a run resumes from our own checkpoints, never from Ray's
+            name=name,
+            storage_path=str(ray_files),
             failure_config=FailureConfig(max_failures=config.scale.max_failures),
         ),
     )
     try:
-        with _unless_set(timing):
+        with _ray_train_defaults(config):
             _fit(trainer)
     except (Diverged, UserError):
-        _raise_what_the_worker_said(config)
+        _raise_worker_error(config)
         raise
     except ray.train.TrainingFailedError as error:
-        _raise_what_the_storage_did(error)
-        _raise_what_the_worker_said(config)
+        _raise_storage_error(error)
+        _raise_worker_error(config)
         raise
     finally:
-        shutil.rmtree(of_ray, ignore_errors=True)
-    _raise_what_the_worker_said(config)
-    return int(_outcome(config)["undelivered"])
-
-
-@contextmanager
-def _unless_set(variables: dict[str, str]) -> Iterator[None]:
-    """Variables of the environment for Ray, those that the user has set aside."""
-    ours = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-def _fit(trainer: Any) -> None:
-    """`trainer.fit()`, after which Ctrl-C is KeyboardInterrupt again: Ray puts a handler of its own in its place."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
-    try:
-        trainer.fit()
-    except SystemExit:  # what Ray's handler ends with
-        raise KeyboardInterrupt from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, handler)
-
-
-def train_loop_per_worker(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    worker_environment: WorkerEnvironment = settings["worker_environment"]
-    worker_environment.apply()
-    config = parse_config(settings["config"])
-    outcome = config.run_folder / OUTCOME
-    if _outcome(config):  # Ray started the workers again after an error that another start cannot mend
-        return
-    context = ray.train.get_context()
-    worker = WorkerRank(context.get_world_rank(), context.get_world_size())
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
-    tracked = settings.get("tracked")
-    tracker = MetricLogger(TrackedRun(**tracked), config.run.system_metrics) if tracked and worker.rank == 0 else None
-    gauges, trial_goes_on = Gauges(config.run_id), True
-
-    def log_of_trial(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        nonlocal trial_goes_on
-        trial_goes_on = ray.get(settings["log"](step, metrics, timestamp_ms))
-
-    def report(event: StepProgress | EpochEnd) -> None:
-        # never to Ray Train, which takes one report at a look: epochs that are shorter would wait for it
-        if worker.rank == 0:
-            gauges.show(event)
-            if "send" in settings:
-                settings["send"](event)
-        if (
-            "log" in settings
-            and isinstance(event, EpochEnd)
-            and not broadcast_from_rank_0(worker, lambda: trial_goes_on)
-        ):
-            raise _Stopped
-
-    if worker.rank == 0 and "placed" in settings:
-        settings["placed"](get_current_placement_group())
-    log = tracker.log if tracker else log_of_trial if "log" in settings else ignore_metrics
-    patience_s = INTERRUPTED_DELIVERY_S
-    undelivered = 0
-    try:
-        notices = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
-        run_worker(config, WorkerContext(worker, device, report, log, worker_environment.lease, notices.preempted))
-        patience_s = DELIVERY_S
-    except (LeaseLost, StorageUnavailable):
-        raise  # the file is another's now, or cannot be written
-    except (Diverged, UserError) as error:
-        if not _outcome(config):  # the worker that saw it first says what it was
-            write_json(outcome, {"kind": type(error).__name__, "error": str(error)})
-        raise
-    except _Stopped:
-        pass
-    finally:
-        if tracker:
-            undelivered = tracker.close(patience_s)
-    if worker.rank == 0:
-        write_json(outcome, {"undelivered": undelivered})
-
-
-class _Stopped(Exception):
-    """Nobody wants the rest of this trial."""
-
-
-def _raise_what_the_worker_said(config: Config) -> None:
-    """Turn an error a worker wrote down into the same error here, without Ray's layers around it."""
-    said = _outcome(config)
-    if "error" in said:
-        raise {"Diverged": Diverged, "UserError": UserError}[said["kind"]](said["error"]) from None
-
-
-def _raise_what_the_storage_did(error: Any) -> None:
-    """Turn an error that a worker could not write down into the same error here."""
-    for failure in getattr(error, "worker_failures", {}).values():
-        cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, (LeaseLost, StorageUnavailable)):
-            raise cause from None
-
-
-def _outcome(config: Config) -> dict[str, Any]:
-    """How the latest attempt ended; nothing while it goes on."""
-    return read_json(config.run_folder / OUTCOME) or {}
+        shutil.rmtree(ray_files, ignore_errors=True)
+    _raise_worker_error(config)
+    return int(_status(config)["undelivered"])
 
 
 def _scaling(config: Config) -> ScalingConfig:
@@ -251,3 +133,134 @@ def _scaling(config: Config) -> ScalingConfig:
         resources_per_worker=worker_resources(config),
         elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
     )
+
+
+@contextmanager
+def _ray_train_defaults(config: Config) -> Iterator[None]:
+    """Set the environment variables of Ray Train that the user has not set."""
+    variables = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_S)}
+    if isinstance(config.scale.workers, list):
+        variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WORKER_START_TIMEOUT_S)
+    unset = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(unset)
+    try:
+        yield
+    finally:
+        for name in unset:
+            os.environ.pop(name, None)
+
+
+def _fit(trainer: Any) -> None:
+    """Run `trainer.fit()`. Ray replaces the handler of Ctrl-C, which raises KeyboardInterrupt again afterwards."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        trainer.fit()
+    except SystemExit:  # raised by Ray's handler
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def train_loop_per_worker(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on each worker: `run_worker`, then the status file.
+
+    Ray Train starts the workers again after any error. An attempt that finds a status file ends at once, as its
+    predecessor met an error that would come again.
+    """
+    environment: WorkerEnvironment = settings["worker_environment"]
+    environment.apply()
+    config = parse_config(settings["config"])
+    if _status(config):
+        return
+    device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
+    callbacks = _Callbacks(config, settings)
+    worker = callbacks.worker
+    notice = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
+    context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
+    undelivered, delivery_s = 0, INTERRUPTED_DELIVERY_S
+    try:
+        with torch_threads(settings["threads"]):
+            run_worker(config, context)
+        delivery_s = DELIVERY_S
+    except (LeaseLost, StorageUnavailable):
+        raise  # the status file must not or cannot be written
+    except (Diverged, UserError) as error:
+        if not _status(config):  # the error of the first worker is kept
+            _write_status(config, {"kind": type(error).__name__, "error": str(error)})
+        raise
+    except StoppedTrial:
+        pass
+    finally:
+        undelivered = callbacks.close(delivery_s)
+    if worker.rank == 0:
+        _write_status(config, {"undelivered": undelivered})
+
+
+class StoppedTrial(Exception):
+    """Ends the workers of a trial that was stopped."""
+
+
+class _Callbacks:
+    """Sends a worker's metrics and progress to MLflow, Ray's gauges and the driver.
+
+    None of it goes through `ray.train.report`: Ray Train takes one report a poll, so short epochs would wait for it.
+    """
+
+    def __init__(self, config: Config, settings: Mapping[str, Any]) -> None:
+        context = ray.train.get_context()
+        self.worker = WorkerRank(context.get_world_rank(), context.get_world_size())
+        self._settings, self._gauges = settings, Gauges(config.run_id)
+        self._continues = True  # false once the trial was stopped; known on rank 0
+        self._tracker: MetricLogger | None = None
+        if self.worker.rank == 0:
+            if tracked := settings.get("tracked"):
+                self._tracker = MetricLogger(TrackedRun(**tracked), config.run.system_metrics)
+            if "on_placement" in settings:
+                settings["on_placement"](get_current_placement_group())
+
+    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Log to the run in MLflow, or wait until the driver has reported a trial's metrics to Ray Tune."""
+        if self._tracker:
+            self._tracker.log(step, metrics, timestamp_ms)
+        elif "log" in self._settings:
+            self._continues = self._settings["log"](step, metrics, timestamp_ms)
+
+    def report(self, event: StepProgress | EpochEnd) -> None:
+        """Show an event; raises StoppedTrial on all workers at the end of the epoch in which a trial was stopped."""
+        if self.worker.rank == 0:
+            self._gauges.show(event)
+            if "on_event" in self._settings:
+                self._settings["on_event"](event)
+        end_of_trial_epoch = "log" in self._settings and isinstance(event, EpochEnd)
+        if end_of_trial_epoch and not broadcast_from_rank_0(self.worker, lambda: self._continues):
+            raise StoppedTrial
+
+    def close(self, timeout_s: float) -> int:
+        """Wait for MLflow; returns the number of steps that it has not received."""
+        return self._tracker.close(timeout_s) if self._tracker else 0
+
+
+def _raise_worker_error(config: Config) -> None:
+    """Raise the error in the status file, without Ray's wrapping."""
+    status = _status(config)
+    if "error" in status:
+        raise {"Diverged": Diverged, "UserError": UserError}[status["kind"]](status["error"]) from None
+
+
+def _raise_storage_error(error: Any) -> None:
+    """Raise the storage error of a worker, which could not write the status file, without Ray's wrapping."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, (LeaseLost, StorageUnavailable)):
+            raise cause from None
+
+
+def _status(config: Config) -> dict[str, Any]:
+    """How the latest attempt ended; empty while it runs."""
+    return read_json(config.run_folder / STATUS_FILE) or {}
+
+
+def _write_status(config: Config, status: Mapping[str, Any]) -> None:
+    write_json(config.run_folder / STATUS_FILE, status)

@@ -1,4 +1,4 @@
-"""One trial of a study, as Ray Tune runs it in an actor."""
+"""One trial of a study in an actor of Ray Tune."""
 
 from __future__ import annotations
 
@@ -19,19 +19,41 @@ from wml_ray.cluster.preemption import PreemptionNotice, watch_node
 from wml_ray.cluster.resources import has_several_workers
 from wml_ray.cluster.train import fit_trial
 from wml_ray.config.load import parse_config
+from wml_ray.config.schema import Config
 from wml_ray.distributed import WorkerRank
-from wml_ray.errors import Diverged, UserError
-from wml_ray.storage.lease import LeaseLost
+from wml_ray.errors import Diverged, UserError, one_line
+from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.worker import WorkerContext, run_worker
 
-STOP_TIMEOUT_S = 60  # how long a stopped trial may take to the end of its epoch and to give back its workers
+STOP_TIMEOUT_S = 60  # for a stopped trial to finish its epoch and to end its workers
+
+
+def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
+    """Train a trial in this actor, or on workers that this actor starts. `settings` are those of `StudySearcher`."""
+    worker_environment.apply()
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_TIMEOUT_S)  # after it, Ray Tune fails the next trial
+    try:
+        config = parse_config(json.loads(settings["config"]))
+        reporter = _Reporter(config.optim.epochs)
+        if has_several_workers(config):
+            fit_trial(config, reporter, ray.tune.get_context().get_trial_id(), worker_environment.lease)
+        else:
+            _train_here(config, reporter, worker_environment.lease)
+    except (LeaseLost, StorageUnavailable) as error:  # all other trials would fail in the same way
+        ray.tune.report({"study_error": str(error)})
+        raise
+    except ray.exceptions.RayError:  # a process died; the trial may start again
+        raise
+    except Exception as error:
+        ray.tune.report({"failed": _message(error)})
+        raise
 
 
 class _Reporter:
-    """Gathers what `run_worker` logs into one report to Ray Tune an epoch.
+    """Collects the metrics of `run_worker` into one report to Ray Tune for each epoch.
 
-    The last epoch waits for the test, which comes after it: a scheduler that is told of the full budget ends the trial.
+    The last epoch is reported together with the test: a scheduler ends a trial as soon as it has the full budget.
     """
 
     def __init__(self, epochs: int) -> None:
@@ -51,50 +73,27 @@ class _Reporter:
         else:
             self._report(entry)
 
-    def placed(self, group: PlacementGroup) -> None:
-        """Tell the driver what to free should this process die: Ray keeps it until the job ends."""
-        ray.tune.report({"placed": group})
+    def on_placement(self, group: PlacementGroup) -> None:
+        """Report the workers' placement group, which the driver removes if this process dies; Ray would keep it."""
+        ray.tune.report({"placement_group": group})
 
     def _report(self, entry: dict[str, Any]) -> None:
         metrics = {**self.sizes, **entry["metrics"]}
-        past = entry["timestamp_ms"] < self.started_ms  # of a trial that was interrupted
+        past = entry["timestamp_ms"] < self.started_ms  # the epoch was trained before a restart
         report = {**entry, "sizes": self.sizes}
         ray.tune.report({"epoch": entry["epoch"], "past": past, **metrics, "report": report})
         self.sizes = {}
 
 
-def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
-    """What Ray Tune runs in a trial's actor: the whole training, or the start of one on several workers."""
-    worker_environment.apply()
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(
-        STOP_TIMEOUT_S
-    )  # Ray Tune fails the next trial if this one takes longer
-    try:
-        config = parse_config(json.loads(settings["config"]))
-        reporter = _Reporter(config.optim.epochs)
-        if has_several_workers(config):
-            name = ray.tune.get_context().get_trial_id()
-            fit_trial(config, reporter, name, worker_environment.lease)
-        else:
-            torch.set_num_threads(config.scale.cpus_per_worker or 1)
-            device = torch.device("cuda" if config.scale.gpu else "cpu")
-            gauges = Gauges(config.run_id)
-            with watch_node() as is_to_go:
-                notices = PreemptionNotice(WorkerRank(), is_to_go)
-                context = WorkerContext(
-                    WorkerRank(), device, gauges.show, reporter.log, worker_environment.lease, notices.preempted
-                )
-                run_worker(config, context)
-    except (LeaseLost, StorageUnavailable) as error:  # nothing that another trial would not meet too
-        ray.tune.report({"halted": str(error)})
-        raise
-    except ray.exceptions.RayError:  # one of its processes died; another start may do
-        raise
-    except Exception as error:
-        ray.tune.report({"failed": _in_one_line(error)})
-        raise
+def _train_here(config: Config, reporter: _Reporter, lease: Lease | None) -> None:
+    torch.set_num_threads(config.scale.cpus_per_worker or 1)
+    device = torch.device("cuda" if config.scale.gpu else "cpu")
+    gauges = Gauges(config.run_id)
+    with watch_node() as node_preempted:
+        notice = PreemptionNotice(WorkerRank(), node_preempted)
+        run_worker(config, WorkerContext(WorkerRank(), device, gauges.show, reporter.log, lease, notice.preempted))
 
 
-def _in_one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _message(error: Exception) -> str:
+    text = one_line(error, limit=1000)
     return text if isinstance(error, (Diverged, UserError)) else f"{type(error).__name__}: {text}"

@@ -1,1 +1,1 @@
-"""The settings of a run: schema and loading."""
+"""The settings of a run: their schema, and how they are read from YAML files and overrides."""

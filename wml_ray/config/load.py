@@ -1,8 +1,9 @@
-"""The one schema of a run: frozen, validated, and the only place where a setting is described."""
+"""Configs from YAML files and `key=value` overrides, with one-line errors; and the table of all keys."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,40 +13,44 @@ import yaml
 from pydantic import ValidationError
 
 from wml_ray.config.schema import Config, ModelConfig, PruningConfig
-from wml_ray.errors import UserError
-from wml_ray.settings import Section
-from wml_ray.storage.paths import to_path
+from wml_ray.config.yaml_text import read_yaml
+from wml_ray.errors import UserError, root_cause
+from wml_ray.settings import Section, shortened
+from wml_ray.storage.paths import is_remote, to_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides.
+    """Read a YAML file and apply `key=value` overrides. The module of a user's own backbone may be beside the file.
 
     Raises:
         UserError: no such file, not YAML, an unknown key, or a value outside its range.
     """
+    name = shortened(path) if str(path).isprintable() else _quoted(str(path))
     try:
-        raw = yaml.safe_load(to_path(path).read_text())
-    except OSError as error:
-        raise UserError(
-            f"config file {path}: {error.strerror or 'not there'}; give the path of a YAML file, see jobs/"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"config file {path} is not valid YAML: {' '.join(str(error).split())}; see jobs/ for examples"
-        ) from error
+        raw = read_yaml(to_path(path).read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {name} is not valid YAML: {error}; see jobs/ for examples") from None
+    except Exception as error:  # OSError, and any error of a remote storage's client
+        raise UserError(f"config file {name}: {root_cause(error)}; give the path of a YAML file, see jobs/") from None
     raw = {} if raw is None else raw
     if not isinstance(raw, dict):
-        raise UserError(f"config file {path} holds a {type(raw).__name__}; it must hold keys such as `seed: 0`")
-    return parse_config(raw, overrides)
+        raise UserError(f"config file {name} contains a {type(raw).__name__}, not keys such as `seed: 0`")
+    config = parse_config(raw, overrides)
+    if ":" in config.model.backbone and not is_remote(to_path(path)):
+        sys.path.append(str(Path(path).resolve().parent))
+    return config
 
 
 def parse_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Validate nested settings, with `key=value` overrides applied on top.
+    """Validate nested settings, with `key=value` overrides applied to a copy. An empty section has its defaults.
 
     Raises:
         UserError: an unknown key, or a value outside its range.
     """
-    merged = json.loads(json.dumps(raw, default=str))
+    try:
+        merged = json.loads(json.dumps(raw, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"settings must be nested dicts with words as keys: {shortened(error)}") from None
     merged = {key: value for key, value in merged.items() if value is not None or key not in Config.model_fields}
     for override in overrides:
         _apply_override(merged, override)
@@ -56,7 +61,7 @@ def parse_config(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Another config, with dotted keys set to `values`.
+    """A copy of the config with dotted keys set to `values`.
 
     Raises:
         UserError: an unknown key, or a value outside its range.
@@ -65,45 +70,6 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         _set(raw, key, value)
     return parse_config(raw)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}' must read key=value, for example wml.alpha=0.3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML") from error
-    _set(raw, key, value)
-
-
-def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    node: Any = raw
-    for parent in parents:
-        node = _child(node, parent, key)
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise UserError(f"unknown key '{key}': the list has entries 0 to {len(node) - 1}")
-        node[int(last)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UserError(f"unknown key '{key}': {'.'.join(parents)} is a single value, it has no '{last}' inside")
-
-
-def _child(node: Any, name: str, key: str) -> Any:
-    if isinstance(node, dict):
-        if name not in node and name in Config.model_fields:
-            node[name] = {}
-        if name not in node and name == "ratios":
-            node[name] = list(PruningConfig().ratios)
-        if name not in node and name == "sharing":
-            node[name] = list(ModelConfig().sharing)
-        if name in node:
-            return node[name]
-    raise UserError(f"unknown key '{key}'{_did_you_mean(key)}")
 
 
 def known_keys() -> dict[str, Any]:
@@ -127,6 +93,61 @@ def describe_keys() -> str:
     return "\n".join(rows)
 
 
+def validation_message(error: ValidationError, fields: Mapping[str, Any]) -> str:
+    """The first error in one line. `fields` maps the known (dotted) keys to their pydantic fields."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {_quoted(key)}{_did_you_mean(key)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{message}{more}"
+    field = fields.get(key) or fields.get(key.rpartition(".")[0])
+    meaning = f" ({field.description})" if field is not None else ""
+    value = shortened(repr(first["input"]))
+    return f"{shortened(key)} = {value}: {message[0].lower()}{message[1:]}{meaning}{more}"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {_quoted(override)} must have the form key=value, for example wml.alpha=0.3")
+    try:
+        value = read_yaml(text)
+    except UserError as error:
+        raise UserError(f"override {_quoted(override)}: the value is not valid YAML: {error}") from None
+    _set(raw, key, value)
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = raw
+    for parent in parents:
+        node = _child(node, parent, key)
+    if isinstance(node, list):
+        if last not in map(str, range(len(node))):
+            raise UserError(f"unknown key {_quoted(key)}: the list has entries 0 to {len(node) - 1}")
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UserError(f"unknown key {_quoted(key)}: {_quoted('.'.join(parents))} is a single value, not a section")
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    if isinstance(node, dict):
+        if name not in node and name in Config.model_fields:
+            node[name] = {}
+        if name not in node and name == "ratios":
+            node[name] = list(PruningConfig().ratios)
+        if name not in node and name == "sharing":
+            node[name] = list(ModelConfig().sharing)
+        if name in node:
+            return node[name]
+    raise UserError(f"unknown key {_quoted(key)}{_did_you_mean(key)}")
+
+
 def _choices(field: Any) -> str:
     options = getattr(field.annotation, "__args__", ())
     if options and all(isinstance(option, str) for option in options):
@@ -137,23 +158,13 @@ def _choices(field: Any) -> str:
 def _did_you_mean(key: str) -> str:
     section = key.split(".")[0]
     siblings = [known for known in known_keys() if known.startswith(f"{section}.")]
-    last_words = {known.rpartition(".")[2]: known for known in siblings or known_keys()}
-    close = get_close_matches(key.rpartition(".")[2], last_words, n=1, cutoff=0.6)
+    by_last_word = {known.rpartition(".")[2]: known for known in siblings or known_keys()}
+    close = get_close_matches(key.rpartition(".")[2][:100], by_last_word, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{last_words[close[0]]}'?"
+        return f"; did you mean '{by_last_word[close[0]]}'?"
     return f"; allowed: {', '.join(siblings or Config.model_fields)}"
 
 
-def validation_message(error: ValidationError, fields: Mapping[str, Any]) -> str:
-    """The first mistake in one line; `fields` are the known (dotted) keys with their pydantic fields."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_did_you_mean(key)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{message}{more}"
-    field = fields.get(key) or fields.get(key.rpartition(".")[0])
-    meaning = f" ({field.description})" if field is not None else ""
-    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}{meaning}{more}"
+def _quoted(text: str) -> str:
+    """The text in quotes on one line, shortened."""
+    return shortened(repr(text))

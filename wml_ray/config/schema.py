@@ -1,4 +1,4 @@
-"""The one schema of a run: frozen, validated, and the only place where a setting is described."""
+"""The schema of a run's settings: types, ranges, defaults and descriptions, from which their documentation is made."""
 
 from __future__ import annotations
 
@@ -12,45 +12,74 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.methods.settings import DmlConfig, MethodConfig, MethodName, WmlConfig
-from wml_ray.settings import NAME, Count, NonNegative, Positive, Ratio, Section
+from wml_ray.settings import (
+    MAX_INTEGER,
+    NAME,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    Ratio,
+    Section,
+    Text,
+    shortened,
+)
 from wml_ray.storage.paths import to_path
-
-MAX_SEED = 2**31 - 1
 
 
 class DataConfig(Section):
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"] = Field(
-        "digits", description="dataset; `digits` ships inside scikit-learn and needs no download"
+        "digits", description="dataset; `digits` is part of scikit-learn and needs no download"
     )
-    root: str = Field("data", description="folder that holds the dataset")
-    download: bool = Field(False, description="download the dataset into `root` when it is not there")
-    batch_size: Annotated[int, Field(ge=2)] = Field(
-        64, description="images a step over all workers together; the number of workers never changes it"
+    root: Text = Field("data", description="folder of the dataset")
+    download: bool = Field(False, description="download the dataset into `data.root` if it is not there")
+    batch_size: Annotated[Count, Field(ge=2)] = Field(
+        64, description="images per training step, summed over all workers; at least 2"
     )
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
-        0.1, description="share of the training images held out for validation, fixed by the seed"
+        0.1,
+        description="share of the training images used for validation instead, drawn by the seed; between 0 and 0.5",
     )
-    resolution: Annotated[int, Field(ge=8)] = Field(
-        224, description="side of the square images in pixels; `imagefolder` only, the other sets have their own"
+    resolution: Annotated[Count, Field(ge=8)] = Field(
+        224,
+        description="width and height of the images in pixels, at least 8; `imagefolder` only",
     )
-    crop_padding: Annotated[int, Field(ge=0)] = Field(
-        0, description="pixels of zero padding before a random crop back to size; small sets only"
+    crop_padding: CountOrZero = Field(
+        0,
+        description="pixels of zero padding before a random crop to the original size; 0 is off; not for `imagefolder`",
     )
-    flip: bool = Field(False, description="mirror half of the training images left to right")
-    cutout: Annotated[int, Field(ge=0)] = Field(
-        0, description="side in pixels of a random square set to the mean; small sets only, 0 is off"
+    flip: bool = Field(False, description="mirror half of the training images horizontally, at random")
+    cutout: CountOrZero = Field(
+        0, description="side in pixels of a random square that is set to the mean; 0 is off; not for `imagefolder`"
     )
-    loader_workers: Annotated[int, Field(ge=0)] = Field(
-        2, description="loader processes per training worker; `imagefolder` only"
+    loader_workers: CountOrZero = Field(
+        2, description="processes that load images, per training worker; `imagefolder` only"
     )
+    skip_bad: bool = Field(
+        False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
+    )
+    train_images: Count | None = Field(
+        None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
+    )
+
+    @model_validator(mode="after")
+    def _train_images_fill_a_batch(self) -> DataConfig:
+        if self.train_images is not None and self.train_images < self.batch_size:
+            raise ValueError(
+                f"data.train_images = {self.train_images} is less than data.batch_size = {self.batch_size}; use at "
+                "least one batch of images, or a smaller batch"
+            )
+        return self
 
 
 class ModelConfig(Section):
-    backbone: str = Field(
-        "resnet20", description="a name from the backbone table, or `package.module:function` returning stages"
+    backbone: Text = Field(
+        "resnet20", description="name of a backbone, or `package.module:function` that returns a list of stages"
     )
     sharing: tuple[Count, ...] = Field(
-        (1, 1, 2, 4, 4), min_length=1, description="copies per stage; the last entry is the number of peers M"
+        (1, 1, 2, 4, 4),
+        min_length=1,
+        description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M",
     )
 
     @model_validator(mode="after")
@@ -58,60 +87,71 @@ class ModelConfig(Section):
         for stage, (above, here) in enumerate(zip(self.sharing, self.sharing[1:], strict=False), start=1):
             if here % above:
                 raise ValueError(
-                    f"sharing {list(self.sharing)} is not a tree: entry {stage} ({here}) must be a multiple of the one "
-                    f"before ({above}); for example [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] to share nothing"
+                    f"model.sharing = {shortened(list(self.sharing))} is not a tree: entry {stage} ({here}) must be a "
+                    f"multiple of the one before ({above}); such as [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] for no sharing"
                 )
         return self
 
 
 class PruningConfig(Section):
     ratios: tuple[Ratio, ...] = Field(
-        (0.0, 0.2, 0.4, 0.6), min_length=1, description="share removed from each peer, one entry a peer; 0 is off"
+        (0.0, 0.2, 0.4, 0.6),
+        min_length=1,
+        description="share removed from each peer, from 0 to below 1, one entry per peer; 0 keeps the peer whole",
     )
-    unit: Literal["channels", "params", "macs"] = Field("channels", description="what the ratios count")
-    min_channels: Count = Field(4, description="channels every layer keeps at least")
-    round_to: Count = Field(1, description="keep multiples of this many channels (8 or 16 suits GPUs)")
-    saliency_images: Annotated[int, Field(ge=2)] = Field(
-        256, description="training images the SNIP saliency is taken on"
+    unit: Literal["channels", "params", "macs"] = Field("channels", description="unit that the ratios are shares of")
+    min_channels: Count = Field(4, description="fewest channels that a layer keeps")
+    round_to: Count = Field(
+        1, description="number of which every layer keeps a multiple of channels; 8 or 16 is fastest on GPUs"
+    )
+    saliency_images: Annotated[Count, Field(ge=2)] = Field(
+        256, description="training images for the saliency that decides which channels are removed; at least 2"
     )
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
-    learning_rate: Positive = Field(0.1, description="peak learning rate")
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="SGD momentum")
-    nesterov: bool = Field(True, description="Nesterov momentum (SGD)")
-    weight_decay: NonNegative = Field(5e-4, description="weight decay on all parameters")
+    name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
+    learning_rate: Positive = Field(0.1, description="learning rate after the warm-up, above 0")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum of `sgd`, from 0 to below 1")
+    nesterov: bool = Field(True, description="Nesterov momentum for `sgd`")
+    weight_decay: NonNegative = Field(5e-4, description="weight decay of all parameters, 0 or more")
     epochs: Count = Field(30, description="passes over the training images")
     schedule: Literal["cosine", "multistep", "onecycle", "constant"] = Field(
-        "cosine", description="course of the learning rate after the warm-up"
+        "cosine", description="schedule of the learning rate after the warm-up"
     )
-    warmup_epochs: NonNegative = Field(0.0, description="epochs of linear warm-up from 0 to the peak")
-    milestones: tuple[Count, ...] = Field((), description="epochs after which a multistep schedule decays")
+    warmup_epochs: NonNegative = Field(
+        0.0, description="epochs in which the learning rate rises linearly from 0, fewer than `optim.epochs`"
+    )
+    milestones: tuple[Count, ...] = Field(
+        (), description="increasing epochs after which `multistep` lowers the learning rate"
+    )
     decay_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.1, description="factor of a multistep decay at each milestone"
+        0.1, description="factor on the learning rate at each milestone of `multistep`, between 0 and 1"
     )
-    gradient_clip: NonNegative = Field(0.0, description="largest gradient norm; 0 is off")
+    gradient_clip: NonNegative = Field(0.0, description="largest norm of the gradient; 0 is off")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="autocast type of the training step; float16 needs a GPU"
+        "float32", description="floating-point type of the training step; `float16` needs a GPU"
     )
-    channels_last: bool = Field(True, description="store images channels-last, the faster layout")
-    compile: bool = Field(False, description="run the training step through torch.compile")
+    channels_last: bool = Field(True, description="memory layout with channels last, which is faster")
+    compile: bool = Field(False, description="compile the training step with torch.compile")
     sync_batchnorm: bool = Field(
-        False, description="take BatchNorm statistics over all workers, so that N workers equal one exactly"
+        False,
+        description="compute BatchNorm statistics over all workers: any number of workers gives the same result",
     )
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> OptimConfig:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"optim.warmup_epochs = {self.warmup_epochs} leaves nothing of optim.epochs = {self.epochs}; "
-                "warm up for fewer epochs"
+                f"optim.warmup_epochs = {self.warmup_epochs} must be less than optim.epochs = "
+                f"{self.epochs}; warm up for fewer epochs"
             )
         if self.schedule == "multistep" and not self.milestones:
             raise ValueError("optim.schedule = multistep needs optim.milestones, for example [15, 25]")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"optim.milestones = {list(self.milestones)} must increase, for example [15, 25]")
+            raise ValueError(
+                f"optim.milestones = {shortened(list(self.milestones))} must increase, for example [15, 25]"
+            )
         return self
 
 
@@ -120,42 +160,57 @@ def _workers(value: Any) -> Any:
     ordered = all(type(number) is int for number in numbers) and numbers[0] <= numbers[1]
     if not ordered or numbers[0] < (1 if numbers is value else 0):
         raise ValueError(
-            f"scale.workers = {value!r} must be 0 (this process), a number of workers, or [min, max] with "
-            "1 <= min <= max, for example [1, 4]"
+            f"scale.workers = {shortened(repr(value))} must be 0 (this process), a number of workers, or [min, max] "
+            "with 1 <= min <= max, for example [1, 4]"
         )
     return value
 
 
 class ScaleConfig(Section):
     workers: Annotated[int | list[int], BeforeValidator(_workers)] = Field(
-        0, description="training workers: 0 trains in this process, N on N Ray workers, [min, max] is elastic"
+        0,
+        description="0 trains in this process, N on N Ray workers, [min, max] on as many as the cluster has slots for",
     )
-    gpu: bool = Field(False, description="one GPU a worker")
-    cpus_per_worker: Count | None = Field(None, description="CPU threads a worker; null shares the cores evenly")
-    max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="how often Ray restarts lost workers from the last checkpoint before giving up"
+    gpu: bool = Field(False, description="use one GPU per worker")
+    cpus_per_worker: Count | None = Field(
+        None,
+        description="CPU threads per worker; null divides the cores, and uses one thread for small images",
     )
+    max_failures: CountOrZero = Field(
+        3, description="restarts from the last checkpoint after a lost worker, before the run fails"
+    )
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest and the most workers; the same number twice unless the run is elastic."""
+        return (self.workers[0], self.workers[1]) if isinstance(self.workers, list) else (self.workers, self.workers)
 
 
 class RunConfig(Section):
-    storage_path: str = Field(
-        "results", description="folder of all runs, or an address such as s3://bucket/folder; all nodes must see it"
+    storage_path: Text = Field(
+        "results", description="folder of all runs, or an address such as s3://bucket/folder, that all nodes can reach"
     )
     name: Annotated[str, Field(pattern=NAME)] = Field(
-        "wml", description="MLflow experiment and the folder of its runs; letters, digits, dot, dash, underscore"
+        "wml",
+        description="MLflow experiment and folder of its runs: a name of letters, digits, dot, dash, underscore",
     )
-    keep_checkpoints: Count = Field(2, description="newest checkpoints kept; the best by validation is kept besides")
+    keep_checkpoints: Count = Field(
+        2, description="number of newest checkpoints to keep; the best by validation is kept too"
+    )
     test_epoch: Literal["last", "best"] = Field(
-        "last", description="checkpoint the test accuracy is taken from: the last, or the best by validation"
+        "last", description="epoch whose checkpoint is tested: the last, or the best by validation"
     )
-    system_metrics: bool = Field(False, description="log CPU, memory and GPU load to MLflow")
+    system_metrics: bool = Field(False, description="log the load of CPU, memory and GPU to MLflow")
+    study: str | None = Field(
+        None, description="study and trial that this config comes from, such as wml-smoke/7; set by `wml-ray tune`"
+    )
 
 
 class Config(Section):
-    """Everything a run is. Build it with `load` or `parse`; change it by making another."""
+    """All settings of a run. Made by `load_config` or `parse_config`; `with_values` makes a changed copy."""
 
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = Field(
-        0, description="initialisation, splits, batch order and augmentation follow from it"
+    seed: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(
+        0, description="seed of initialisation, splits, batch order and augmentation"
     )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -171,8 +226,9 @@ class Config(Section):
     def _one_ratio_a_peer(self) -> Config:
         if len(self.pruning.ratios) != self.num_peers:
             raise ValueError(
-                f"pruning.ratios has {len(self.pruning.ratios)} entries but model.sharing = {list(self.model.sharing)} "
-                f"makes {self.num_peers} peers; give one ratio a peer (0 leaves a peer whole)"
+                f"pruning.ratios has {len(self.pruning.ratios)} entries but model.sharing = "
+                f"{shortened(list(self.model.sharing))} makes {self.num_peers} peers; give one ratio per peer "
+                "(0 keeps a peer whole)"
             )
         if self.optim.precision == "float16" and not self.scale.gpu:
             raise ValueError("optim.precision = float16 needs scale.gpu = true; on a CPU use bfloat16 or float32")
@@ -192,8 +248,8 @@ class Config(Section):
         dump = self.model_dump(mode="json", exclude=self._other_methods)
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
-        for place_or_speed in ("root", "download", "loader_workers"):
-            del dump["data"][place_or_speed]
+        for key in ("root", "download", "loader_workers"):
+            del dump["data"][key]
         digest = hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:10]
         backbone = self.model.backbone.rsplit(":", 1)[-1]
         return f"{self.data.name}-{backbone}-{digest}"

@@ -1,7 +1,7 @@
-"""Splits of a dataset, and batches that are a function of seed, epoch and step alone.
+"""Batches of a dataset, a function of seed, epoch and step alone.
 
-Small sets live as tensors on the training device and are augmented in whole batches; image folders stream through
-loader processes. A worker takes its share of every global batch, so the number of workers changes no batch.
+A small dataset is a tensor on the training device; an image folder is streamed by loader processes. A worker uses its
+share of every global batch, so the number of workers changes no batch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from wml_ray.networks.spec import ImageSpec
 
 Batch = tuple[Tensor, Tensor]
 NumberedBatches = Iterable[tuple[int, Tensor]]  # step of the epoch, indices
-SALIENCY_BATCH = 64  # images at most in a pass of the whole unpruned tree
-EVAL_BATCH = 512  # images a worker evaluates at once
+SALIENCY_BATCH = 64  # largest batch of a pass through the unpruned tree
+EVAL_BATCH = 512  # images that a worker evaluates at once
 
 
 class Dataset(ABC):
@@ -31,6 +31,7 @@ class Dataset(ABC):
 
     mean: tuple[float, ...]  # of each channel, in the units the images are stored in
     std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()  # images left out as they cannot be decoded, below data.root
 
     def __init__(self, config: Config, spec: ImageSpec, splits: dict[Split, Tensor], device: torch.device) -> None:
         self.config, self.spec, self.splits, self.device = config, spec, splits, device
@@ -43,24 +44,24 @@ class Dataset(ABC):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full global batches in the training split; what is left over waits for another epoch's order."""
+        """Number of full global batches in the training split; an incomplete last batch is not used."""
         return len(self.splits["train"]) // self.batch_size
 
     def train_batches(self, epoch: int, worker: WorkerRank, first: int = 0) -> Iterator[Batch]:
-        """This worker's share of each batch of an epoch from the `first` on, in an order drawn from seed and epoch."""
+        """This worker's share of each batch of an epoch, from step `first`, in an order drawn from seed and epoch."""
         order = self._shuffled("train", epoch)[: self.steps_per_epoch * self.batch_size]
         batches = enumerate(order.split(self.batch_size))
         return self._augmented(itertools.islice(batches, first, None), ("train", epoch), worker)
 
     def outer_batches(self, epoch: int, worker: WorkerRank, first: int = 0) -> Iterator[Batch]:
-        """Endless batches for the outer loss, augmented as training batches are, in an order of their own."""
+        """Endless batches for the outer loss, from step `first`: augmented like training batches, in another order."""
         size = min(self.batch_size, len(self.splits["outer"]))
         orders = (self._shuffled("outer", (epoch, lap)) for lap in itertools.count())
         batches = enumerate(batch for order in orders for batch in order.split(size) if len(batch) == size)
         return self._augmented(itertools.islice(batches, first, None), ("outer", epoch), worker)
 
     def saliency_batches(self, images: int) -> list[Batch]:
-        """Batches of altogether `images` training images, drawn by the seed, not augmented."""
+        """Batches with `images` training images in total, drawn by the seed, not augmented."""
         order = self._shuffled("train", "saliency")[:images]
         return [self._plain(indices) for indices in order.tensor_split(-(-len(order) // SALIENCY_BATCH))]
 
@@ -79,11 +80,12 @@ class Dataset(ABC):
         """This worker's share of each global batch of indices, with augmentation drawn from (seed, key, step)."""
 
     @abstractmethod
-    def _plain(self, indices: Tensor) -> Batch: ...
+    def _plain(self, indices: Tensor) -> Batch:
+        """The images of `indices`, normalised and not augmented, and their targets."""
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, kept on the device: a copy a batch would hold up a GPU's queue."""
+        """Mean and standard deviation on the device, cached: a copy for each batch would stall the GPU."""
         mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return mean, std
 

@@ -1,4 +1,4 @@
-"""A small dataset: one tensor on the training device, augmented in whole batches."""
+"""A small dataset: one tensor on the training device, augmented a batch at a time."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class InMemoryDataset(Dataset):
     def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank) -> Iterator[Batch]:
         for step, indices in batches:
             inputs, targets = self._plain(worker.share_of(indices))
-            draws = _Draws(len(indices), generator_for(self.config.seed, *key, step), worker, self.device)
+            draws = _SharedDraws(len(indices), generator_for(self.config.seed, *key, step), worker, self.device)
             yield self._augment(inputs, draws), targets
 
-    def _augment(self, images: Tensor, draws: _Draws) -> Tensor:
-        """Zero after normalisation is the mean, so padding and cutout fill with the mean image value."""
+    def _augment(self, images: Tensor, draws: _SharedDraws) -> Tensor:
+        """Crop, flip and cut out. Padding and cutout fill with 0, the mean of normalised images."""
         data = self.config.data
         if data.crop_padding:
             images = _random_crop(images, data.crop_padding, draws)
@@ -65,18 +65,22 @@ def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float,
     return tuple(means.tolist()), tuple(deviations.tolist())
 
 
-class _Draws:
-    """Random integers for a global batch, of which a worker keeps its share."""
+class _SharedDraws:
+    """Random integers drawn for a whole global batch, of which a worker uses its share.
+
+    Every worker draws the same numbers, so the augmentation does not depend on the number of workers.
+    """
 
     def __init__(self, batch: int, generator: torch.Generator, worker: WorkerRank, device: torch.device) -> None:
         self.batch, self.generator, self.worker, self.device = batch, generator, worker, device
 
     def integers(self, end: int) -> Tensor:
+        """One integer in [0, end) for each image of this worker's share."""
         values = torch.randint(end, (self.batch,), generator=self.generator)
         return self.worker.share_of(values).to(self.device)
 
 
-def _random_crop(images: Tensor, padding: int, draws: _Draws) -> Tensor:
+def _random_crop(images: Tensor, padding: int, draws: _SharedDraws) -> Tensor:
     side = images.shape[-1]
     padded = F.pad(images, [padding] * 4)
     span = torch.arange(side, device=images.device)
@@ -85,8 +89,8 @@ def _random_crop(images: Tensor, padding: int, draws: _Draws) -> Tensor:
     return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _cutout(images: Tensor, size: int, draws: _Draws) -> Tensor:
-    """DeVries & Taylor 2017: the square's centre lies anywhere in the image, so part of it may fall outside."""
+def _cutout(images: Tensor, size: int, draws: _SharedDraws) -> Tensor:
+    """Set one square an image to 0 (DeVries & Taylor 2017). Its centre is in the image; its border may be outside."""
     side = images.shape[-1]
     span = torch.arange(side, device=images.device)
     rows, columns = (span - draws.integers(side)[:, None] + size // 2 for _ in range(2))

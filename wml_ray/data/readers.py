@@ -1,10 +1,15 @@
-"""Datasets as they lie on disk: what each holds, and how its files are read."""
+"""The small datasets: sizes and readers.
+
+A new dataset is a reader function, an entry in DATASETS and a name in DataConfig.
+"""
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +19,62 @@ from filelock import FileLock
 from torch import Tensor
 
 from wml_ray.config.schema import DataConfig
-from wml_ray.errors import UserError
+from wml_ray.data.images import class_names
+from wml_ray.errors import UserError, one_line
 from wml_ray.networks.spec import ImageSpec
+
+Images = tuple[
+    Tensor, Tensor, int
+]  # uint8 images (N, C, H, W), labels (N,), number of training images, which are first
 
 
 class DataMissing(UserError):
-    """The dataset is not where the config says it is."""
+    """The dataset is not in `data.root`."""
 
 
-SPECS = {
-    "digits": ImageSpec(1, 8, 10),
-    "fashion_mnist": ImageSpec(1, 28, 10),
-    "cifar10": ImageSpec(3, 32, 10),
-    "cifar100": ImageSpec(3, 32, 100),
-}
+@dataclass(frozen=True)
+class SmallDataset:
+    """A dataset that fits into memory."""
+
+    spec: ImageSpec
+    read: Callable[[DataConfig], Images]
 
 
 def image_spec(config: DataConfig) -> ImageSpec:
-    """Channels, resolution and classes, known without reading images.
+    """Channels, resolution and classes of the configured dataset; reads no image.
 
     Raises:
         UserError: an image folder that is missing or has no classes.
     """
     if config.name != "imagefolder":
-        return SPECS[config.name]
-    return ImageSpec(3, config.resolution, len(_classes(config)))
+        return DATASETS[config.name].spec
+    return ImageSpec(3, config.resolution, len(class_names(config)))
 
 
-def read_images(config: DataConfig) -> tuple[Tensor, Tensor, int]:
-    """All uint8 images (N, C, H, W) and labels (N,) of a small set, and how many of them, the first, may be trained on.
+def image_resolution(config: DataConfig) -> int:
+    """Side in pixels of the images that a network sees."""
+    return config.resolution if config.name == "imagefolder" else DATASETS[config.name].spec.resolution
 
-    What comes after those is the set's own test set.
+
+def read_images(config: DataConfig) -> Images:
+    """Read a small dataset: uint8 images (N, C, H, W), labels (N,), and the number of training images.
+
+    The training images come first; the rest is the set's own test set.
 
     Raises:
         UserError: the folder is missing or broken, or the download failed.
     """
-    return _READERS[config.name](config)
+    return DATASETS[config.name].read(config)
 
 
 def check_dataset(config: DataConfig) -> str:
-    """See that the dataset is there; returns in words whether it is, or will be downloaded.
+    """Check that the dataset is in `data.root`; returns in words whether it is, or will be downloaded.
 
     Raises:
         UserError: it is missing or broken.
     """
     if config.name == "imagefolder":
-        return f"is there, {len(_classes(config))} classes"
+        return f"is there, {len(class_names(config))} classes"
     try:
         images, _, _ = read_images(config.model_copy(update={"download": False}))
     except DataMissing:
@@ -69,16 +84,18 @@ def check_dataset(config: DataConfig) -> str:
     return f"is there, {len(images):,} images"
 
 
-def _read_digits(config: DataConfig) -> tuple[Tensor, Tensor, int]:
-    from sklearn.datasets import load_digits
+def _read_digits(config: DataConfig) -> Images:
+    spec = importlib.util.find_spec("sklearn")  # its file is read without it: to import scikit-learn takes 2 s
+    assert spec is not None
+    assert spec.origin is not None
+    with gzip.open(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 64 pixels and the label
+    images = torch.from_numpy(rows[:, :-1].reshape(-1, 1, 8, 8)).contiguous()
+    return images, torch.from_numpy(rows[:, -1].astype(np.int64)), len(images)
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    return images, torch.from_numpy(digits.target.astype(np.int64)), len(images)
 
-
-def _read_fashion_mnist(config: DataConfig) -> tuple[Tensor, Tensor, int]:
-    """The four IDX files, gzipped or not, in the folder itself or where torchvision puts them."""
+def _read_fashion_mnist(config: DataConfig) -> Images:
+    """Read the four IDX files, gzipped or not, from the folder itself or from torchvision's subfolder."""
     root = Path(config.root)
     folders = [root, root / "FashionMNIST" / "raw"]
     if config.download and not any(_idx_file(folder, "train-images-idx3") for folder in folders):
@@ -119,8 +136,8 @@ def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.
     return values
 
 
-def _read_cifar(config: DataConfig) -> tuple[Tensor, Tensor, int]:
-    """torchvision's reader, which compares every file with its published digest before opening it."""
+def _read_cifar(config: DataConfig) -> Images:
+    """Read with torchvision, which compares every file with its published digest before opening it."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     kind = CIFAR10 if config.name == "cifar10" else CIFAR100
@@ -141,31 +158,6 @@ def _read_cifar(config: DataConfig) -> tuple[Tensor, Tensor, int]:
     return torch.from_numpy(np.ascontiguousarray(images)), torch.tensor(labels), len(parts[0].data)
 
 
-def _classes(config: DataConfig) -> list[str]:
-    """Names of the classes, without a look at their images, of which there may be a million."""
-    from torchvision.datasets.folder import find_classes
-
-    folder = Path(config.root) / "train"
-    return _image_folder(config.root, lambda: find_classes(str(folder))[0])  # type: ignore[no-any-return]
-
-
-def image_folder(folder: Path, root: str) -> Any:
-    """torchvision's reader of `folder`, a split of the set at `root`."""
-    from torchvision.datasets import ImageFolder
-
-    return _image_folder(root, lambda: ImageFolder(str(folder)))
-
-
-def _image_folder(root: str, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
-        ) from None
-
-
 def _download(root: Path, fetch: Callable[[], object]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / ".download.lock"):
@@ -173,21 +165,21 @@ def _download(root: Path, fetch: Callable[[], object]) -> None:
             fetch()
         except (RuntimeError, OSError) as error:
             raise UserError(
-                f"data.download = true: the download into '{root}' failed ({' '.join(str(error).split())}); check the "
+                f"data.download = true: the download into '{root}' failed ({one_line(error)}); check the "
                 "network, or set data.root to a folder that holds the dataset"
             ) from None
 
 
-def _missing(data: DataConfig, what: str) -> DataMissing:
+def _missing(config: DataConfig, expected: str) -> DataMissing:
     return DataMissing(
-        f"data.root = '{data.root}' holds no {data.name}: expected {what}; set data.download=true to fetch it, or "
-        "data.root to the folder that has it"
+        f"data.root = '{config.root}' holds no {config.name}: expected {expected}; set data.download=true to fetch it, "
+        "or data.root to the folder that has it"
     )
 
 
-_READERS: dict[str, Callable[[DataConfig], tuple[Tensor, Tensor, int]]] = {
-    "digits": _read_digits,
-    "fashion_mnist": _read_fashion_mnist,
-    "cifar10": _read_cifar,
-    "cifar100": _read_cifar,
+DATASETS = {
+    "digits": SmallDataset(ImageSpec(1, 8, 10), _read_digits),
+    "fashion_mnist": SmallDataset(ImageSpec(1, 28, 10), _read_fashion_mnist),
+    "cifar10": SmallDataset(ImageSpec(3, 32, 10), _read_cifar),
+    "cifar100": SmallDataset(ImageSpec(3, 32, 100), _read_cifar),
 }

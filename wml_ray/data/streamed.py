@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import EVAL_BATCH, Batch, Dataset, NumberedBatches
-from wml_ray.data.readers import image_folder
+from wml_ray.data.images import ImageListing, read_image
 from wml_ray.data.splits import Split, make_splits, seed_for
 from wml_ray.distributed import WorkerRank
 from wml_ray.errors import UserError
@@ -25,38 +23,17 @@ class StreamedDataset(Dataset):
     """Image files, decoded and augmented one by one in loader processes."""
 
     def __init__(
-        self,
-        config: Config,
-        spec: ImageSpec,
-        splits: dict[Split, Tensor],
-        samples: Sequence[tuple[str, int]],
-        device: torch.device,
+        self, config: Config, listing: ImageListing, device: torch.device, skipped: Collection[str] = ()
     ) -> None:
+        """`skipped` names the images that `listing` leaves out."""
+        spec = ImageSpec(3, config.data.resolution, len(listing.classes))
+        labels = torch.tensor([label for _, label in listing.samples])
+        num_validation = len(labels) - listing.num_train - listing.num_test
+        splits = make_splits(config, labels, listing.num_train, listing.num_test, num_validation)
         super().__init__(config, spec, splits, device)
+        self.skipped = tuple(skipped)
         self.mean, self.std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.files = _ImageFiles(samples, spec.resolution, config.data.flip)
-
-    @classmethod
-    def from_folder(cls, config: Config, device: torch.device) -> StreamedDataset:
-        """root/train and root/test; without root/test, root/val is the test set (as ImageNet is used).
-
-        Validation images are root/val where root/test exists too, else a share of root/train.
-        """
-        root = Path(config.data.root)
-        train = image_folder(root / "train", config.data.root)
-        has_test = (root / "test").is_dir()
-        test = image_folder(root / ("test" if has_test else "val"), config.data.root)
-        held = image_folder(root / "val", config.data.root) if has_test and (root / "val").is_dir() else None
-        for other in (test, held):
-            if other is not None and other.classes != train.classes:
-                raise UserError(f"data.root = '{root}': {other.root} has other class folders than {train.root}")
-        samples = [*train.samples, *test.samples, *(held.samples if held else [])]
-        ends = np.cumsum([len(train.samples), len(test.samples)])
-        splits = make_splits(
-            config, int(ends[0]), torch.arange(ends[0], ends[1]), torch.arange(ends[1], len(samples)) if held else None
-        )
-        spec = ImageSpec(3, config.data.resolution, len(train.classes))
-        return cls(config, spec, splits, samples, device)
+        self.files = ImageFiles(listing.samples, spec.resolution, config.data.flip)
 
     def _plain(self, indices: Tensor) -> Batch:
         return next(self._stream([[(index, None) for index in indices.tolist()]], workers=0))
@@ -84,12 +61,12 @@ class StreamedDataset(Dataset):
             for images, labels in loader:
                 on_device = images.to(self.device, non_blocking=True).float()
                 yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
-        except UserError as error:  # a loader process puts its traceback in front of the message
+        except UserError as error:  # the message of a loader process starts with its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
-class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Reads (index, seed): a random crop and flip drawn from the seed, or the centre crop where it is None."""
+class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Reads (index, seed): a random crop and flip drawn from the seed, or the centre crop if the seed is None."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], resolution: int, flip: bool) -> None:
         from torchvision.transforms import v2
@@ -101,15 +78,9 @@ class _ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         self.evaluation = v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
 
     def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
-        from torchvision.io import ImageReadMode, decode_image
-
         index, seed = key
         path, label = self.samples[index]
-        try:
-            image = decode_image(path, mode=ImageReadMode.RGB)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"image {path} cannot be read ({reason}); mend or remove the file") from None
+        image = read_image(path)
         if seed is None:
             return self.evaluation(image), label
         with torch.random.fork_rng(devices=[]):

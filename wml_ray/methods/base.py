@@ -1,4 +1,4 @@
-"""The interface of a method: what the peers of a tree learn from, and what is predicted with them."""
+"""The interface of a method: the losses of the peers of a tree, and the predictions made with them."""
 
 from __future__ import annotations
 

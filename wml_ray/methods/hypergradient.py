@@ -21,7 +21,7 @@ UnrollPoint = Literal["same_point", "exact"]
 class Unroll:
     """The SGD step through which Eq. 5 differentiates: gamma, and the point at which dL2/dtheta is taken.
 
-    "exact" takes it at theta - gamma dL1/dtheta, "same_point" at theta, which saves one forward and backward pass.
+    "exact" is theta - gamma dL1/dtheta; "same_point" is theta, which saves one forward and backward pass.
 
     Raises:
         ValueError: an unknown point.
@@ -69,7 +69,7 @@ def weight_gradient(
         loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
         direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
         v = mean_over_workers(v, outer_targets)
-    # Outside the fork the random state is the one the inner pass started from: dropout draws the same masks again.
+    # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
         losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, options)

@@ -23,10 +23,10 @@ class WmlConfig(Section):
     mirror_step_size: NonNegative = Field(0.1, description="mirror-descent step size eta of Eq. 7")
     update_every: Count = Field(20, description="training steps T between two updates of the peer weights")
     unroll_learning_rate: NonNegative | None = Field(
-        None, description="gamma of Eq. 5, the SGD step the gradient looks through; null is the current learning rate"
+        None, description="gamma of Eq. 5, the SGD step in the gradient of omega; null is the current learning rate"
     )
     unroll: Literal["same_point", "exact"] = Field(
-        "same_point", description="where Eq. 5 takes dL2/dtheta: at theta, or exactly at the stepped theta"
+        "same_point", description="point of dL2/dtheta in Eq. 5: theta, or theta after the SGD step, which is exact"
     )
     outer_data: Literal["train", "holdout"] = Field(
         "train", description="images of the outer loss: training images, or a slice kept out of training"

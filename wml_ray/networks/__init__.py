@@ -1,1 +1,1 @@
-"""Backbones, the peer tree, and what layers cost."""
+"""Backbones, the peer tree, and the costs of layers."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,17 +34,26 @@ def build_stages(name: str, spec: ImageSpec) -> Stages:
     return BACKBONES[name](spec)
 
 
-def _user_stages(name: str, spec: ImageSpec) -> Stages:
+def import_backbone(name: str) -> Callable[[ImageSpec], Any]:
+    """The function of a user's `package.module:function`, also found in the current directory.
+
+    Raises:
+        UserError: it cannot be imported.
+    """
     module_name, _, function_name = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        return cast("Callable[[ImageSpec], Any]", getattr(importlib.import_module(module_name), function_name))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"model.backbone = '{name}' cannot be imported: {error}; check the path and PYTHONPATH"
+            f"model.backbone = '{name}' cannot be imported: {error}; its module must be beside the config file, in the "
+            "current directory or on PYTHONPATH"
         ) from error
-    stages = function(spec)
+
+
+def _user_stages(name: str, spec: ImageSpec) -> Stages:
+    stages = import_backbone(name)(spec)
     if isinstance(stages, (list, tuple)):
         stages = {f"stage{index}": stage for index, stage in enumerate(stages)}
     if not isinstance(stages, Mapping) or not all(isinstance(stage, nn.Module) for stage in stages.values()):

@@ -1,7 +1,7 @@
 """Backbones: a name to an ordered dict of stages whose composition is the network.
 
 A stage is any module from one tensor to one tensor; the last stage ends in the linear layer that gives the logits.
-torchvision is imported where it is used: its import takes as long as that of torch, in every process of Ray's.
+torchvision is imported only by the builders that need it: its import takes as long as that of torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from wml_ray.networks.spec import ImageSpec, Stages
 
+Activation = type[nn.ReLU] | type[nn.ReLU6]
 SMALL_IMAGE = 64  # pixels; below it MobileNetV2 and VGG take their CIFAR form
 
 
@@ -25,22 +26,43 @@ def _kaiming(stages: Stages) -> Stages:
     return stages
 
 
+def _conv_bn_relu(width_in: int, width: int, stride: int = 1, activation: Activation = nn.ReLU) -> nn.Sequential:
+    conv = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), activation(inplace=True))
+
+
+class BasicBlock(nn.Module):
+    """ResNet's basic block (He et al. 2016): conv-BN-ReLU-conv-BN and a shortcut, summed before the last ReLU."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        shortcut = None
+        if width_in != width:
+            shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = shortcut
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(inputs)))))
+        outputs += inputs if self.downsample is None else self.downsample(inputs)
+        active: Tensor = self.relu(outputs)
+        return active
+
+
 def cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
     """He et al. 2016, section 4.2, with 1x1 convolution shortcuts (option B) where the width changes."""
-    from torchvision.models.resnet import BasicBlock
-    from torchvision.ops import Conv2dNormActivation
-
     blocks = (depth - 2) // 6
-    stages: Stages = {"stem": Conv2dNormActivation(spec.channels, 16, 3)}
+    stages: Stages = {"stem": _conv_bn_relu(spec.channels, 16)}
     width_in = 16
     for index, width in enumerate((16, 32, 64)):
         layer = nn.Sequential()
         for block in range(blocks):
             stride = 2 if index and not block else 1
-            shortcut = None
-            if width_in != width:
-                shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-            layer.append(BasicBlock(width_in, width, stride, shortcut))
+            layer.append(BasicBlock(width_in, width, stride))
             width_in = width
         stages[f"layer{index + 1}"] = layer
     stages["head"] = _head(64, spec.num_classes)
@@ -49,11 +71,10 @@ def cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
 
 def resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
     from torchvision.models import get_model
-    from torchvision.ops import Conv2dNormActivation
 
     network = get_model(name, weights=None, num_classes=spec.num_classes)
     if cifar_stem:
-        stem: nn.Module = Conv2dNormActivation(spec.channels, 64, 3)
+        stem: nn.Module = _conv_bn_relu(spec.channels, 64)
     else:
         conv = nn.Conv2d(spec.channels, 64, 7, stride=2, padding=3, bias=False)
         stem = nn.Sequential(conv, network.bn1, network.relu, network.maxpool)
@@ -66,7 +87,6 @@ def resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
 def mobilenet_v2(spec: ImageSpec) -> Stages:
     """Under 64 pixels the first three reductions are left out, as is usual on CIFAR."""
     from torchvision.models import MobileNetV2
-    from torchvision.ops import Conv2dNormActivation
 
     small = spec.resolution < SMALL_IMAGE
     stride = 1 if small else 2
@@ -76,7 +96,7 @@ def mobilenet_v2(spec: ImageSpec) -> Stages:
     ]
     network = MobileNetV2(num_classes=spec.num_classes, inverted_residual_setting=settings)
     features = list(network.features)
-    features[0] = Conv2dNormActivation(spec.channels, 32, 3, stride=stride, activation_layer=nn.ReLU6)
+    features[0] = _conv_bn_relu(spec.channels, 32, stride, nn.ReLU6)
     stages: Stages = {"stem": nn.Sequential(*features[:2])}
     for index, (first, last) in enumerate(((2, 4), (4, 7), (7, 14), (14, 19))):
         stages[f"layer{index + 1}"] = nn.Sequential(*features[first:last])
@@ -87,14 +107,12 @@ def mobilenet_v2(spec: ImageSpec) -> Stages:
 
 def vgg16_bn(spec: ImageSpec) -> Stages:
     """Five blocks of 3x3 convolutions; a block halves the image unless it has a single pixel left."""
-    from torchvision.ops import Conv2dNormActivation
-
     stages: Stages = {}
     channels, side = spec.channels, spec.resolution
     for index, (width, convs) in enumerate(((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))):
         block = nn.Sequential()
         for _ in range(convs):
-            block.append(Conv2dNormActivation(channels, width, 3))
+            block.append(_conv_bn_relu(channels, width))
             channels = width
         if side >= 2:
             block.append(nn.MaxPool2d(2))

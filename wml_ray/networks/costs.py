@@ -1,4 +1,4 @@
-"""What each layer of a network costs, in parameters and multiply-accumulates (MACs), at any width."""
+"""The cost of each layer of a network, in parameters and multiply-accumulates (MACs), at any width."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.networks.modes import in_mode
-from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.peer_tree import PeerTree, copy_name
 from wml_ray.networks.spec import ImageSpec
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -24,7 +24,7 @@ class LayerCost:
     into: int  # input channels
     weights: int  # weights per (input, output) pair of channels; per output channel if grouped
     params_per_out: int  # biases, and BatchNorm's scale and shift
-    positions: int  # output positions, H * W of a convolution; 0 for BatchNorm, whose MACs nobody counts
+    positions: int  # output positions, H * W of a convolution; 0 for BatchNorm, whose MACs are not counted
     grouped: bool
 
     def params(self, out: int, into: int) -> int:
@@ -95,13 +95,15 @@ def _cost(module: nn.Module, output: Tensor) -> LayerCost:
 
 def peer_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
     """Channels (of all layers but the head), parameters and MACs an image of each peer."""
+    layers = layer_costs(tree, spec)
     costs = []
     for index in range(tree.num_peers):
-        peer = tree.peer(index)
-        weighted = [cost for cost in layer_costs(peer, spec).values() if cost.positions]
+        path = tree.path(index)
+        weighted = [cost for name, cost in layers.items() if cost.positions and copy_name(name) in path]
         macs = sum(cost.macs(cost.out, cost.into) for cost in weighted)
         channels = sum(cost.out for cost in weighted[:-1])
-        costs.append({"channels": channels, "params": count_params(peer), "macs": macs})
+        params = sum(count_params(tree.get_submodule(name)) for name in path)
+        costs.append({"channels": channels, "params": params, "macs": macs})
     return costs
 
 

@@ -22,7 +22,7 @@ class PeerTree(nn.Module):
         """`build` returns freshly initialised stages each time it is called.
 
         Raises:
-            UserError: `sharing` has not one entry a stage.
+            UserError: the number of entries of `sharing` is not the number of stages.
         """
         super().__init__()
         self.sharing = tuple(sharing)
@@ -78,14 +78,14 @@ class PeerTree(nn.Module):
 
 
 def functional_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Logits_MBK of `model` at `parameters`; buffers (BatchNorm's running statistics) neither change nor count."""
+    """Logits_MBK of `model` with `parameters`; its buffers, such as BatchNorm's running statistics, do not change."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     outputs = functional_call(model, {**buffers, **parameters}, (inputs,))
     return outputs if isinstance(outputs, Tensor) else torch.stack(list(outputs))
 
 
 def copy_name(module_name: str) -> str:
-    """`stages.layer2.0.conv1` -> `stages.layer2.0`."""
+    """The copy that holds a submodule: `stages.layer2.0` for `stages.layer2.0.conv1`."""
     return ".".join(module_name.split(".")[:3])
 
 

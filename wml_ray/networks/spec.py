@@ -1,4 +1,4 @@
-"""What a backbone must fit, and the type of its stages."""
+"""The images a backbone is built for, and the type of its stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Stages = dict[str, nn.Module]
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What a backbone must fit: input channels, side of the square images in pixels, number of classes K."""
+    """Input channels, side of the square images in pixels, and number of classes K."""
 
     channels: int
     resolution: int

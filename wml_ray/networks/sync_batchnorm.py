@@ -1,6 +1,6 @@
-"""BatchNorm over all workers' images that both reverse- and forward-mode differentiation go through.
+"""BatchNorm over all workers' images, with reverse- and forward-mode differentiation, on CPU and GPU.
 
-torch.nn.SyncBatchNorm has no forward mode and no CPU path, and Eq. 5 needs the first, a laptop the second.
+torch.nn.SyncBatchNorm has neither forward mode, which Eq. 5 needs, nor a CPU path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def convert_sync_batchnorm(network: nn.Module) -> None:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose batch is the global batch: every worker's images, however they are spread."""
+    """BatchNorm whose batch is the global batch: the images of all workers, in shares of any size."""
 
     def __init__(self, local: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__(local.num_features, local.eps, local.momentum, local.affine, local.track_running_stats)
@@ -32,13 +32,13 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked = local.num_batches_tracked
         self.train(local.training)
 
-    def _check_input_dim(self, input: Tensor) -> None:  # any number of dimensions: it stands for all BatchNorms
+    def _check_input_dim(self, input: Tensor) -> None:  # any number of dimensions: it replaces BatchNorm1d, 2d and 3d
         pass
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as BatchNorm does inside
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as BatchNorm does
         own_var_C, own_mean_C = torch.var_mean(values, [0, *range(2, input.dim())], correction=0)
         count = own_mean_C.new_tensor([input.numel() / self.num_features])
         rows = _AllGather.apply(torch.cat([own_mean_C, own_var_C, count]))

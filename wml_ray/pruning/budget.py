@@ -1,4 +1,4 @@
-"""How many channels each group keeps so that a peer loses its ratio."""
+"""The number of channels each group keeps so that a peer loses its ratio."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wml_ray.pruning.channels import ChannelGroup, Side
 
 
 class PeerBudget:
-    """Decides the groups of one peer that no peer of a smaller ratio has decided before it.
+    """Decides the channels kept in those groups of one peer that no peer of a smaller ratio shares.
 
     With I_l the mean of I_f over a group and I their mean over the peer's groups, a group loses the share
     min(1, c / (1 + I_l / I)): nothing where c = 0, and always more where importance is less. c is the smallest that
@@ -43,6 +43,11 @@ class PeerBudget:
         self.losing = {g: float(1 / (1 + i)) for g, i in zip(self.groups, relative, strict=True)}
 
     def fit(self) -> None:
+        """Set `kept` of the groups.
+
+        Raises:
+            UserError: the ratio is out of reach.
+        """
         full = self._cost({group: group.size for group in self.groups})
         allowed = full * (1 - self.config.ratios[self.peer]) * (1 + 1e-12)
         low, high = 0.0, 1 / min(self.losing.values(), default=1.0)

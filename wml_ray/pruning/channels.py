@@ -16,18 +16,17 @@ from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 
 Side = Literal["out", "in"]
-ChannelWidths = dict[str, list[int]]  # module name -> [output width, input width] of every module whose width changes
 
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that go together: one residual stream, or the width between two layers."""
+    """Channels that are removed together: one residual stream, or the width between two layers."""
 
     size: int
-    peers: frozenset[int]  # those that run through any member
+    peers: frozenset[int]  # the peers that run through any member
     members: list[tuple[str, Side, Tensor]]  # module, side, indices there of each channel: (size, indices a channel)
     importance: Tensor = field(default_factory=lambda: torch.empty(0))  # I_f of each channel, (size,)
-    kept: int | None = None  # channels that stay; None until the peer that decides has been fitted
+    kept: int | None = None  # channels that stay; None until decided
 
 
 def channel_groups(tree: PeerTree, heads: Sequence[str], spec: ImageSpec) -> list[ChannelGroup]:
@@ -36,7 +35,7 @@ def channel_groups(tree: PeerTree, heads: Sequence[str], spec: ImageSpec) -> lis
 
     graph = torch_pruning.DependencyGraph()
     with in_mode(tree, training=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of parameters outside plain layers, which are left whole here
+        warnings.simplefilter("ignore")  # of parameters outside plain layers, which are left whole here
         graph.build_dependency(
             tree, example(tree, spec), forward_fn=lambda model, images: model.logits(images), verbose=False
         )

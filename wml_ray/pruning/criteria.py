@@ -1,8 +1,8 @@
-"""Importance of channels."""
+"""Importance of channels: the pruning criteria by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,11 @@ from torch import Tensor
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.pruning.channels import ChannelGroup
 
+Batches = Sequence[tuple[Tensor, Tensor]]
 
-def saliency(tree: PeerTree, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """SNIP's |w * dL/dw| of every parameter (Lee et al. 2019), L the summed cross-entropy of all peers."""
+
+def snip(tree: PeerTree, batches: Batches) -> dict[str, Tensor]:
+    """|w * dL/dw| of every parameter (SNIP, Lee et al. 2019), L the summed cross-entropy of all peers."""
     parameters = {name: p.detach().requires_grad_() for name, p in tree.named_parameters()}
     gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for inputs, targets in batches:
@@ -25,8 +27,12 @@ def saliency(tree: PeerTree, batches: Sequence[tuple[Tensor, Tensor]]) -> dict[s
     return {name: (p.detach() * gradients[name]).abs() for name, p in parameters.items()}
 
 
+CRITERIA: dict[str, Callable[[PeerTree, Batches], dict[str, Tensor]]] = {"snip": snip}
+"""Each gives the importance of every parameter by name, in the parameter's shape."""
+
+
 def score_groups(groups: Sequence[ChannelGroup], saliencies: Mapping[str, Tensor]) -> None:
-    """Set I_f: the summed saliency of a filter's weights, averaged over the layers whose channels are tied."""
+    """Set I_f of each group: the summed importance of a filter's weights, averaged over the layers tied to it."""
     for group in groups:
         scores = [
             saliencies[f"{name}.weight"].flatten(1).sum(1).cpu()[indices].sum(1)

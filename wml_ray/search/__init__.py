@@ -1,1 +1,1 @@
-"""A study: space, trials, and what Optuna keeps of it."""
+"""Search spaces, the trials of a study, and the study in Optuna and MLflow."""

@@ -1,179 +1,201 @@
-"""A study in Optuna: sampler, storage, and trials kept in line with the trial files."""
+"""A study in Optuna: its storage, its sampler, and its trials, which follow the trial files."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState as OptunaState
 
 from wml_ray.errors import UserError, root_cause
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.space import Space
+from wml_ray.storage.retry import retry_for
 from wml_ray.tracking.client import redacted
 from wml_ray.tracking.tags import TrialState
 
-if TYPE_CHECKING:
-    import optuna
+TRIAL_ATTRIBUTE = "wml_ray.trial"  # user attribute of Optuna's trials: study and number
+TOKEN_ATTRIBUTE = "wml_ray.token"  # user attribute of Optuna's studies: the token of the study's folder
+STARTUP_TRIALS = 5  # random trials before TPE; half of Optuna's default, because each trial is a training
+LIAR_TRIALS = 200  # largest study with constant_liar, which rereads all trials for each suggestion
+STORAGE_TIMEOUT_S = 60.0  # how long calls are retried while the database is unreachable
+_STATES = {"COMPLETE": OptunaState.COMPLETE, "STOPPED": OptunaState.PRUNED, "FAILED": OptunaState.FAIL}
+T = TypeVar("T")
 
 
-LABEL = "wml_ray.trial"  # user attribute of Optuna's trials: study and number
-OWNER = "wml_ray.token"  # user attribute of Optuna's studies: whose it is
-STARTUP_TRIALS = 5  # drawn at random before TPE: half of Optuna's, for here a trial is a training
-LIAR_TRIALS = 200  # up to so many trials, TPE looks at those that still run
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as Optuna stores it."""
+
+    label: str
+    """Study and number."""
+    point: dict[str, Any]
+    state: TrialState
+    values: list[float] | None
+    """One value for each objective, of COMPLETE trials."""
+    intermediate: dict[int, float]
+    """Epoch -> objective; empty with several objectives."""
+    system_attributes: dict[str, Any] = field(default_factory=dict)
+    """Values that the sampler stored with the trial, such as its generation."""
 
 
 def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
-    """A sampler by its name in `SearchConfig`, for a study of so many trials."""
-    import optuna
-
+    """The sampler of this name in `SearchConfig`, for a study of so many trials."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
-        if name == "nsga2":  # five generations at least: the first is random, and Optuna's is of 50
+        if name == "nsga2":  # at least five generations; the first is random
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(max(trials // 5, 4), 50))
-        # constant_liar: trials that still run count as bad, so that those beside them look elsewhere; it reads the
-        # whole history anew for every suggestion, which in a long study costs more than it gives
+        # constant_liar counts running trials as bad, so that concurrent trials are spread over the space
         return optuna.samplers.TPESampler(
             seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=trials <= LIAR_TRIALS
         )
 
 
 def open_storage(url: str | None, name: str, token: str | None) -> optuna.storages.BaseStorage:
-    """The storage of the study `name`, whose owner knows `token`; None if it has not begun.
+    """Optuna's storage at `url` for the study `name` with this token; in memory without `url`.
+
+    `token` is None for a study that has not begun.
 
     Raises:
-        UserError: no database answers at the address, or it holds a study of this name that is another's.
+        UserError: the database cannot be opened, or it contains a study of this name with another token.
     """
-    import optuna
-
     if url is None:
         return optuna.storages.InMemoryStorage()
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # outlives a restarted server
-        there = {study.study_name: study for study in storage.get_all_studies()}
-    except Exception as error:  # whatever the database's driver raises: it is reported, not hidden
+        # pool_pre_ping opens new connections after a restart of the server
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        studies = {study.study_name: study for study in storage.get_all_studies()}
+    except Exception as error:  # each database driver has exceptions of its own
         raise UserError(
-            f"storage '{redacted(url)}' does not open ({root_cause(error)}); write sqlite:///FILE, "
+            f"storage '{redacted(url)}' cannot be opened ({root_cause(error)}); write sqlite:///FILE, "
             "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE, or leave it out to keep the study in memory"
         ) from None
-    if name in there and there[name].user_attrs.get(OWNER) not in (token or "nobody", None):
+    if name in studies and studies[name].user_attrs.get(TOKEN_ATTRIBUTE) not in (token or "", None):
         raise UserError(
-            f"storage '{redacted(url)}' holds another study named '{name}'; name yours otherwise with --study, or "
-            f"remove that one: optuna delete-study --study-name {name} --storage URL"
+            f"storage '{redacted(url)}' contains another study named '{name}'; choose another name with --study, or "
+            f"delete that study: optuna delete-study --study-name {name} --storage URL"
         )
     return storage
 
 
-@dataclass(frozen=True)
-class TrialRecord:
-    """A trial that an Optuna study is to know of."""
+class OptunaStudy:
+    """The study in Optuna. Its calls are retried while the database is unreachable.
 
-    label: str  # study and number
-    point: dict[str, Any]
-    state: TrialState
-    values: list[float] | None  # an entry an objective, of COMPLETE trials
-    intermediate: dict[int, float]  # epoch -> objective; one objective only
-    notes: dict[str, Any] = field(default_factory=dict)  # Optuna's system attributes
-
-
-def sync_trials(
-    study: optuna.Study,
-    distributions: dict[str, optuna.distributions.BaseDistribution],
-    known: Sequence[TrialRecord],
-    token: str,
-) -> dict[str, optuna.Trial]:
-    """Bring a study in line with what is known; returns the trials that are still to run, by label.
-
-    Trials the storage has as running that nobody knows of were asked for just before a driver died: they have failed.
+    All methods raise UserError if the database stays unreachable for `STORAGE_TIMEOUT_S`.
     """
-    import optuna
 
-    study.set_user_attr(OWNER, token)
-    stored = {trial.user_attrs.get(LABEL, trial._trial_id): trial for trial in study.get_trials(deepcopy=False)}
-    running: dict[str, optuna.Trial] = {}
-    for one in {one.label: one for one in known}.values():
-        there = stored.get(one.label)
-        if one.state == "RUNNING":
-            alive = there is not None and not there.state.is_finished()
-            running[one.label] = (
-                optuna.Trial(study, there._trial_id) if there and alive else _asked(study, one, distributions)
+    def __init__(self, space: Space, search: SearchConfig, storage: optuna.storages.BaseStorage, started: int) -> None:
+        """`started` is the number of trials so far; it enters the seed, so that a continued study draws new points."""
+        self._distributions: dict[str, BaseDistribution] = {**space.distributions}
+        self._url = search.storage or "memory"
+        self._study = self._retry(
+            lambda: optuna.create_study(
+                storage=storage,
+                sampler=make_sampler(search.sampler, search.seed + started, search.trials),
+                pruner=optuna.pruners.NopPruner(),
+                study_name=search.study,
+                directions=["minimize" if mode == "min" else "maximize" for mode in space.objectives.values()],
+                load_if_exists=True,
             )
-        elif there is None:
-            study.add_trial(_frozen(one, distributions))
-        elif not there.state.is_finished():
-            study.tell(there.number, one.values, _state(one.state))
-    labels = {one.label for one in known}
-    for label, trial in stored.items():
-        if label not in labels and trial.state == optuna.trial.TrialState.RUNNING:
-            fail_trial(study, trial.number)
-    return running
+        )
 
+    def sync(self, records: Sequence[TrialRecord], token: str) -> dict[str, optuna.Trial]:
+        """Make Optuna's trials equal to `records`; returns the RUNNING ones by label.
 
-def fail_trial(study: optuna.Study, trial: optuna.Trial | int) -> None:
-    """End a trial, or the one of this number in Optuna, that nobody trains."""
-    study.tell(trial, state=_state("FAILED"))
+        Optuna's running trials without a record were created just before a driver died; they become failed.
+        """
+        return self._retry(lambda: self._sync(records, token))
 
+    def ask(self) -> optuna.Trial:
+        """A new trial: at the enqueued point if there is one, else at a point of the sampler."""
+        return self._retry(lambda: self._study.ask(fixed_distributions=self._distributions))
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What a storage raises whose database is away."""
-    import optuna
+    def enqueue(self, point: Mapping[str, Any]) -> None:
+        """Make the next `ask` return this point. A point that a dead driver enqueued is used first."""
+        self._retry(lambda: self._enqueue(point))
 
-    return (optuna.exceptions.StorageInternalError,)
+    def set_label(self, trial: optuna.Trial, label: str) -> None:
+        """Store the label of a trial, by which `sync` finds it."""
+        self._retry(lambda: trial.set_user_attr(TRIAL_ATTRIBUTE, label))
 
+    def system_attributes(self, trial: optuna.Trial) -> dict[str, Any]:
+        """Values that the sampler stored with a trial and may read in later ones."""
+        return dict(self._retry(lambda: self._study._storage.get_trial(trial._trial_id).system_attrs))
 
-def sampler_attributes(study: optuna.Study, trial: optuna.Trial) -> dict[str, Any]:
-    """What the sampler wrote on a trial, which it may want to read in a later one."""
-    return dict(study._storage.get_trial(trial._trial_id).system_attrs)
+    def report(self, trial: optuna.Trial, value: float, epoch: int) -> None:
+        """Store the objective at the end of an epoch."""
+        self._retry(lambda: trial.report(value, epoch))
 
+    def finish(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        """Store the end of a trial. With one objective a stopped trial keeps its last value."""
+        self._retry(lambda: self._finish(trial, record))
 
-def enqueue(study: optuna.Study, point: Mapping[str, Any]) -> None:
-    """Let the next trial asked for be at this point, also if a driver died between enqueueing and asking."""
-    import optuna
+    def fail(self, trial: optuna.Trial) -> None:
+        """Mark a trial that is not trained as failed."""
+        self._retry(lambda: self._study.tell(trial, state=OptunaState.FAIL))
 
-    if not study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.WAITING]):
-        study.enqueue_trial(dict(point))
+    def _sync(self, records: Sequence[TrialRecord], token: str) -> dict[str, optuna.Trial]:
+        self._study.set_user_attr(TOKEN_ATTRIBUTE, token)
+        trials = self._study.get_trials(deepcopy=False)
+        stored = {trial.user_attrs.get(TRIAL_ATTRIBUTE, trial._trial_id): trial for trial in trials}
+        by_label = {record.label: record for record in records}
+        running: dict[str, optuna.Trial] = {}
+        for label, record in by_label.items():
+            trial = stored.get(label)
+            if record.state == "RUNNING":
+                if trial is None or trial.state.is_finished():
+                    running[label] = self._add(record)
+                else:
+                    running[label] = optuna.Trial(self._study, trial._trial_id)
+            elif trial is None:
+                self._study.add_trial(self._frozen(record))
+            elif not trial.state.is_finished():
+                self._study.tell(trial.number, record.values, _STATES[record.state])
+        for label, trial in stored.items():
+            if label not in by_label and trial.state == OptunaState.RUNNING:
+                self._study.tell(trial.number, state=OptunaState.FAIL)
+        return running
 
+    def _add(self, record: TrialRecord) -> optuna.Trial:
+        self._enqueue(record.point)
+        trial = self._study.ask(fixed_distributions=self._distributions)
+        trial.set_user_attr(TRIAL_ATTRIBUTE, record.label)
+        return trial
 
-def finish_trial(study: optuna.Study, trial: optuna.Trial, known: TrialRecord) -> None:
-    """How a trial ended. A stopped one keeps the value it had last, if there is one objective."""
-    for epoch, value in known.intermediate.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # epochs reported before
-            trial.report(value, epoch)
-    study.tell(trial, known.values, _state(known.state))
+    def _enqueue(self, point: Mapping[str, Any]) -> None:
+        if not self._study.get_trials(deepcopy=False, states=[OptunaState.WAITING]):
+            self._study.enqueue_trial(dict(point))
 
+    def _finish(self, trial: optuna.Trial, record: TrialRecord) -> None:
+        for epoch, value in record.intermediate.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of epochs that were reported before
+                trial.report(value, epoch)
+        self._study.tell(trial, record.values, _STATES[record.state])
 
-def _asked(
-    study: optuna.Study, one: TrialRecord, distributions: dict[str, optuna.distributions.BaseDistribution]
-) -> optuna.Trial:
-    enqueue(study, one.point)
-    trial = study.ask(fixed_distributions=distributions)
-    trial.set_user_attr(LABEL, one.label)
-    return trial
+    def _frozen(self, record: TrialRecord) -> optuna.trial.FrozenTrial:
+        last_value = list(record.intermediate.values())[-1:] if record.state == "STOPPED" else []
+        return optuna.trial.create_trial(
+            state=_STATES[record.state],
+            params=record.point,
+            distributions=self._distributions,
+            values=record.values or last_value or None,
+            intermediate_values=record.intermediate,
+            user_attrs={TRIAL_ATTRIBUTE: record.label},
+            system_attrs=record.system_attributes,
+        )
 
+    def _retry(self, call: Callable[[], T]) -> T:
+        return retry_for(call, STORAGE_TIMEOUT_S, optuna.exceptions.StorageInternalError, self._unavailable)
 
-def _frozen(
-    one: TrialRecord, distributions: dict[str, optuna.distributions.BaseDistribution]
-) -> optuna.trial.FrozenTrial:
-    import optuna
-
-    pruned_value = list(one.intermediate.values())[-1:] if one.state == "STOPPED" else []
-    return optuna.trial.create_trial(
-        state=_state(one.state),
-        params=one.point,
-        distributions=distributions,
-        values=one.values or pruned_value or None,
-        intermediate_values=one.intermediate,
-        user_attrs={LABEL: one.label},
-        system_attrs=one.notes,
-    )
-
-
-def _state(state: TrialState) -> optuna.trial.TrialState:
-    import optuna
-
-    return {
-        "COMPLETE": optuna.trial.TrialState.COMPLETE,
-        "STOPPED": optuna.trial.TrialState.PRUNED,
-        "FAILED": optuna.trial.TrialState.FAIL,
-    }[state]
+    def _unavailable(self, error: Exception) -> UserError:
+        return UserError(
+            f"storage '{redacted(self._url)}' does not respond ({root_cause(error)}); run the same command again once "
+            "it does: the study continues"
+        )

@@ -1,13 +1,13 @@
-"""Trials of a study as child runs in MLflow."""
+"""The trials of a study as child runs in MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 from wml_ray.config.schema import Config
 from wml_ray.report.run_report import peer_markdown, write_files
+from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import read_json, write_text
 from wml_ray.storage.retry import RetryQueue
@@ -29,64 +29,75 @@ _STATUS: dict[TrialState, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED",
 
 
 class Publisher:
-    """Trials as children of the study's MLflow run. All of it happens in one thread, in order and exactly once."""
+    """Sends the trials of a study to MLflow, from one thread, in order and exactly once, as children of its run."""
 
-    def __init__(self, experiment: str, parent: TrackedRun, token: str) -> None:
-        self.experiment, self.parent, self.token = experiment, parent, token
-        self._deliveries = RetryQueue(UNREACHABLE)
+    def __init__(self, study: Study, parent: TrackedRun) -> None:
+        """Observe the study, and queue its ended trials that MLflow lacks."""
+        self.study, self.parent = study, parent
+        self._queue = RetryQueue(UNREACHABLE)
         self._senders: dict[int, MetricSender] = {}
-        self._sent: dict[int, int] = {}  # trial -> last epoch queued
+        self._queued: dict[int, int] = {}  # trial -> last epoch in the queue
+        study.observers.append(self)
+        for trial in study.trials.values():
+            if trial.state != "RUNNING" and not trial.delivered:
+                self.on_end(trial)
 
-    def open(self, trial: Trial, config: Config) -> None:
-        self._deliveries.put(partial(self._open, trial, config))
+    def on_start(self, trial: Trial) -> None:
+        """Queue the creation of the trial's run."""
+        self._queue.put(partial(self._open, trial, self.study.config(trial)))
 
-    def log(self, trial: Trial) -> None:
-        """Queue what the trial has reported since the last call."""
-        if trial.number not in self._sent:
-            self._sent[trial.number] = 0
-            self._put(trial.number, 0, trial.sizes, trial.created_ms)
+    def on_report(self, trial: Trial) -> None:
+        """Queue the metrics that were reported since the last call."""
+        if trial.number not in self._queued:
+            self._queued[trial.number] = 0
+            self._put_metrics(trial.number, 0, trial.sizes, trial.created_ms)
         for entry in trial.history:
-            if entry["epoch"] > self._sent[trial.number]:
-                self._put(trial.number, entry["epoch"], entry["metrics"], entry["timestamp_ms"])
-                self._sent[trial.number] = entry["epoch"]
+            if entry["epoch"] > self._queued[trial.number]:
+                self._put_metrics(trial.number, entry["epoch"], entry["metrics"], entry["timestamp_ms"])
+                self._queued[trial.number] = entry["epoch"]
         if trial.final:
-            self._put(trial.number, trial.final["epoch"], trial.final["metrics"], trial.final["timestamp_ms"])
+            self._put_metrics(trial.number, trial.final["epoch"], trial.final["metrics"], trial.final["timestamp_ms"])
 
-    def interrupt(self, trial: Trial) -> None:
-        self._deliveries.put(partial(self._interrupt, trial.number))
-
-    def close_trial(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
-        """Queue all that MLflow may lack of an ended trial; `remember` is called when it has it."""
-        self.open(trial, config)
+    def on_end(self, trial: Trial) -> None:
+        """Queue all data of an ended trial that MLflow may lack; afterwards its file says that it is delivered."""
+        config = self.study.config(trial)
+        self._queue.put(partial(self._open, trial, config))
         if trial.sizes:
-            self.log(trial)
-        self._deliveries.put(partial(self._close, trial, config, run_folder, remember))
+            self.on_report(trial)
+        self._queue.put(partial(self._finish, trial, config))
+
+    def interrupt(self) -> None:
+        """Queue the status KILLED for the runs of all running trials."""
+        for trial in self.study.trials.values():
+            if trial.state == "RUNNING":
+                self._queue.put(partial(self._interrupt, trial.number))
 
     def close(self, timeout_s: float) -> int:
-        return self._deliveries.close(timeout_s)
+        """Wait for the queue as `RetryQueue.close`; returns the number of operations left in it."""
+        return self._queue.close(timeout_s)
 
-    def _put(self, number: int, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        self._deliveries.put(lambda: self._senders[number].send(step, metrics, timestamp_ms))
+    def _put_metrics(self, number: int, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        self._queue.put(lambda: self._senders[number].send(step, metrics, timestamp_ms))
 
     def _open(self, trial: Trial, config: Config) -> None:
         if trial.number in self._senders:
             return
         tags = {PARENT_TAG: self.parent.run_id, TRIAL_TAG: str(trial.number), STATE_TAG: "RUNNING"}
         tags[RUN_ID_TAG] = config.run_id
-        name, token = f"trial {trial.number}", f"{self.token}-{trial.number}"
-        tracked = open_run(self.experiment, name, token, config.flatten(), tags)
+        name, token = f"trial {trial.number}", f"{self.study.token}-{trial.number}"
+        tracked = open_run(self.study.search.study, name, token, config.flatten(), tags)
         self._senders[trial.number] = MetricSender(tracked)
 
     def _interrupt(self, number: int) -> None:
-        if number in self._senders:  # else it was still to start
+        if number in self._senders:  # a trial that waits for a slot has no run yet
             finish_run(self._senders[number].tracked, "KILLED")
 
-    def _close(self, trial: Trial, config: Config, run_folder: Path, remember: Callable[[], None]) -> None:
-        folder = run_folder.parent
+    def _finish(self, trial: Trial, config: Config) -> None:
+        folder = self.study.store.trial_folder(trial.number)
         write_text(folder / "config.yaml", config.to_yaml())
         files, splits = [folder / "config.yaml"], []
         tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
-        if trial.state == "COMPLETE" and (result := read_json(run_folder / RESULT)):
+        if trial.state == "COMPLETE" and (result := read_json(folder / config.run_id / RESULT)):
             files += write_files(result, folder / "report")
             tags[NOTE_TAG], splits = peer_markdown(result), dataset_splits(result)
         if trial.state == "STOPPED":
@@ -95,5 +106,5 @@ class Publisher:
             tags[REASON_TAG] = trial.reason
         finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags, splits=splits)
         trial.delivered = True
-        remember()
+        self.study.store.write(trial)
         del self._senders[trial.number]

@@ -1,4 +1,4 @@
-"""The settings of a search; each is an option of `wml-ray tune`."""
+"""The settings of a search."""
 
 from __future__ import annotations
 
@@ -13,35 +13,39 @@ from wml_ray.settings import NAME, Count, Section
 
 
 class SearchConfig(Section):
-    """How a study searches; each field is an option of `wml-ray tune`."""
+    """The settings of a search; each field is an option of `wml-ray tune`."""
 
-    study: Annotated[str, Field(pattern=NAME)] = Field(description="its name: an MLflow experiment and a folder")
-    trials: Count = Field(description="trials the study is to have in all; those it has already count")
-    sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="who suggests points: Optuna's sampler")
-    scheduler: Literal["asha", "median", "none"] = Field("asha", description="who stops trials early")
-    stop_metric: str = Field("val/accuracy/method", description="metric that decides who is stopped")
+    study: Annotated[str, Field(pattern=NAME)] = Field(
+        description="name of the study, of its folder and of its MLflow experiment"
+    )
+    trials: Count = Field(description="number of trials of the study, those of earlier starts included")
+    sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="Optuna sampler that suggests points")
+    scheduler: Literal["asha", "median", "none"] = Field("asha", description="rule that stops trials early")
+    stop_metric: str = Field("val/accuracy/method", description="metric that the scheduler compares")
     grace_epochs: Count | None = Field(
-        None, description="epochs every trial is given before it can be stopped; none is the square root of all epochs"
+        None, description="epochs before a trial can be stopped; none is the square root of all epochs"
     )
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         3, description="ASHA keeps one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
     )
     storage: str | None = Field(
         None,
-        description="Optuna storage others can look at: sqlite:///FILE or postgresql://..; none keeps it in memory",
+        description="Optuna storage for dashboards: sqlite:///FILE or postgresql://..; none keeps the study in memory",
     )
-    concurrent: Count | None = Field(None, description="trials at a time; none is as many as the cluster holds")
+    concurrent: Count | None = Field(None, description="trials at a time; none is as many as fit in the cluster")
     keep_stopped: bool = Field(False, description="keep the checkpoints of trials that were stopped early")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the sampler")
 
     def grace(self, budget: int) -> int:
-        """`grace_epochs` for trials of `budget` epochs: the first ones say little about the last."""
+        """`grace_epochs` of trials with a budget of so many epochs, at most the budget."""
         return min(self.grace_epochs or round(math.sqrt(budget)), budget)
 
 
 def search_config(**settings: Any) -> SearchConfig:
-    """Raises:
-    UserError: an unknown setting, or a value outside its range.
+    """The settings of a search by name.
+
+    Raises:
+        UserError: an unknown setting, or a value outside its range.
     """
     try:
         return SearchConfig(**settings)

@@ -1,4 +1,4 @@
-"""What a study knows of its trials, a JSON file a trial: the one record that survives any kill."""
+"""The trials of a study as JSON files, one for each trial, from which a study continues after any kill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from wml_ray.storage.files import get_text, remove_tree, write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.tags import TrialState
 
 
@@ -18,22 +18,22 @@ class Trial:
     """One trial. COMPLETE trials reached the full budget; STOPPED ones were stopped early by the scheduler."""
 
     number: int
-    point: dict[str, Any]  # what the sampler chose
+    point: dict[str, Any]  # parameters of the sampler
     state: TrialState = "RUNNING"
     sizes: dict[str, float] = field(default_factory=dict)  # the metrics of step 0
     history: list[dict[str, Any]] = field(default_factory=list)  # epoch, timestamp_ms, metrics
     final: dict[str, Any] | None = None  # epoch, timestamp_ms, metrics of the test
-    reason: str = ""  # why it failed
+    reason: str = ""  # of a failure
     created_ms: int = 0
-    delivered: bool = False  # MLflow has all of it
-    sampler_notes: dict[str, Any] = field(default_factory=dict)  # what its sampler wrote on it, such as a generation
+    delivered: bool = False  # MLflow has all metrics and files
+    sampler_notes: dict[str, Any] = field(default_factory=dict)  # the sampler's attributes, such as a generation
 
     @property
     def epochs(self) -> int:
         return int(self.history[-1]["epoch"]) if self.history else 0
 
     def metrics(self, epoch: int | None = None) -> dict[str, float]:
-        """Everything known at the end of an epoch, the last by default."""
+        """All metrics at the end of an epoch, the last by default."""
         if not self.history:
             return dict(self.sizes)
         entry = self.history[-1] if epoch is None else next(e for e in self.history if e["epoch"] == epoch)
@@ -41,7 +41,7 @@ class Trial:
         return {**self.sizes, **entry["metrics"], **final}
 
     def results(self) -> dict[str, float]:
-        """The metrics of a complete trial, at the epoch the test accuracy is of."""
+        """The metrics of a complete trial at the epoch of its test accuracy."""
         assert self.final is not None
         return self.metrics(self.final["epoch"])
 
@@ -50,29 +50,32 @@ class TrialStore:
     """The trials of a study in its folder: `trials/0007/trial.json`, beside the folder of that trial's run."""
 
     def __init__(self, folder: Path, lease: Lease | None = None) -> None:
-        """`lease` is what allows to write there."""
+        """`lease` is the process's lease on the folder; it is checked before each write."""
         self.folder, self.lease = folder, lease
 
     def trials(self) -> list[Trial]:
         """All trials by number."""
-        texts = retry_for(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
+        texts = retry_storage(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
         return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
 
     def write(self, trial: Trial) -> None:
-        """Raises:
-        LeaseLost: another process has taken the study over.
+        """Write a trial's file.
+
+        Raises:
+            LeaseLost: another process has taken over the study.
         """
         if self.lease:
-            retry_for(self.lease.check, self.folder)
+            retry_storage(self.lease.check, self.folder)
         write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
 
     def trial_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
-    def drop_checkpoints(self, number: int) -> None:
-        retry_for(lambda: self._drop_checkpoints(number), self.folder)
+    def delete_checkpoints(self, number: int) -> None:
+        """Delete all checkpoints of a trial."""
+        retry_storage(lambda: self._delete_checkpoints(number), self.folder)
 
-    def _drop_checkpoints(self, number: int) -> None:
+    def _delete_checkpoints(self, number: int) -> None:
         for name in ("checkpoints", ".ray"):
             for folder in self.trial_folder(number).glob(f"*/{name}"):
                 remove_tree(folder)

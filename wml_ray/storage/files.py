@@ -1,8 +1,7 @@
-"""Files where runs are kept: in a folder of this machine, or in one behind an address such as s3://bucket/folder."""
+"""Files of runs in a local folder or in remote storage such as s3://bucket/folder."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,19 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wml_ray.errors import UserError, root_cause
+from wml_ray.errors import UserError, one_line, root_cause
+from wml_ray.storage.local import check_regular, flush
 from wml_ray.storage.paths import is_remote
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 
-STORAGE_VARIABLES = (  # where a storage is and who may write there; profiles and roles are each node's own
+STORAGE_VARIABLES = (  # the address and the credentials of a storage; profiles and roles are set on each node
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 )
 
 
 def check_storage(folder: Path) -> None:
-    """Raises:
-    UserError: the storage's client is not installed, or the storage does not answer.
+    """Check that a remote storage can be reached; a local folder is not checked.
+
+    Raises:
+        UserError: the storage's client is not installed, or the storage refuses the request.
     """
     if not is_remote(folder):
         return
@@ -33,27 +35,27 @@ def check_storage(folder: Path) -> None:
     except ImportError as error:
         needed = "the s3fs package: pip install 'wml_ray[s3]'"
         if not str(folder).startswith("s3://"):
-            needed = f"a package: {' '.join(str(error).split())}"
+            needed = f"a package: {one_line(error)}"
         raise UserError(f"run.storage_path = '{folder}' needs {needed}") from None
-    except Exception as error:  # whatever a client library raises: it is reported, not hidden
+    except Exception as error:  # of any client library
         raise storage_error(folder, error) from None
 
 
 def storage_error(folder: Path, error: Exception) -> UserError:
-    """What to say of a storage that cannot be used from the start."""
-    mend = "check its bucket, AWS_ENDPOINT_URL and the AWS_* credentials" if is_remote(folder) else ""
+    """The error of a run whose storage cannot be written at the start."""
+    remedy = "check its bucket, AWS_ENDPOINT_URL and the AWS_* credentials" if is_remote(folder) else ""
     return UserError(
-        f"run.storage_path: {folder} cannot be written ({root_cause(error)}); {mend or 'name a folder that can'}"
+        f"run.storage_path: {folder} cannot be written ({root_cause(error)}); {remedy or 'name a folder that can'}"
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that readers see whole or not at all, as soon as the storage takes it.
+    """`put_text`, retried while the storage fails.
 
     Raises:
-        StorageUnavailable: it did not take it for ten minutes.
+        StorageUnavailable: the storage failed for ten minutes.
     """
-    retry_for(lambda: put_text(path, text), path)
+    retry_storage(lambda: put_text(path, text), path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -62,65 +64,60 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def put_text(path: Path, text: str) -> None:
-    """`write_text`, tried once. A put of an object is atomic by itself; a file is written beside and renamed."""
+    """Replace a file in one step, so that readers see the old text or the new; missing folders are made."""
     if is_remote(path):
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    beside.write_text(text)
-    flush(beside)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary.write_text(text)
+    flush(temporary)
+    temporary.replace(path)
 
 
 def get_text(path: Path) -> str:
-    """What a file says at one moment, tried once.
+    """The text of a file.
 
-    Opened, an object would be read in two steps, and refused in the second if it was replaced between them.
+    A remote file is read in one request: `open` takes two, and fails if the file is replaced between them.
     """
     if is_remote(path):
         remote: Any = path
         return bytes(remote.fs.cat_file(remote.path)).decode()
+    check_regular(path)
     return path.read_text()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """What a file says, None where there is none.
+    """The object in a JSON file; None if there is no file.
 
     Raises:
-        StorageUnavailable: the storage did not answer for ten minutes.
+        StorageUnavailable: the storage failed for ten minutes.
     """
     try:
-        return dict(json.loads(retry_for(lambda: get_text(path), path)))
+        return dict(json.loads(retry_storage(lambda: get_text(path), path)))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def put_files(source: Path, names: Sequence[str], target: Path) -> None:
-    """Upload files of a local folder, in this order."""
-    for name in names:
-        remote: Any = target / name
-        remote.fs.put_file(str(source / name), remote.path)
-
-
 @contextmanager
 def local_files(folder: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A local folder with these files of `folder`: itself, or one they are downloaded to.
+    """A local folder with these files of `folder`: `folder` itself, or a temporary one they are downloaded to.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a remote file does not exist.
+        StorageUnavailable: the storage failed for ten minutes.
     """
     if not is_remote(folder):
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="wml_ray-") as here:
+    with tempfile.TemporaryDirectory(prefix="wml_ray-") as temporary:
         for name in names:
-            retry_for(lambda: _get_file(folder / name, Path(here) / name), folder)  # noqa: B023  called at once
-        yield Path(here)
+            retry_storage(lambda: _download(folder / name, Path(temporary) / name), folder)  # noqa: B023  called at once
+        yield Path(temporary)
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, if it is there. On this machine what cannot be removed stays."""
+    """Remove a folder if it exists; local files that cannot be removed are left."""
     if not is_remote(folder):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
@@ -129,39 +126,21 @@ def remove_tree(folder: Path) -> None:
 
 
 def missing_parents(folder: Path) -> list[Path]:
-    """The folder and its parents that a file in it will need, innermost first; remote storage needs none."""
+    """Those of `folder` and its parents that do not exist, innermost first; none in remote storage."""
     return [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of the folders, innermost first, that nobody has begun to use."""
+    """Remove those of the folders that are empty, in this order."""
     for folder in folders:
         if folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def staging_folder(folder: Path) -> Path:
-    """An empty local folder that belongs to `folder`; what a process that was killed left in it is gone."""
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
-    here = Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}"
-    shutil.rmtree(here, ignore_errors=True)
-    here.mkdir(mode=0o700)
-    return here
-
-
 def storage_environment() -> dict[str, str]:
-    """What a storage's client reads, for processes on other nodes."""
+    """The environment variables that storage clients read, for processes on other nodes."""
     return {name: os.environ[name] for name in STORAGE_VARIABLES if name in os.environ}
 
 
-def flush(path: Path) -> None:
-    """Have a local file or folder on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _get_file(source: Any, target: Path) -> None:
+def _download(source: Any, target: Path) -> None:
     source.fs.get_file(source.path, str(target))

@@ -1,23 +1,23 @@
-"""One process at a time in a folder: by a lock among those of a machine, by a lease in the folder among all."""
+"""One process at a time in a folder: a lease file there, renewed by heartbeats and checked before each write.
+
+filelock's SoftFileLease does not serve: it has no object stores, breaks the lease of a process in another PID namespace
+of the same host, and does not tell a file that cannot be read from one that is missing.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from wml_ray.errors import UserError, root_cause
 from wml_ray.storage.files import get_text, missing_parents, put_text, remove_empty, storage_error
@@ -25,197 +25,228 @@ from wml_ray.storage.paths import is_remote
 from wml_ray.storage.retry import StorageUnavailable
 
 LEASE_FILE = "owner.json"
-HEARTBEAT_S = 10.0  # between two signs of life in a lease
-STALE_S = 60.0  # a lease that was not renewed for so long is that of a dead process
-SETTLE_S = 1.0  # in which two processes that lease a folder at once see each other
-RELEASE_TIMEOUT_S = 10.0  # how long a process that ends waits to remove its lease
+HEARTBEAT_S = 10.0
+STALE_S = 60.0  # without a heartbeat, after which another process may take a lease over
+SETTLE_S = 1.0  # after which a write of another process is visible
+RELEASE_TIMEOUT_S = 10.0  # how long the end of a process may be delayed by a storage that does not answer
+_held: set[str] = set()  # tokens of this process
 
 
 class LeaseLost(UserError):
-    """Another process has taken the folder over."""
+    """Another process has taken the folder over, or the lease was deleted."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A process's lease on a folder. It travels to the workers, who write there in its name."""
+    """A process's lease on a folder. It is sent to the workers, which write there on behalf of that process."""
 
     folder: Path
     token: str
 
     def check(self) -> None:
-        """To be called before anything is written.
+        """Check, before each write, that the lease is still held.
 
         Raises:
-            LeaseLost: the lease is another's now.
+            LeaseLost: another process has taken the folder over, or the lease was deleted.
         """
-        owner = _owner(self.folder)
-        if owner and owner["token"] != self.token:
+        owner = _read(self.folder)
+        if owner is None:
+            time.sleep(SETTLE_S)  # over NFS a file can be missing for a moment while it is replaced
+            owner = _read(self.folder)
+        if owner is None:
+            raise LeaseLost(f"the lease {self.folder / LEASE_FILE} was deleted; nothing more is written")
+        if owner.token not in (self.token, ""):
             raise LeaseLost(
-                f"{self.folder} was taken over by process {owner['pid']} on {owner['host']}, as this one had given no "
-                "sign of life; nothing more is written"
+                f"{self.folder} was taken over by process {owner.pid} on {owner.host}, as this process had sent no "
+                f"heartbeat for {STALE_S:.0f} s; nothing more is written"
             )
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """The content of a lease file. The defaults are those of a damaged file, whose lease nobody holds."""
+
+    token: str = ""
+    host: str = ""
+    machine: str = ""  # process ids are comparable within it
+    pid: int = 0
+    started: str = ""  # by which a process differs from an earlier one with the same id
+    renewed_s: float = 0.0
+
+    @classmethod
+    def of_this_process(cls, token: str) -> _Owner:
+        pid = os.getpid()
+        return cls(token, socket.gethostname(), _machine(), pid, _start_time(pid))
+
+    def is_alive(self) -> bool:
+        """Whether the process runs, if it can be seen from here; else whether its heartbeat is recent."""
+        if self.machine == _machine():
+            try:
+                os.kill(self.pid, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                pass  # another user's process
+            if started := _start_time(self.pid):
+                return started == self.started and (self.pid != os.getpid() or self.token in _held)
+        return time.time() - self.renewed_s < STALE_S
+
+    def write(self, folder: Path) -> None:
+        put_text(folder / LEASE_FILE, self._renewed())
+
+    def create(self, folder: Path) -> None:
+        """Write the lease file if there is none.
+
+        Raises:
+            FileExistsError: there is one.
+        """
+        path: Any = folder / LEASE_FILE
+        if is_remote(path):
+            path.fs.pipe_file(path.path, self._renewed().encode(), mode="create")
+            return
+        temporary = path.with_name(f".{LEASE_FILE}.{self.token}")
+        put_text(temporary, self._renewed())
+        try:
+            os.link(temporary, path)
+        finally:
+            temporary.unlink()
+
+    def _renewed(self) -> str:
+        return json.dumps(asdict(replace(self, renewed_s=time.time())), indent=1)
 
 
 @contextmanager
 def exclusive_access(folder: Path) -> Iterator[Lease]:
-    """Hold a run's or a study's folder, on this machine and on all others.
+    """Hold the lease on the folder of a run or a study.
 
-    The machine's lock falls with the process, however that ends, and its lease with it for those of this machine; for
-    others a minute later.
+    After the end of a process, however it ends, another one on its machine can take the lease at once, and one on
+    another machine after `STALE_S` without a heartbeat.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lease, or the folder cannot be written.
         LeaseLost: another process has taken it over.
     """
     folder = folder.resolve()
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    owner = _Owner.of_this_process(uuid.uuid4().hex)
+    _held.add(owner.token)
     try:
-        with (
-            FileLock(Path(tempfile.gettempdir()) / f"wml_ray-{os.getuid()}-{name}.lock", timeout=0),
-            _leased(folder) as lease,
-        ):
+        try:
+            made = missing_parents(folder)
+            _acquire(folder, owner)
+        except UserError:
+            raise
+        except Exception as error:  # of any client library
+            raise storage_error(folder, error) from error
+        with _heartbeats(folder, owner, made) as lease:
             yield lease
-    except Timeout:
-        raise UserError(f"{folder} is in use by another process; wait for it, or stop it first") from None
+    finally:
+        _held.discard(owner.token)
 
 
 @contextmanager
-def _leased(folder: Path) -> Iterator[Lease]:
-    lease = Lease(folder, uuid.uuid4().hex)
-    try:
-        made = missing_parents(folder)
-        _acquire(lease)
-    except UserError:
-        raise
-    except Exception as error:  # of any client library
-        raise storage_error(folder, error) from error
-    ended = threading.Event()
-    renewal = threading.Thread(target=_send_heartbeats, args=(lease, ended), name="lease", daemon=True)
-    renewal.start()
+def _heartbeats(folder: Path, owner: _Owner, made: list[Path]) -> Iterator[Lease]:
+    """Renew an acquired lease in a thread; at the end release it and remove those folders of `made` that are empty."""
+    lease, ended = Lease(folder, owner.token), threading.Event()
+    heartbeat = threading.Thread(target=_send_heartbeats, args=(lease, owner, ended), name="lease", daemon=True)
+    heartbeat.start()
     try:
         yield lease
     except Exception as error:
         if not isinstance(error, (LeaseLost, StorageUnavailable)):
-            _raise_if_lease_lost(lease)
+            _raise_if_lost(lease)
         raise
     finally:
         ended.set()
-        renewal.join(SETTLE_S)
-        preempted = threading.Thread(target=_release, args=(lease, made), daemon=True)
-        preempted.start()
-        preempted.join(RELEASE_TIMEOUT_S)  # a storage that hangs holds nobody up
+        heartbeat.join(SETTLE_S)
+        release = threading.Thread(target=_release, args=(lease, made), daemon=True)
+        release.start()
+        release.join(RELEASE_TIMEOUT_S)
 
 
-def _acquire(lease: Lease) -> None:
-    owner = _owner(lease.folder)
-    if owner and _alive(owner):
-        raise _in_use(lease.folder, owner)
-    try:
-        if owner is None and _create(lease):
+def _acquire(folder: Path, owner: _Owner) -> None:
+    holder = _read(folder)
+    if holder is None:
+        try:
+            owner.create(folder)
             return
-    except FileExistsError:  # another process was faster
-        _acquire(lease)
-        return
-    put_text(lease.folder / LEASE_FILE, _heartbeat(lease))
+        except FileExistsError:  # another process was faster
+            holder = _read(folder)
+        except Exception:  # no hard links or conditional writes here; if nothing can be written, `write` fails
+            pass
+    if holder and holder.is_alive():
+        raise _in_use(folder, holder)
+    owner.write(folder)
     time.sleep(SETTLE_S)
-    owner = _owner(lease.folder)
-    if owner and owner["token"] != lease.token:
-        raise _in_use(lease.folder, owner)
+    holder = _read(folder)
+    if holder and holder.token != owner.token:
+        raise _in_use(folder, holder)
 
 
-def _create(lease: Lease) -> bool:
-    """Claim a folder that nobody has; False where the storage cannot tell who was first.
-
-    Raises:
-        FileExistsError: somebody has it now.
-    """
-    path = lease.folder / LEASE_FILE
-    if is_remote(path):
-        return False
-    beside = path.with_name(f".{LEASE_FILE}.{lease.token}")
-    put_text(beside, _heartbeat(lease))
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        return False
-    finally:
-        beside.unlink()
-    return True
-
-
-def _send_heartbeats(lease: Lease, ended: threading.Event) -> None:
+def _send_heartbeats(lease: Lease, owner: _Owner, ended: threading.Event) -> None:
     warned = False
     while not ended.wait(HEARTBEAT_S):
         try:
             lease.check()
-            put_text(lease.folder / LEASE_FILE, _heartbeat(lease))
+            owner.write(lease.folder)
             warned = False
         except LeaseLost as error:
             warnings.warn(str(error), stacklevel=1)
             return
-        except Exception as error:  # of any client library; the next try is near
+        except Exception as error:  # of any client library
             if not warned:
                 warned = True
-                warnings.warn(f"the lease on {lease.folder} waits ({root_cause(error)})", stacklevel=1)
+                warnings.warn(f"the lease on {lease.folder} cannot be renewed ({root_cause(error)})", stacklevel=1)
 
 
-def _raise_if_lease_lost(lease: Lease) -> None:
-    """Raises:
-    LeaseLost: the lease is another's, which is why a worker failed.
-    """
+def _raise_if_lost(lease: Lease) -> None:
+    """Raise `LeaseLost` if that is why a worker failed."""
     try:
         lease.check()
     except LeaseLost:
         raise
-    except Exception as error:  # of any client library; the error that led here says more
+    except Exception as error:  # of any client library; the error of the worker is raised instead
         warnings.warn(f"the lease on {lease.folder} cannot be read ({root_cause(error)})", stacklevel=1)
 
 
 def _release(lease: Lease, made: list[Path]) -> None:
-    """Remove the lease, and the folders that were made for it and nothing else."""
+    """Remove the lease, and those folders made for it that are still empty."""
     try:
-        owner = _owner(lease.folder)
-        if owner and owner["token"] == lease.token:
+        owner = _read(lease.folder)
+        if owner and owner.token == lease.token:
             (lease.folder / LEASE_FILE).unlink()
         remove_empty(made)
     except Exception as error:  # of any client library
-        warnings.warn(f"the lease on {lease.folder} stays for a minute ({root_cause(error)})", stacklevel=1)
+        warnings.warn(f"the lease on {lease.folder} is not removed ({root_cause(error)})", stacklevel=1)
 
 
-def _owner(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> _Owner | None:
     try:
-        return dict(json.loads(get_text(folder / LEASE_FILE)))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # a damaged lease is nobody's
+        return _Owner(**json.loads(get_text(folder / LEASE_FILE)))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, TypeError):
+        return _Owner()
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    if owner["host"] == socket.gethostname() and not _runs_here(owner["pid"]):
-        return False
-    return bool(time.time() - owner["renewed_s"] < STALE_S)
-
-
-def _runs_here(pid: int) -> bool:
-    """Whether a process of this machine other than this one has this id."""
+def _machine() -> str:
+    """The host, its boot and the PID namespace; on other systems than Linux the host."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = namespace = ""
+    return f"{socket.gethostname()} {boot} {namespace}"
 
 
-def _heartbeat(lease: Lease) -> str:
-    return json.dumps(
-        {"token": lease.token, "host": socket.gethostname(), "pid": os.getpid(), "renewed_s": time.time()}, indent=1
-    )
+def _start_time(pid: int) -> str:
+    """When a process of this machine started, in clock ticks since the boot; empty if that cannot be read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
 
 
-def _in_use(folder: Path, owner: dict[str, Any]) -> UserError:
+def _in_use(folder: Path, owner: _Owner) -> UserError:
     return UserError(
-        f"{folder} is in use by process {owner['pid']} on {owner['host']}; wait for it, or stop it there; if it is "
-        f"gone, wait {STALE_S:.0f} s or delete {folder / LEASE_FILE}"
+        f"{folder} is in use by process {owner.pid} on {owner.host}; wait until it ends, or stop it; if that host is "
+        f"down, wait {STALE_S:.0f} s or delete {folder / LEASE_FILE}"
     )

@@ -12,10 +12,10 @@ _OPTIONS_OF: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"connect_time
 
 
 def to_path(path: str | Path) -> Path:
-    """A path of this machine; or of an address such as s3://bucket/folder, which has the same methods for files.
+    """The local path, or the object with the same methods for an address such as s3://bucket/folder.
 
     Raises:
-        UserError: an address of a kind that nobody knows.
+        UserError: the protocol of the address is unknown.
     """
     if "://" not in str(path):
         return Path(path)
@@ -30,5 +30,5 @@ def to_path(path: str | Path) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether files there are reached by uploads and downloads; all else is a file system to the programs."""
+    """Whether files below `path` must be uploaded and downloaded, as no file system contains them."""
     return not isinstance(path, Path)

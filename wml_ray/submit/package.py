@@ -1,169 +1,131 @@
-"""What is sent to a cluster: a run or a study as a job's command, and the working directory it comes with."""
+"""The working directory that is sent with a job: the code, the job itself, and the variables passed on."""
 
 from __future__ import annotations
 
 import json
 import os
-import zipfile
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from wml_ray.cli.options import parse_arguments, search_settings
-from wml_ray.config.load import load_config
-from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.storage.files import STORAGE_VARIABLES
-from wml_ray.storage.paths import to_path
-from wml_ray.submit.entry import ENVIRONMENT
+from wml_ray.submit.entry import ENVIRONMENT_FILE
+from wml_ray.submit.job import Job
 from wml_ray.tracking.client import TRACKING_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = (
+    *("wml_ray/**/*.py", "jobs/*.py", "jobs/*.yaml", "tune_spaces/*.py"),
+    *("pyproject.toml", "requirements.lock", "README.md"),
+)
+JOB_FILE = "job.json"
 PASSED_ON = (
     *("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "OPTUNA_STORAGE"),
     *TRACKING_VARIABLES,
     *STORAGE_VARIABLES,
 )
-LEFT_OUT = (
-    *(".*", "__pycache__", "*.pyc", "*.egg-info", "node_modules"),
-    *("mlruns", "mlartifacts", "*.db", "*.db-*", "*.sqlite*"),
-)
-LEFT_OUT_AT_TOP = ("results", "data", "outputs", "reports", "tests", "docs", "deploy", "benchmarks", "build")
 MAX_BYTES = 50 * 10**6
 
 
 @dataclass(frozen=True)
-class Work:
-    """A run or a study that a cluster is asked for, checked on this machine."""
-
-    name: str  # run id, or the study's name: the job is called so
-    folder: str  # no two jobs may work in it
-    verb: str
-    config: Config
-    words: list[str]  # arguments of the verb, with the names its files have in the package
-    files: dict[str, Path]  # those files
-    environment: dict[str, str]  # passed on to the job, secrets among it
-
-
-@dataclass(frozen=True)
 class Package:
-    """The working directory of a job, as one zip file."""
+    """The working directory of a job, as a folder that Ray packs and uploads."""
 
-    path: Path
-    files: int
+    folder: Path
+    num_files: int
     size_bytes: int
 
 
-def work_of(verb: str, words: Sequence[str], root: Path = ROOT) -> Work:
-    """Raises:
-    UserError: a mistake in the config, the space or the settings of the search.
-    """
-    options = parse_arguments([verb, *words])
-    config = load_config(options.config, options.overrides)
+def passed_environment(job: Job) -> dict[str, str]:
+    """The variables of this process that the job needs, secrets among them."""
     environment = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
-    command, files = list(words), {}
-    for kind in ("config", "space", "start"):
-        given = getattr(options, kind, None)
-        if given and "://" not in given:
-            path = Path(given).resolve()
-            name = str(path.relative_to(root)) if path.is_relative_to(root) else f"submitted/{kind}/{path.name}"
-            files[name] = path
-            command = [_replaced(word, given, name) for word in command]
-    if verb == "train":
-        return Work(config.run_id, str(config.run_folder), verb, config, command, files, environment)
-    study = _checked_study(options, config)
-    if options.storage:  # a command line is there for all to read, and the address may hold a password
-        environment["OPTUNA_STORAGE"] = options.storage
-        command = _without_option(command, options.storage)
-    if not options.study:
-        command += ["--study", study]
-    return Work(study, str(to_path(config.run.storage_path) / study), verb, config, command, files, environment)
+    if job.search and job.search.storage:
+        environment["OPTUNA_STORAGE"] = job.search.storage
+    return environment
 
 
-def _checked_study(options: Any, config: Config) -> str:
-    """Name of the study, after all that can be checked without a cluster."""
-    from wml_ray.search.space import check_stop_metric, load_space, load_start_points
+def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Path = ROOT) -> Package:
+    """Copy the code under `root`, the user's own backbone and the paths of `include` to `folder`, and add job.json.
 
-    space = load_space(options.space, config)
-    search = search_settings(options, config)
-    check_stop_metric(search, space)
-    if options.start:
-        load_start_points(Path(options.start), space)
-    return search.study
-
-
-def _replaced(word: str, given: str, name: str) -> str:
-    option, equals, value = word.partition("=")
-    if word.startswith("--") and equals and value == given:
-        return f"{option}={name}"
-    return name if word == given else word
-
-
-def _without_option(words: Sequence[str], value: str) -> list[str]:
-    """`words` without the option that has this value, in one word or in two."""
-    kept: list[str] = []
-    for word in words:
-        if word == value and kept and kept[-1].startswith("--"):
-            kept.pop()
-        elif not (word.startswith("--") and word.endswith(f"={value}")):
-            kept.append(word)
-    return kept
-
-
-def pack(work: Work, target: Path, exclude: Sequence[str] = (), root: Path = ROOT) -> Package:
-    """Write the job's working directory to the zip file `target`: the code and the files of the work, nothing else.
-
-    The same content gives the same bytes, so that Ray uploads it once.
+    A path of `include` keeps its name relative to the current directory, or only its last part if it is elsewhere.
 
     Raises:
-        UserError: it is larger than a job's working directory should be.
+        UserError: a file cannot be read, or all are larger than a job's working directory should be.
     """
-    outputs = {Path(work.config.run.storage_path).resolve(), Path(work.config.data.root).resolve()}
-    files = {str(path.relative_to(root)): path for path in _code(root, outputs, exclude)} | work.files
-    size_bytes = sum(path.stat().st_size for path in files.values())
-    if size_bytes > MAX_BYTES:
-        largest, its_bytes = _largest(files)
-        raise UserError(
-            f"{root} has {size_bytes / 1e6:.0f} MB to send to the cluster, most of it in {largest} "
-            f"({its_bytes / 1e6:.0f} MB); at most {MAX_BYTES / 1e6:.0f} MB are sent: move it elsewhere, or leave it "
-            f"out with --exclude {largest}"
-        )
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, path in sorted(files.items()):
-            _add(archive, name, path.read_bytes(), 0o755 if os.access(path, os.X_OK) else 0o644)
-        if work.environment:
-            _add(archive, ENVIRONMENT, json.dumps(work.environment, sort_keys=True).encode(), 0o600)
-    return Package(target, len(files), target.stat().st_size)
+    try:
+        files = {str(path.relative_to(root)): path for pattern in CODE for path in sorted(root.glob(pattern))}
+        files |= _own_backbone(job.config.model.backbone)
+        for given in include:
+            files |= _files_of(Path(given))
+        size_bytes = _check_size(files)
+        for name, path in files.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be sent to the cluster: {error.strerror}") from None
+    (folder / JOB_FILE).write_text(job.to_json())
+    if environment := passed_environment(job):
+        path = folder / ENVIRONMENT_FILE
+        path.touch(0o600)  # Ray keeps the mode on the nodes
+        path.write_text(json.dumps(environment, sort_keys=True))
+    return Package(folder, len(files) + 1, size_bytes)
 
 
-def _add(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
-    entry = zipfile.ZipInfo(name)  # dated 1980, whenever it is packed
-    entry.external_attr = mode << 16
-    archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+def _own_backbone(backbone: str) -> dict[str, Path]:
+    """The files of the module or package that holds a user's own backbone, unless it is installed."""
+    module_name, colon, _ = backbone.partition(":")
+    if not colon:
+        return {}
+    from wml_ray.networks.backbones import import_backbone
+
+    import_backbone(backbone)
+    parts = module_name.split(".")
+    for depth in range(1, len(parts) + 1):
+        file = sys.modules[".".join(parts[:depth])].__file__
+        if file and not {"site-packages", "dist-packages"} & set(Path(file).parts):
+            path = Path(file).parent if Path(file).name == "__init__.py" else Path(file)
+            return _files_of(path, "/".join([*parts[: depth - 1], path.name]))
+        if file:
+            return {}
+    return {}
 
 
-def _code(root: Path, outputs: set[Path], exclude: Sequence[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        patterns = (*LEFT_OUT, *exclude, *(LEFT_OUT_AT_TOP if here == root else ()))
-
-        def kept(name: str, here: Path = here, patterns: tuple[str, ...] = patterns) -> bool:
-            return not any(fnmatch(name, pattern) for pattern in patterns) and (here / name).resolve() not in outputs
-
-        folders[:] = [name for name in folders if kept(name) and not _is_environment(here / name)]
-        yield from (here / name for name in names if kept(name) and (here / name).is_file())
+def _files_of(path: Path, name: str | None = None) -> dict[str, Path]:
+    """A file, or every file of a folder but hidden and compiled ones, under their names in the package."""
+    path = path.resolve(strict=True)
+    if name is None:
+        name = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    return {str(Path(name) / file.relative_to(path)): file for file in _walk(path)}
 
 
-def _is_environment(folder: Path) -> bool:
-    return (folder / "pyvenv.cfg").exists() or (folder / "conda-meta").exists()
+def _walk(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    else:
+        for child in sorted(path.iterdir()):
+            if not child.name.startswith(".") and child.name != "__pycache__":
+                yield from _walk(child)
 
 
-def _largest(files: Mapping[str, Path]) -> tuple[str, int]:
-    """The folder at the top, or the file, that weighs most."""
+def _check_size(files: Mapping[str, Path]) -> int:
+    """The bytes of all files.
+
+    Raises:
+        UserError: they are too many.
+    """
     sizes: Counter[str] = Counter()
     for name, path in files.items():
         sizes[Path(name).parts[0]] += path.stat().st_size
-    return sizes.most_common(1)[0]
+    if sizes.total() > MAX_BYTES:
+        largest, size_bytes = sizes.most_common(1)[0]
+        raise UserError(
+            f"the job has {sizes.total() / 1e6:.0f} MB to send to the cluster, most of it in {largest} "
+            f"({size_bytes / 1e6:.0f} MB); at most {MAX_BYTES / 1e6:.0f} MB are sent: --include less, or put large "
+            "files where all nodes can read them"
+        )
+    return sizes.total()

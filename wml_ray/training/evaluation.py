@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wml_ray.distributed import sum_of_workers
 from wml_ray.methods.base import Method
 from wml_ray.methods.losses import average_ensemble
 from wml_ray.methods.registry import METHODS
-from wml_ray.networks.costs import example
 from wml_ray.networks.modes import in_mode
-from wml_ray.networks.spec import ImageSpec
 from wml_ray.training.precision import forward
 
 AVERAGE = "ensemble_average"
@@ -93,20 +90,3 @@ def _disagreements(predictions_MB: Tensor, num_classes: int) -> Tensor:
     votes_BK = torch.nn.functional.one_hot(predictions_MB, num_classes).sum(0)
     agreeing_B = (votes_BK * (votes_BK - 1)).sum(-1)
     return (1 - agreeing_B.double() / (num_peers * (num_peers - 1))).sum()
-
-
-@torch.no_grad()
-def latency_ms(network: nn.Module, spec: ImageSpec, repeats: int = 30) -> float:
-    """Median milliseconds for one image through `network` in eval mode, on the device and threads it has now."""
-    was_training = network.training
-    network.eval()
-    image = example(network, spec)
-    times_s = []
-    for _ in range(repeats + 5):
-        start_s = time.perf_counter()
-        network(image)
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
-        times_s.append(time.perf_counter() - start_s)
-    network.train(was_training)
-    return float(torch.tensor(times_s[5:]).median()) * 1000

@@ -1,4 +1,4 @@
-"""An estimate of what a training step needs, before anything is trained."""
+"""An estimate of the memory of a training step, before training."""
 
 from __future__ import annotations
 

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from wml_ray.config.schema import Config
-from wml_ray.training.evaluation import latency_ms, prediction_names
+from wml_ray.storage.files import read_json
+from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
+from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
 RESULT = "result.json"
+
+
+def stored_result(config: Config) -> dict[str, Any] | None:
+    """The result of a finished run, or None."""
+    return read_json(config.run_folder / RESULT)
 
 
 def log_result(result: dict[str, Any], log: LogMetrics) -> None:
@@ -19,16 +26,18 @@ def log_result(result: dict[str, Any], log: LogMetrics) -> None:
     log(result["test_epoch"], result["final"], result["timestamp_ms"])
 
 
-def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
+def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The finished run as JSON: size, latency and accuracy of each peer (and weight, where the method has weights), the
     predictions, and the history.
     """
-    validation = plan["history"][trainer.epoch - 1]["metrics"]
+    validation = metadata["history"][trainer.epoch - 1]["metrics"]
+    latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
     peers = [
         {
             "peer": index,
-            **plan["peers"][index],
-            "latency_ms": latency_ms(trainer.tree.peer(index), trainer.dataset.spec),
+            **metadata["peers"][index],
+            "latency_ms": latencies[index].median_ms,
+            "latency_spread_ms": latencies[index].spread_ms,
             **_accuracies(f"peer{index}", validation, test),
         }
         for index in range(config.num_peers)
@@ -39,16 +48,17 @@ def summary(config: Config, trainer: Trainer, plan: dict[str, Any], test: dict[s
     names = prediction_names(config.method.name, config.num_peers)
     predictions = {name: _accuracies(name, validation, test) for name in names}
     result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
+    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
     result |= {
         "predictions": predictions,
-        "selects": plan["selects"],
+        "selects": metadata["selects"],
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
     }
-    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
-    latencies = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | latencies, "created_ms": plan["created_ms"], "timestamp_ms": now_ms()}
-    return result | {"history": plan["history"], "tree": plan["tree"], "device": trainer.device.type}
+    result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
+    return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
 
 def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:

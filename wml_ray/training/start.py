@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 
 import torch
+from torch import Tensor
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints
-from wml_ray.checkpoints.load import build_tree
-from wml_ray.checkpoints.remote import open_checkpoints
+from wml_ray.checkpoints.checkpoint import Checkpoint
+from wml_ray.checkpoints.load import build_tree, check_checkpoint
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
@@ -20,10 +21,13 @@ from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.pruning.prune import apply_channel_widths, prune
+from wml_ray.pruning.prune import prune
+from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import initial_state
+from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
 
@@ -34,16 +38,21 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
     `num_workers` is the largest number of workers the run may have.
 
     Raises:
-        UserError: backbone, sharing, ratios or data are wrong, or the folder cannot be written.
+        UserError: backbone, sharing, ratios or data are wrong, the folder cannot be written, or there are checkpoints
+            and none can be used.
     """
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest()
+        newest = checkpoints.latest(_check(config))
         if newest is None:
+            if checkpoints.epochs():
+                raise UserError(
+                    f"no checkpoint in {checkpoints.folder} can be used; restore one, or remove it to start over"
+                )
             dataset = load_dataset(config)
             check_batch_shares(config, dataset, num_workers)
-            newest = initial_checkpoint(config, dataset)
+            newest = created = initial_checkpoint(config, dataset)
             try:
-                checkpoints.save(newest)
+                retry_storage(lambda: checkpoints.save(created), checkpoints.folder)
             except OSError as error:
                 raise UserError(
                     f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
@@ -58,16 +67,18 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
     batches = dataset.saliency_batches(config.pruning.saliency_images)
-    with torch.random.fork_rng(devices=[]):
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
         torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
         channels = prune(tree, config.pruning, dataset.spec, batches)
-    plan = {
+    metadata = {
         "format": 1,
         "run_id": config.run_id,
         "config": config.dump(),
         "selects": METHODS[config.method.name].selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
+        "skipped_images": list(dataset.skipped),
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,
         "peers": removed_shares(full, peer_costs(tree, dataset.spec)),
@@ -77,7 +88,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "metrics": {},
         "history": [],
     }
-    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), plan)
+    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), metadata)
 
 
 def build_method(config: Config, spec: ImageSpec, channels: Mapping[str, Sequence[int]]) -> Method:
@@ -93,15 +104,22 @@ def _method_on(tree: PeerTree, config: Config, spec: ImageSpec) -> Method:
 
 def epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     """The checkpoints written at the end of each epoch."""
-    return open_checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
+    return Checkpoints(config.run_folder / "checkpoints", config.run.keep_checkpoints, lease)
 
 
 def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     """The checkpoints written in the middle of an epoch, at a notice of preemption."""
-    return open_checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+
+
+def _check(config: Config) -> Callable[[Checkpoint], None]:
+    def state_of(tree: PeerTree, spec: ImageSpec) -> dict[str, Tensor]:
+        return initial_state(_method_on(tree, config, spec))
+
+    return lambda found: check_checkpoint(found, config, state_of)
 
 
 def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether a checkpoint of the middle of the next epoch continues it."""
-    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest()
-    return newest.epoch, further is not None and further.plan["history"] == newest.plan["history"]
+    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(_check(config))
+    return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]

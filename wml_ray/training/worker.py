@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoint, Checkpoints, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import (
     EpochEnd,
     LogMetrics,
@@ -76,21 +77,21 @@ class _WorkerRun:
             context.worker, lambda: starting_point(config, checkpoints.lease, mid_epoch)
         )
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
-        dataset = load_dataset(config, context.device)
-        method = build_method(config, dataset.spec, start.plan["channels"])
+        dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
+        method = build_method(config, dataset.spec, start.metadata["channels"])
         self.trainer = Trainer(config, method, dataset, context.device, context.worker)
         self.trainer.load_state(start.model, start.state)
-        self.plan = dict(start.plan)
+        self.metadata = dict(start.metadata)
 
     def run(self) -> dict[str, Any] | None:
-        log_history(self.plan, self._log)
+        log_history(self.metadata, self._log)
         self.trainer.fit(self._on_event, self.context.preempted, self._save_mid_epoch)
         self.checkpoints.wait_for_uploads()
         self._load_test_epoch()
-        test = with_smallest_peer(self.trainer.evaluate("test"), "test", self.plan["peers"])
+        test = with_smallest_peer(self.trainer.evaluate("test"), "test", self.metadata["peers"])
         if not self.is_first:
             return None
-        result = summary(self.config, self.trainer, self.plan, test)
+        result = summary(self.config, self.trainer, self.metadata, test)
         write_json(self.config.run_folder / RESULT, result)
         self._log(self.trainer.epoch, result["final"], result["timestamp_ms"])
         return result
@@ -101,9 +102,9 @@ class _WorkerRun:
 
     def _on_event(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            timestamp_ms, metrics = now_ms(), with_smallest_peer(event.metrics, "val", self.plan["peers"])
+            timestamp_ms, metrics = now_ms(), with_smallest_peer(event.metrics, "val", self.metadata["peers"])
             entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
-            self.plan.update(epoch=event.epoch, metrics=metrics, history=[*self.plan["history"], entry])
+            self.metadata.update(epoch=event.epoch, metrics=metrics, history=[*self.metadata["history"], entry])
             self._save(self.checkpoints, event.epoch)  # before logging: a logged epoch is never trained again
             self._log(event.epoch, metrics, timestamp_ms)
         self.context.report(event)
@@ -113,13 +114,13 @@ class _WorkerRun:
 
     def _save(self, checkpoints: Checkpoints, epoch: int) -> None:
         if self.is_first:
-            checkpoint = Checkpoint(epoch, self.trainer.model_state(), self.trainer.state(), self.plan)
-            retry_for(lambda: checkpoints.save(checkpoint), checkpoints.folder)
+            checkpoint = Checkpoint(epoch, self.trainer.model_state(), self.trainer.state(), self.metadata)
+            retry_storage(lambda: checkpoints.save(checkpoint), checkpoints.folder)
 
     def _load_test_epoch(self) -> None:
         """Put the trainer at the epoch the test accuracy is taken from."""
         if self.config.run.test_epoch == "best":
-            history = self.plan["history"]
+            history = self.metadata["history"]
             best = broadcast_from_rank_0(self.context.worker, lambda: _best_intact(self.checkpoints, history))
             if best != self.trainer.epoch:
                 chosen = self.checkpoints.load(best)

@@ -1,15 +1,16 @@
-"""The verb `plan` as a function: what a run would be."""
+"""The verb `plan` as a function: a run described without training it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from wml_ray.checkpoints.checkpoint import Checkpoints
-from wml_ray.cluster.resources import worker_range
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
+from wml_ray.data.check import undecodable_images
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.load import load_dataset
@@ -17,37 +18,41 @@ from wml_ray.data.readers import DataMissing, image_spec
 from wml_ray.data.splits import generator_for
 from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.result import stored_result
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import check_batch_shares
-from wml_ray.verbs.train import stored_result
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would be."""
+    """The description of a run."""
 
-    peers: list[dict[str, Any]]
+    peers: list[dict[str, Any]]  # channels, params and MACs of each peer, and the shares removed
     tree_params: int
     memory_bytes: int  # estimated peak of one worker's training step
     state: str
     images: str
 
 
-def plan(config: Config) -> RunPlan:
-    """Build and prune the tree, and measure it; nothing is trained and nothing is written.
+def plan(config: Config, check_data: bool = False) -> RunPlan:
+    """Build and prune the tree, and measure it; trains nothing and writes nothing.
+
+    Where the dataset is missing, the saliency is computed on noise.
+    The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
 
     Raises:
-        UserError: as `train`, but for the data: where it is missing, noise stands in for it.
+        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage.
     """
     check_storage(config.run_folder)
-    dataset, images = _data_or_noise(config)
+    skipped = undecodable_images(config.data, check_data, show_progress=check_data)
+    dataset, images = _data_or_noise(config, skipped)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.plan["channels"])
-    fewest, most = worker_range(config)
+    method = build_method(config, dataset.spec, start.metadata["channels"])
+    fewest, most = config.scale.worker_range
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)
-    return RunPlan(start.plan["peers"], start.plan["tree"]["params"], memory, _state(config), images)
+    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images)
 
 
 def _state(config: Config) -> str:
@@ -57,12 +62,15 @@ def _state(config: Config) -> str:
     return f"epoch {epochs[-1]} of {config.optim.epochs} done" if epochs else "not started"
 
 
-def _data_or_noise(config: Config) -> tuple[Dataset, str]:
+def _data_or_noise(config: Config, skipped: Collection[str]) -> tuple[Dataset, str]:
+    """The dataset without the images of `skipped`, or random images of the same shape; and a description."""
     name = config.data.name
+    present = config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
     try:
-        return load_dataset(
-            config.model_copy(update={"data": config.data.model_copy(update={"download": False})})
-        ), name
+        dataset = load_dataset(present, skipped=skipped)
+        used = f", {len(dataset.splits['train']):,} training images" if config.data.train_images else ""
+        left_out = f", {len(skipped):,} left out that cannot be decoded" if skipped else ""
+        return dataset, name + used + left_out
     except DataMissing:
         spec = image_spec(config.data)
         images = max(config.data.batch_size, config.pruning.saliency_images)
@@ -72,4 +80,4 @@ def _data_or_noise(config: Config) -> tuple[Dataset, str]:
         every = torch.arange(images)
         splits = {"train": every, "outer": every, "validation": every, "test": every}
         dataset = InMemoryDataset(config, spec, splits, pixels, labels, torch.device("cpu"))  # type: ignore[arg-type]
-        return dataset, f"noise, as '{config.data.root}' holds no {name}; widths may differ a little"
+        return dataset, f"noise, because '{config.data.root}' has no {name}; channel widths may differ slightly"

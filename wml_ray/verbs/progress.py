@@ -1,9 +1,9 @@
-"""Progress for people: one live display on a terminal, plain lines now and then where there is none."""
+"""Progress for people: one live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -12,122 +12,132 @@ from rich.table import Table
 from rich.text import Text
 
 from wml_ray.config.schema import Config
-from wml_ray.search.study import Study
-from wml_ray.search.trials import Trial
 from wml_ray.training.events import EpochEnd, StepProgress
 
-PLAIN_LINE_S = 10.0  # between two progress lines where there is no terminal
+if TYPE_CHECKING:  # the progress of a training starts before PyTorch is imported
+    from wml_ray.search.study import Study
+    from wml_ray.search.trials import Trial
+
+PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
+
+
+def run_line(config: Config) -> str:
+    """The first line of a run."""
+    from wml_ray.training.threads import describe_threads
+
+    peers = f"{config.num_peers} peers of {config.model.backbone}"
+    return f"run {config.run_id}: {peers} on {config.data.name}, {describe_threads(config)}"
 
 
 class TrainingProgress:
-    """One live line with an ETA; without a terminal, a plain line now and then."""
+    """Shows the progress of a training: one live line with an ETA on a terminal, else one line an epoch."""
 
     def __init__(self, config: Config) -> None:
-        self.run_id, self.epochs = config.run_id, config.optim.epochs
+        self._config = config
         console = Console()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
-        self.task = self.bar.add_task("starting", total=None)
-        self.plain = not console.is_terminal
-        self.accuracy = ""
-        self.first: tuple[float, int] | None = None
-        self.last_line_s = 0.0
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+        self._task = self._bar.add_task("starting", total=None)
+        self._plain = not console.is_terminal
+        self._accuracy = ""
+        self._first: tuple[float, StepProgress] | None = None  # seconds and event of the first report
+        self._eta_s = 0.0
 
     def __enter__(self) -> TrainingProgress:
-        if not self.plain:
-            self.bar.start()
+        print(run_line(self._config), flush=True)
+        if not self._plain:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.plain:
-            self.bar.stop()
+        if not self._plain:
+            self._bar.stop()
 
     def __call__(self, event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
-            self.accuracy = f", accuracy {event.metrics['val/accuracy/method'] * 100:.1f} %"
+            self._accuracy = f", accuracy {event.metrics['val/accuracy/method'] * 100:.1f} %"
+            if self._plain:
+                text = self._text(event.epoch, event.metrics["train/loss"])
+                print(f"{self._config.run_id} {text}, ETA {_clock(self._eta_s)}", flush=True)
             return
-        text = f"epoch {event.epoch}/{self.epochs}, loss {event.loss:.3f}{self.accuracy}"
-        now_s = time.monotonic()
-        if self.first is None:  # the ETA counts from here: a resumed run has not done its first steps just now
-            self.first = (now_s, event.step)
-            self.bar.reset(self.task, description=text, completed=event.step, total=event.total_steps)
-            self._line(now_s, text)
-        self.bar.update(self.task, description=text, completed=event.step)
-        if now_s - self.last_line_s >= PLAIN_LINE_S:
-            first_s, first_step = self.first
-            left_s = (now_s - first_s) / max(event.step - first_step, 1) * (event.total_steps - event.step)
-            self._line(now_s, f"{text}, ETA {_clock(left_s)}")
+        text = self._text(event.epoch, event.loss)
+        if self._first is None:  # the ETA counts from here, because a resumed run has not just done its first steps
+            self._first = (time.monotonic(), event)
+            self._bar.reset(self._task, description=text, completed=event.step, total=event.total_steps)
+        first_s, first = self._first
+        elapsed_s, steps = time.monotonic() - first_s, event.step - first.step
+        self._eta_s = elapsed_s / max(steps, 1) * (event.total_steps - event.step)
+        self._bar.update(self._task, description=text, completed=event.step)
 
-    def _line(self, now_s: float, text: str) -> None:
-        self.last_line_s = now_s
-        if self.plain:
-            print(f"{self.run_id} {text}", flush=True)
+    def _text(self, epoch: int, loss: float) -> str:
+        return f"epoch {epoch}/{self._config.optim.epochs}, loss {loss:.3f}{self._accuracy}"
 
 
 class StudyProgress:
-    """One live table of a study: how many trials are done, the best so far, the time left, and what is running."""
+    """Shows the progress of a study: a live table of its running trials, else a line a trial and one in between."""
 
     def __init__(self) -> None:
-        self.console = Console()
-        self.live = Live(console=self.console, transient=True, refresh_per_second=4)
-        self.plain = not self.console.is_terminal
-        self.done: set[int] = set()  # trials that were spoken of
-        self.last_line_s = 0.0
+        console = Console()
+        self._live = Live(console=console, transient=True, refresh_per_second=4)
+        self._plain = not console.is_terminal
+        self._shown: set[int] = set()  # ended trials that had their line
+        self._last_line_s = 0.0
 
     def __enter__(self) -> StudyProgress:
-        if not self.plain:
-            self.live.start()
-            self.live.update(Text("starting Ray"))
+        if not self._plain:
+            self._live.start()
+            self._live.update(Text("starting Ray"))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.plain:
-            self.live.stop()
+        if not self._plain:
+            self._live.stop()
 
-    def __call__(self, sweep: Study) -> None:
-        if not self.plain:
-            self.live.update(Group(Text(summary(sweep)), _running(sweep)))
+    def __call__(self, study: Study) -> None:
+        if not self._plain:
+            self._live.update(Group(Text(summary(study)), _running_table(study)))
             return
-        ended = [trial for trial in sweep.trials.values() if trial.state != "RUNNING" and trial.number not in self.done]
-        if ended or time.monotonic() - self.last_line_s >= PLAIN_LINE_S:
-            self.done |= {trial.number for trial in ended}
-            self.last_line_s = time.monotonic()
+        ended = [trial for trial in study.trials.values() if trial.state != "RUNNING"]
+        ended = [trial for trial in ended if trial.number not in self._shown]
+        if ended or time.monotonic() - self._last_line_s >= PLAIN_LINE_S:
+            self._shown |= {trial.number for trial in ended}
+            self._last_line_s = time.monotonic()
             for trial in ended:
-                print(ending(sweep, trial))
-            print(f"{sweep.search.study}: {summary(sweep)}", flush=True)
+                print(end_line(study, trial))
+            print(f"{study.search.study}: {summary(study)}", flush=True)
 
 
-def ending(sweep: Study, trial: Trial) -> str:
-    """What became of a trial, in a line."""
-    name = f"{sweep.search.study}: trial {trial.number} ({sweep.config(trial).run_id})"
+def end_line(study: Study, trial: Trial) -> str:
+    """The state of an ended trial, and the reason if it failed."""
+    name = f"{study.search.study}: trial {trial.number} ({study.config(trial).run_id})"
     return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
 
 
-def summary(sweep: Study) -> str:
-    """Where a study stands, in a line."""
-    counts, best, left_s = sweep.counts(), sweep.best(), sweep.left_s()
-    done, running = counts.total() - counts["RUNNING"], len(sweep.running())
+def summary(study: Study) -> str:
+    """Finished and running trials, the best objective and the ETA of a study, in one line."""
+    counts, best, eta_s = study.counts(), study.best(), study.eta_s()
+    done, running = counts.total() - counts["RUNNING"], len(study.running())
     states = {"complete": counts["COMPLETE"], "stopped early": counts["STOPPED"], "failed": counts["FAILED"]}
     words = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-    line = f"{done} of {sweep.search.trials} trials done{f' ({words})' if words else ''}, {running} running"
+    line = f"{done} of {study.search.trials} trials done{f' ({words})' if words else ''}, {running} running"
     if waiting := counts["RUNNING"] - running:
-        line += f", {waiting} waiting for a place"
+        line += f", {waiting} waiting for a slot"
     if best is not None:
-        metric = next(iter(sweep.space.objectives))
-        line += f", best {_value(metric, sweep.values(best)[0])} (trial {best.number})"
-    return line + (f", {_clock(left_s)} left" if left_s is not None else "")
+        metric = next(iter(study.space.objectives))
+        line += f", best {_value(metric, study.values(best)[0])} (trial {best.number})"
+    return line + (f", ETA {_clock(eta_s)}" if eta_s is not None else "")
 
 
-def _running(sweep: Study) -> Table:
-    metric, searched = sweep.search.stop_metric, sweep.space.searched
+def _running_table(study: Study) -> Table:
+    metric, searched = study.search.stop_metric, study.space.searched
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("trial", "epoch", metric, *searched):
         table.add_column(heading, justify="right", no_wrap=True)
-    for trial in sweep.running()[-20:]:
-        metrics, flat = trial.metrics(), sweep.config(trial).flatten()
-        reached = _value(metric, metrics[metric]) if metric in metrics else ""
+    for trial in study.running()[-20:]:
+        metrics, flat = trial.metrics(), study.config(trial).flatten()
+        latest = _value(metric, metrics[metric]) if metric in metrics else ""
         values = [_short(flat.get(key, "")) for key in searched]
-        table.add_row(str(trial.number), f"{trial.epochs}/{sweep.budget}", reached, *values)
+        table.add_row(str(trial.number), f"{trial.epochs}/{study.budget}", latest, *values)
     return table
 
 

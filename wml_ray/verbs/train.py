@@ -1,54 +1,78 @@
-"""The verbs as functions: what a run would be, and one run from its config to its result."""
+"""The verb `train` as a function: one run from its config to its result."""
 
 from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wml_ray.cluster.preflight import require_checks
-from wml_ray.cluster.resources import worker_range
 from wml_ray.cluster.train import DELIVERY_S, fit
 from wml_ray.config.schema import Config
 from wml_ray.config.title import run_title
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, UserError, one_line
 from wml_ray.report.run_report import peer_markdown, write_files
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
 from wml_ray.tracking.origin import dataset_splits
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
 from wml_ray.tracking.tags import NOTE_TAG, RUN_ID_TAG
 from wml_ray.training.events import OnEvent
-from wml_ray.training.result import RESULT, log_result
+from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
+from wml_ray.verbs.progress import TrainingProgress
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its result, where MLflow has it, and what could not be delivered there."""
+    """A finished run."""
 
-    result: dict[str, Any]
+    result: dict[str, Any]  # result.json
     folder: Path
-    tracked: TrackedRun
-    trained_now: bool
-    undelivered: int
+    tracked: TrackedRun  # its MLflow run
+    trained_now: bool  # False if the run had finished before
+    undelivered: int  # operations that MLflow did not accept
+
+    @property
+    def epochs(self) -> pd.DataFrame:
+        """One row an epoch, numbered from 1, and one column a metric, under its MLflow name."""
+        import pandas as pd
+
+        history = self.result["history"]
+        index = pd.Index([entry["epoch"] for entry in history], name="epoch")
+        return pd.DataFrame([entry["metrics"] for entry in history], index=index)
+
+    @property
+    def peers(self) -> pd.DataFrame:
+        """One row a peer: sizes, shares removed, latency in ms, accuracies (0 to 1) and weight."""
+        import pandas as pd
+
+        return pd.DataFrame(self.result["peers"]).set_index("peer")
 
 
-def train(config: Config, on_event: OnEvent) -> RunResult:
-    """Train, or resume the same run if it was interrupted, or return the result it has.
+def train(config: Config, on_event: OnEvent | None = None) -> RunResult:
+    """Train a run, resume it if it was interrupted, or return the result of a finished one.
+
+    `on_event` is called with each StepProgress and EpochEnd in place of the progress that is shown by default.
 
     Raises:
-        UserError: the user's mistake, found before anything is written.
-        Diverged: training turned non-finite; the MLflow run is FAILED and the last good checkpoint stays.
+        UserError: a mistake in the config or its surroundings, found before anything is written.
+        Diverged: training became non-finite; the MLflow run is FAILED and the last good checkpoint is kept.
     """
+    if on_event is None:
+        with TrainingProgress(config) as progress:
+            return train(config, progress)
     folder = config.run_folder
     check_storage(folder)
     result = stored_result(config)
-    if result and _identity(folder)["delivered"]:
-        return RunResult(result, folder, TrackedRun(**_identity(folder)["tracked"]), False, 0)
+    if result and _run_record(folder)["delivered"]:
+        return RunResult(result, folder, TrackedRun(**_run_record(folder)["tracked"]), False, 0)
     with exclusive_access(folder) as lease:
         result = stored_result(config)
         return _deliver(config, result) if result else _train(config, on_event, lease)
@@ -58,15 +82,15 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
     folder = config.run_folder
     check_reachable(tracking_uri())
     require_checks(config)
-    load_or_create_checkpoint(config, max(worker_range(config)[1], 1), lease)
+    load_or_create_checkpoint(config, max(config.scale.worker_range[1], 1), lease)
     write_text(folder / "config.yaml", config.to_yaml())
-    tracked = _open(config, _identity(folder)["token"])
-    _remember(folder, tracked, delivered=False)
+    tracked = _open(config, _run_record(folder)["token"])
+    _write_run_record(folder, tracked, delivered=False)
     try:
         undelivered = fit(config, tracked, on_event, lease)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error)
         close_run(tracked, status, reason=reason)
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
@@ -79,14 +103,14 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
 
 
 def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
-    """The result a run has; what MLflow missed when it finished is delivered now."""
+    """Log the metrics and files that MLflow lacks of a finished run."""
     folder = config.run_folder
-    identity = _identity(folder)
+    record = _run_record(folder)
     try:
         check_reachable(tracking_uri())
-    except UserError:  # the result is there all the same
-        return RunResult(result, folder, TrackedRun(**identity["tracked"]), False, 1)
-    tracked = _open(config, identity["token"])
+    except UserError:  # the result can be returned without MLflow
+        return RunResult(result, folder, TrackedRun(**record["tracked"]), False, 1)
+    tracked = _open(config, record["token"])
     tracker = MetricLogger(tracked)
     log_result(result, tracker.log)
     undelivered = tracker.close(DELIVERY_S) or _publish(folder, tracked, result)
@@ -99,29 +123,25 @@ def _open(config: Config, token: str) -> TrackedRun:
 
 
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
-    """Artifacts and final status; 0, or 1 if MLflow did not take them."""
-    files = retry_for(lambda: write_files(result, folder / "report"), folder)
+    """Log the artifacts and the final status; returns 0, or 1 if MLflow did not accept them."""
+    files = retry_storage(lambda: write_files(result, folder / "report"), folder)
     note, splits = {NOTE_TAG: peer_markdown(result)}, dataset_splits(result)
     if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files], tags=note, splits=splits):
         return 1
-    _remember(folder, tracked, delivered=True)
+    _write_run_record(folder, tracked, delivered=True)
     return 0
 
 
-def _identity(folder: Path) -> dict[str, Any]:
-    """A token drawn when the folder was made: the MLflow run that carries it is this folder's run."""
+def _run_record(folder: Path) -> dict[str, Any]:
+    """The folder's run.json, created if it is missing. Its random token is a tag of the folder's MLflow run."""
     path = folder / "run.json"
-    identity = read_json(path)
-    if identity is None:
-        identity = {"token": uuid.uuid4().hex, "tracked": None, "delivered": False}
-        write_json(path, identity)
-    return identity
+    record = read_json(path)
+    if record is None:
+        record = {"token": uuid.uuid4().hex, "tracked": None, "delivered": False}
+        write_json(path, record)
+    return record
 
 
-def _remember(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
+def _write_run_record(folder: Path, tracked: TrackedRun, delivered: bool) -> None:
     public = {**vars(tracked), "uri": redacted(tracked.uri)}
-    write_json(folder / "run.json", {**_identity(folder), "tracked": public, "delivered": delivered})
-
-
-def stored_result(config: Config) -> dict[str, Any] | None:
-    return read_json(config.run_folder / RESULT)
+    write_json(folder / "run.json", {**_run_record(folder), "tracked": public, "delivered": delivered})

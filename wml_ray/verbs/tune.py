@@ -21,32 +21,37 @@ from wml_ray.errors import UserError
 from wml_ray.report.study_page import write_study
 from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
+from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import Increasing
 from wml_ray.search.settings import SearchConfig
-from wml_ray.search.space import Space, bounds, check_stop_metric
+from wml_ray.search.space import Space, check_stop_metric, decode, extremes
 from wml_ray.search.study import Study
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import exclusive_access
 from wml_ray.storage.paths import to_path
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
 from wml_ray.tracking.tags import KIND_TAG, NOTE_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
+from wml_ray.verbs.progress import StudyProgress
 
 STUDY_FILE = "study.json"
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A finished study: what MLflow has of it, where its files are, and what could not be delivered to MLflow."""
+    """A finished study."""
 
-    study: StudyRecords | None  # None where MLflow lacks something
+    study: StudyRecords | None
+    """The study as read from MLflow; None if MLflow lacks a part of it."""
     folder: Path
     files: list[Path]
+    """The best config, if a trial is complete, and the report."""
     tracked: TrackedRun
     undelivered: int
+    """Operations that MLflow did not accept; the next start repeats them."""
     trained_now: bool
 
 
@@ -58,44 +63,50 @@ def tune(
     warm_start: Sequence[str] = (),
     verbose: bool = False,
 ) -> StudyResult:
-    """Run a study, or the trials it still lacks, and report on it.
+    """Run a study, or its remaining trials, and write its report.
 
-    `start` are points tried before the sampler is asked; `warm_start` names earlier studies whose complete trials the
-    sampler learns from. Called again with the same space it continues: finished trials stay, interrupted ones go on
-    from their checkpoints, and a larger `search.trials` adds the difference.
+    `on_change` is called at each change of a trial; without it a live table is shown. `start` are points to try first,
+    see `load_start_points`. `warm_start` are names of earlier studies; the sampler learns from their complete trials.
+    `verbose` shows Ray's output instead of the live table.
+
+    A second call with the same space continues the study: finished trials stay, interrupted ones resume from their
+    checkpoints, and a larger `search.trials` adds trials.
 
     Raises:
         UserError: a mistake in the space, the settings or the config, before the first trial.
     """
+    if on_change is None and not verbose:
+        with StudyProgress() as progress:
+            return tune(space, search, progress, start, warm_start)
     folder = to_path(space.base.run.storage_path) / search.study
     check_stop_metric(search, space)
     check_storage(folder)
     check_reachable(tracking_uri())
     with exclusive_access(folder) as lease:
-        begun = _identity(folder)
-        _check_same_study(folder, begun, space)
-        optuna_storage = open_storage(search.storage, search.study, begun.get("token"))
-        earlier = [known for name in dict.fromkeys(warm_start) for known in _earlier_trials(name, search, space)]
-        sweep = Study(space, search, folder, begun.get("token") or uuid.uuid4().hex, on_change, lease)
-        if sweep.to_do:
+        stored = read_json(folder / STUDY_FILE) or {}
+        _check_same_study(folder, stored, space)
+        storage = open_storage(search.storage, search.study, stored.get("token"))
+        earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
+        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
+        if study.remaining:
             join_cluster(verbose)
             require_checks(space.base, searching=True)
             check_ratios(space)
-        if not begun:
-            write_json(folder / STUDY_FILE, {"token": sweep.token, **_determinants(space)})
-        parent, trains_now = _open(sweep), sweep.to_do > 0
-        sweep.publish_to(parent)
+        if not stored:
+            write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
+        trains_now = study.remaining > 0
+        publisher = Publisher(study, _open_run(study))
         try:
             if trains_now:
-                run_trials(sweep, optuna_storage, start, earlier, verbose)
+                run_trials(study, storage, start, earlier, verbose)
         except BaseException as error:
-            _give_up(sweep, parent, error)
+            _close_interrupted(study, publisher, error)
             raise
-        return _conclude(sweep, parent, trains_now)
+        return _conclude(study, publisher, trains_now)
 
 
 def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
-    """What `tune` looks at before the first trial; nothing is left behind.
+    """Run the checks that `tune` runs before the first trial; nothing is written.
 
     Raises:
         UserError: a mistake in the settings.
@@ -109,43 +120,69 @@ def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
         yield CheckResult("pruning", False, str(error))
 
 
-def _give_up(sweep: Study, parent: TrackedRun, error: BaseException) -> None:
-    """Last words to MLflow of a study that is to be continued."""
-    sweep.interrupted()
-    sweep.close(INTERRUPTED_DELIVERY_S)
+def check_ratios(space: Space) -> None:
+    """Prune each network of the space once at both ends of the ratios' range.
+
+    Raises:
+        UserError: a ratio of the space cannot be reached by a network of the space.
+    """
+    ratios: list[dict[str, Any]] = []
+    for key, domain in space.domains.items():
+        if isinstance(domain, Increasing):
+            peers = space.base.num_peers
+            ratios += [{key: [domain.lower] * (peers - 1) + [domain.upper]}, {key: [domain.upper] * peers}]
+        elif key.startswith("pruning.ratios."):
+            ratios += [{key: value} for value in extremes(domain)]
+    networks = [
+        [(key, choice) for choice in extremes(domain)]
+        for key, domain in space.domains.items()
+        if not isinstance(domain, Increasing)
+        if key.startswith(("model.", "pruning.")) and space.searched[key] == "choice"
+    ]
+    if ratios:
+        dataset = load_dataset(space.base)
+        for network, values in product(product(*networks), ratios):
+            initial_checkpoint(with_values(space.base, {**dict(network), **values}), dataset)
+
+
+def _close_interrupted(study: Study, publisher: Publisher, error: BaseException) -> None:
+    """Close the MLflow runs of a study that stops before its end."""
+    publisher.interrupt()
+    publisher.close(INTERRUPTED_DELIVERY_S)
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-    close_run(parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
-    sweep.tidy()
+    close_run(publisher.parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
+    study.delete_stopped_checkpoints()
 
 
-def _conclude(sweep: Study, parent: TrackedRun, trained_now: bool) -> StudyResult:
-    """The study's best config and its report, in its folder and in MLflow."""
-    sweep.tidy()
-    undelivered = sweep.close(DELIVERY_S)
+def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyResult:
+    """Write the study's best config and its report, also to MLflow."""
+    parent, best = publisher.parent, study.best()
+    study.delete_stopped_checkpoints()
+    undelivered = publisher.close(DELIVERY_S)
     if undelivered:
-        return StudyResult(None, sweep.folder, [], parent, undelivered, trained_now)
-    best = sweep.best()
+        return StudyResult(None, study.folder, [], parent, undelivered, trained_now)
     files = []
     if best is not None:
-        files = [sweep.folder / "config.yaml"]
-        write_text(files[0], sweep.config(best).to_yaml())
+        files = [study.folder / "config.yaml"]
+        write_text(files[0], study.config(best).to_yaml())
     try:
-        study = load_study(sweep.search.study, parent.run_id)
-        pictures = retry_for(lambda: write_study(study, sweep.folder / "report"), sweep.folder)
-        log_files(parent, pictures, "report")
-        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(study)}
-        finish_run(parent, "FINISHED", files, tags)
+        records = load_study(study.search.study, parent.run_id)
+        report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
+        log_files(parent, report, "report")
+        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(records)}
+        best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
+        finish_run(parent, "FINISHED", files, tags, best_values)
     except Exception as error:
-        if isinstance(error, UserError) or is_unreachable():  # it was there a moment ago
-            return StudyResult(None, sweep.folder, files, parent, 1, trained_now)
+        if isinstance(error, UserError) or is_unreachable():  # MLflow stopped responding after `close`
+            return StudyResult(None, study.folder, files, parent, 1, trained_now)
         raise
-    return StudyResult(study, sweep.folder, [*files, *pictures], parent, 0, trained_now)
+    return StudyResult(records, study.folder, [*files, *report], parent, 0, trained_now)
 
 
 @explain_connection_errors()
-def _open(sweep: Study) -> TrackedRun:
-    """The study's own run in MLflow, with all that its report will need."""
-    space, search = sweep.space, sweep.search
+def _open_run(study: Study) -> TrackedRun:
+    """The study's own run in MLflow, with the data that its report needs."""
+    space, search = study.space, study.search
     settings = {key: str(value) for key, value in search.model_dump(exclude={"study", "storage", "trials"}).items()}
     settings["grace_epochs"] = str(search.grace(space.base.optim.epochs))
     about = {"objectives": space.objectives, "searched": space.searched, "settings": settings}
@@ -155,85 +192,52 @@ def _open(sweep: Study) -> TrackedRun:
         **{f"search.{key}": value for key, value in settings.items()},
     }
     tags = {KIND_TAG: "study", STUDY_TAG: json.dumps(about)}
-    parent = open_run(search.study, search.study, sweep.token, params, tags)
-    source = sweep.folder / "space.py"
+    parent = open_run(search.study, search.study, study.token, params, tags)
+    source = study.folder / "space.py"
     write_text(source, space.source)
     log_files(parent, [source])
     return parent
 
 
-def _identity(folder: Path) -> dict[str, Any]:
-    """What makes a study this one, and the token by which MLflow and Optuna know it; nothing before it begins."""
-    return read_json(folder / STUDY_FILE) or {}
-
-
-def _check_same_study(folder: Path, begun: Mapping[str, Any], space: Space) -> None:
-    for part, now in _determinants(space).items():
-        before = begun.get(part, now)
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if keys:
+def _check_same_study(folder: Path, stored: Mapping[str, Any], space: Space) -> None:
+    for part, now in _fixed_settings(space).items():
+        before = stored.get(part, now)
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if changed:
+            key = changed[0]
             raise UserError(
-                f"study '{folder.name}' was begun with another {part}: {keys[0]} was {before.get(keys[0])} and is now "
-                f"{now.get(keys[0])}; name another study with --study, or delete {folder}"
+                f"study '{folder.name}' was started with another {part}: {key} was {before.get(key)} and is now "
+                f"{now.get(key)}; choose another study name with --study, or delete {folder}"
             )
         if list(before) != list(now) and part == "objectives":
             raise UserError(
-                f"study '{folder.name}' was begun with its objectives in the order {', '.join(before)}; keep it"
+                f"study '{folder.name}' was started with its objectives in the order {', '.join(before)}; keep it"
             )
 
 
-def _determinants(space: Space) -> dict[str, dict[str, Any]]:
-    """What every trial of a study has in common; where it runs does not enter."""
+def _fixed_settings(space: Space) -> dict[str, dict[str, Any]]:
+    """The settings that all trials of a study share; those that do not change the trained networks are left out."""
     base = space.base.flatten()
-    places = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
-    config = {key: value for key, value in base.items() if not key.startswith(places) or key == "run.test_epoch"}
+    left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
+    config = {key: value for key, value in base.items() if not key.startswith(left_out) or key == "run.test_epoch"}
     config = {key: value for key, value in config.items() if key not in space.searched}
     return {"config": config, "space": space.describe(), "objectives": space.objectives}
 
 
-def check_ratios(space: Space) -> None:
-    """Prune once at each end of the ratios' range: what cannot be reached is better known before the first trial.
-
-    Raises:
-        UserError: a ratio the space holds is out of reach for a network the space holds.
-    """
-    extremes: list[dict[str, Any]] = []
-    for key, domain in space.domains.items():
-        if isinstance(domain, Increasing):
-            lowest, highest = [domain.lower] * space.base.num_peers, [domain.upper] * space.base.num_peers
-            extremes += [{key: [*lowest[1:], domain.upper]}, {key: highest}]
-        elif key.startswith("pruning.ratios."):
-            extremes += [{key: value} for value in bounds(domain)]
-    networks = [
-        [(key, category) for category in domain.categories]
-        for key, domain in space.domains.items()
-        if key.startswith(("model.", "pruning.")) and hasattr(domain, "categories")
-    ]
-    if extremes:
-        dataset = load_dataset(space.base)
-        for network, ratios in product(product(*networks), extremes):
-            initial_checkpoint(with_values(space.base, {**dict(network), **ratios}), dataset)
-
-
 def _earlier_trials(name: str, search: SearchConfig, space: Space) -> list[TrialRecord]:
-    """Complete trials of another study on the same data that lie in this space and know its objectives."""
+    """Complete trials of another study on the same data that are inside this space and have its objectives."""
     if name == search.study:
-        raise UserError(f"warm_start = '{name}': a study remembers its own trials; name another one, or leave it out")
-    known = []
+        raise UserError(f"warm_start = '{name}': a study always uses its own trials; name another one, or leave it out")
+    records = []
     for row in complete_trials(name, [*space.domains, "data.name"]):
         values = [float(row.get(metric, math.nan)) for metric in space.objectives]
         if any(map(math.isnan, values)) or row["data.name"] != space.base.data.name:
             continue
         try:
-            point = space.point(with_values(space.base, {key: _parsed(row[key]) for key in space.domains}))
-        except UserError:  # it lies elsewhere
+            point = space.point(with_values(space.base, {key: decode(row[key]) for key in space.domains}))
+        except UserError:  # outside this space
             continue
-        known.append(TrialRecord(f"{name}/{row['trial']}", point, "COMPLETE", values, {}))
-    if not known:
-        raise UserError(f"warm_start = '{name}': none of its complete trials lies in this space; leave it out")
-    return known
-
-
-def _parsed(value: Any) -> Any:
-    """Lists come from MLflow as JSON."""
-    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+        records.append(TrialRecord(f"{name}/{row['trial']}", point, "COMPLETE", values, {}))
+    if not records:
+        raise UserError(f"warm_start = '{name}': none of its complete trials is inside this space; leave it out")
+    return records

@@ -1,0 +1,86 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from family import tiny_config
+
+from wml_ray.checkpoints.checkpoint import DamagedCheckpoint
+from wml_ray.checkpoints.load import check_checkpoint, load_peer, load_tree
+from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.data.load import load_dataset
+from wml_ray.errors import UserError
+from wml_ray.training.start import initial_checkpoint
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def start():
+    return initial_checkpoint(CONFIG, load_dataset(CONFIG))
+
+
+@pytest.fixture
+def saved(start, folder):
+    """The folder of a checkpoint, local or remote."""
+    checkpoints = Checkpoints(folder, 1)
+    checkpoints.save(start)
+    checkpoints.wait_for_uploads()
+    return checkpoints.path(0)
+
+
+@pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
+def test_a_loaded_tree_equals_the_saved_one_and_a_peer_its_path_through_the_tree(saved, start):
+    tree = load_tree(str(saved))
+    assert not tree.training
+    assert all(torch.equal(tensor, start.model[name]) for name, tensor in tree.state_dict().items())
+    images = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        logits_MBK = tree(images)
+        for index in range(4):
+            assert torch.equal(load_peer(str(saved), index)(images), logits_MBK[index])
+    with pytest.raises(UserError, match="no peer 4; give a number from 0 to 3"):
+        load_peer(str(saved), 4)
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_a_changed_file_is_refused(saved):
+    (saved / "plan.json").write_text(json.dumps({"epoch": 0}))
+    with pytest.raises(DamagedCheckpoint, match=r"plan.json does not match its digest"):
+        load_tree(saved)
+    with pytest.raises(DamagedCheckpoint, match="nowhere"):
+        load_tree(saved.parent / "nowhere")
+
+
+def changed(start, part, **changes):
+    values = {**getattr(start, part), **changes}
+    return replace(start, **{part: {name: value for name, value in values.items() if value is not None}})
+
+
+WEIGHT = "stages.stage0.0.0.weight"
+MISFITS = {
+    "another run": ("metadata", {"run_id": "another"}, "is of another run"),
+    "another config": ("metadata", {"config": tiny_config("wml.alpha=0.1").model_dump(mode="json")}, "another run"),
+    "a broken config": ("metadata", {"config": {"seed": "no number"}}, r"plan.json: seed"),
+    "no widths": ("metadata", {"channels": None}, r"plan.json: 'channels'"),
+    "other widths": ("metadata", {"channels": {}}, r"model.safetensors: .* is \("),
+    "a missing tensor": ("model", {WEIGHT: None}, f"{WEIGHT} is missing"),
+    "an unknown tensor": ("model", {"more": torch.zeros(1)}, "more is unknown"),
+    "another dtype": (
+        "model",
+        {WEIGHT: torch.zeros(8, 1, 3, 3, dtype=torch.float64)},
+        "float64, not",
+    ),
+    "no weights": ("state", {"method/log_weights_M": None}, "log_weights_M does not fit"),
+    "weights of more peers": ("state", {"method/log_weights_M": torch.zeros(5)}, "log_weights_M does not fit"),
+    "momentum of nothing": ("state", {"optimizer/momentum_buffer/none": torch.zeros(1)}, "does not fit"),
+    "momentum of another shape": ("state", {f"optimizer/momentum_buffer/{WEIGHT}": torch.zeros(1)}, "does not fit"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
+    part, changes, message = MISFITS[name]
+    check_checkpoint(start, CONFIG, lambda *_: start.state)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        check_checkpoint(changed(start, part, **changes), CONFIG, lambda *_: start.state)

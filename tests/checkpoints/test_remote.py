@@ -1,0 +1,77 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from family import checkpoint
+
+from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.storage.lease import LEASE_FILE, LeaseLost, exclusive_access
+from wml_ray.storage.paths import to_path
+
+
+def save(checkpoints, epoch):
+    checkpoints.save(checkpoint(epoch))
+    checkpoints.wait_for_uploads()
+
+
+@pytest.fixture
+def uploaded(bucket):
+    store = Checkpoints(to_path(bucket) / "checkpoints", 2)
+    for epoch in range(1, 4):
+        save(store, epoch)
+    return store
+
+
+def test_a_remote_checkpoint_equals_the_saved_one(uploaded):
+    saved = checkpoint(4)
+    uploaded.save(saved)
+    uploaded.wait_for_uploads()
+    loaded = uploaded.load(4)
+    assert loaded.metadata == saved.metadata
+    assert all(torch.equal(loaded.model[name], tensor) for name, tensor in saved.model.items())
+
+
+def test_an_upload_that_was_cut_off_is_no_checkpoint_and_is_removed(uploaded):
+    (uploaded.path(3) / "SHA256SUMS").unlink()
+    assert uploaded.latest().epoch == 2
+    save(uploaded, 4)
+    assert not uploaded.path(3).exists()
+    assert uploaded.latest().epoch == 4
+
+
+def test_a_damaged_remote_checkpoint_is_passed_over_and_moved_aside(uploaded):
+    (uploaded.path(3) / "plan.json").write_text("{}")
+    with pytest.warns(UserWarning, match="epoch-0003 is damaged"):
+        assert uploaded.latest().epoch == 2
+    save(uploaded, 3)
+    assert uploaded.latest().epoch == 3
+    (aside,) = (uploaded.folder / "damaged").iterdir()
+    assert aside.name.startswith("epoch-0003")
+    assert (aside / "plan.json").read_text() == "{}"
+    assert (aside / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
+def test_a_process_that_lost_its_lease_writes_no_checkpoint(folder):
+    with exclusive_access(folder) as lease:
+        checkpoints = Checkpoints(folder / "checkpoints", 2, lease)
+        save(checkpoints, 1)
+        (folder / LEASE_FILE).write_text('{"token": "another", "host": "another-host", "pid": 7}')
+        with pytest.raises(LeaseLost, match="taken over by process 7 on another-host"):
+            save(checkpoints, 2)
+    assert checkpoints.epochs() == [1]
+
+
+@pytest.mark.filterwarnings("ignore:no checkpoint can be uploaded")
+def test_the_checkpoints_that_wait_for_the_storage_are_bounded(bucket, object_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Checkpoints(to_path(bucket) / "checkpoints", 2)
+    object_store.refuse_writes()
+    for epoch in range(1, 7):
+        store.save(checkpoint(epoch))
+    waiting = [path.name for path in sorted(Path(tmp_path).glob("wml_ray-*/epoch-*"))]
+    assert waiting == ["epoch-0004", "epoch-0005", "epoch-0006"]  # the best and the newest two
+    object_store.accept_writes()
+    store.wait_for_uploads()
+    assert store.epochs() == [4, 5, 6]

@@ -1,0 +1,32 @@
+import os
+
+import pytest
+
+from wml_ray.errors import UserError
+from wml_ray.storage.files import get_text, local_files, put_text, read_json, write_json
+
+
+@pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
+def test_files_are_read_as_they_were_written(folder):
+    assert read_json(folder / "a" / "b.json") is None
+    write_json(folder / "a" / "b.json", {"one": 1})
+    assert read_json(folder / "a" / "b.json") == {"one": 1}
+    put_text(folder / "a" / "b.json", "again")
+    with local_files(folder / "a", ["b.json"]) as local:
+        assert (local / "b.json").read_text() == "again"
+    with pytest.raises(FileNotFoundError), local_files(folder / "a", ["c.json"]) as local:
+        (local / "c.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(os.mkfifo, id="pipe"),
+        pytest.param(os.mkdir, id="folder"),
+        pytest.param(lambda path: os.symlink("/dev/zero", path), id="link"),
+    ],
+)
+def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
+    make(tmp_path / "result.json")
+    with pytest.raises(UserError, match=r"result\.json is not a regular file"):
+        get_text(tmp_path / "result.json")

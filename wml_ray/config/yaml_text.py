@@ -1,0 +1,80 @@
+"""A YAML parser for what users write: without duplicate keys, dates, aliases, tags and deep nesting."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import yaml
+
+from wml_ray.errors import UserError, one_line
+from wml_ray.settings import shortened
+
+MAX_DEPTH = 10  # of nested lists and mappings
+
+
+def read_yaml(text: str) -> Any:
+    """Parse YAML of strings, numbers, lists and mappings; dates stay strings.
+
+    Raises:
+        UserError: no valid YAML, a key that is given twice or is no word, an alias or a tag, a control character, or
+            more than ten levels. The message is the reason alone.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{shortened(error.problem or error.context)}{line}") from None
+    except yaml.YAMLError as error:
+        raise UserError(one_line(error)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
+            raise _error("aliases such as *name are not supported", event)
+        if getattr(event, "tag", None):
+            raise _error("tags such as !!int are not supported", event)
+        if self.depth > MAX_DEPTH:
+            raise _error(f"lists and mappings are nested deeper than {MAX_DEPTH} levels", event)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError:  # such as one of 5,000 digits
+            raise _error(f"not a valid number: {node.value}", node) from None
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            raise _error(f"control character in {value!r}", node)
+        return value
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = set()
+        for key, _ in node.value:
+            name = shortened(repr(key.value), 100)
+            if key.tag != "tag:yaml.org,2002:str":
+                raise _error(f"key {name} must be a word such as seed", key)
+            if key.value in keys:
+                raise _error(f"key {name} is given twice", key)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)

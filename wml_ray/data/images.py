@@ -1,0 +1,142 @@
+"""Image folders: the files, classes and parts of a set, and the decoder of one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wml_ray.config.schema import DataConfig
+from wml_ray.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ImageListing:
+    """Images of one set, those of root/train first, then those of the test folder, then those of root/val."""
+
+    root: str
+    classes: list[str]
+    samples: list[tuple[str, int]]  # path, label
+    num_train: int
+    num_test: int
+
+    def name(self, path: str) -> str:
+        """Path below the root, as `skipped_images` records it."""
+        return os.path.relpath(path, self.root)
+
+    def without(self, skipped: Collection[str]) -> ImageListing:
+        """The same set without the images named in `skipped`.
+
+        Raises:
+            UserError: a class folder has no image left.
+        """
+        if not skipped:
+            return self
+        names = set(skipped)
+        kept = [self.name(path) not in names for path, _ in self.samples]
+        folders = [{os.path.dirname(path) for path, _ in samples} for samples in (self.samples, self._select(kept))]
+        if emptied := sorted(folders[0] - folders[1]):
+            raise UserError(
+                f"data.skip_bad = true: no image of {printable(emptied[0])} can be decoded; mend its images, or remove "
+                "the class from every part of the set"
+            )
+        num_test = sum(kept[self.num_train : self.num_train + self.num_test])
+        return replace(self, samples=self._select(kept), num_train=sum(kept[: self.num_train]), num_test=num_test)
+
+    def _select(self, kept: list[bool]) -> list[tuple[str, int]]:
+        return [sample for sample, keep in zip(self.samples, kept, strict=True) if keep]
+
+
+def list_images(config: DataConfig) -> ImageListing:
+    """List root/train and root/test; without root/test, root/val is the test set (as ImageNet is used).
+
+    Validation images are those of root/val if root/test exists too; otherwise root/val adds none.
+
+    Raises:
+        UserError: a folder is missing, a class has no image, or the parts have different classes.
+    """
+    from torchvision.datasets import ImageFolder
+
+    root = Path(config.root)
+    has_test = (root / "test").is_dir()
+    parts = ["train", "test" if has_test else "val", *(["val"] if has_test and (root / "val").is_dir() else [])]
+    train, test, *validation = (_read_folder(config.root, ImageFolder, root / part) for part in parts)
+    for other in (test, *validation):
+        if other.classes != train.classes:
+            raise UserError(f"data.root = '{root}': {other.root} has other class folders than {train.root}")
+    samples = [sample for part in (train, test, *validation) for sample in part.samples]
+    return ImageListing(config.root, train.classes, samples, len(train.samples), len(test.samples))
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """Names of the class folders of root/train; lists no image, as there may be a million.
+
+    Raises:
+        UserError: the folder is missing or has no class.
+    """
+    from torchvision.datasets.folder import find_classes
+
+    classes, _ = _read_folder(config.root, find_classes, Path(config.root) / "train")
+    return list(classes)
+
+
+def read_image(path: str) -> Tensor:
+    """Decode an image file to uint8 RGB (3, H, W), rotated as its EXIF orientation says.
+
+    Pillow decodes: torchvision's decoder, which is deprecated, crashes the process on some damaged PNG files, ignores
+    the orientation of WebP, and reads no BMP or TIFF.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    try:
+        return _decode(path)
+    except Exception as error:  # decoders raise many types; each means that this file cannot be decoded
+        raise UserError(
+            f"image {printable(path)} cannot be decoded ({decode_reason(error)}); mend or remove the file, or set "
+            "data.skip_bad=true"
+        ) from error
+
+
+def decode_reason(error: BaseException) -> str:
+    """A decoder's error in a few words, without the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image, or of an unknown format"
+    return printable((str(error) or type(error).__name__).splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """`text` on one line: newlines and other unprintable characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _decode(path: str) -> Tensor:
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
+            pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+        else:
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _read_folder(root: str, read: Callable[[str], T], folder: Path) -> T:
+    try:
+        return read(str(folder))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
+        ) from None

@@ -1,0 +1,49 @@
+"""The latency of one network."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from wml_ray.networks.costs import example
+from wml_ray.networks.modes import in_mode
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.training.threads import torch_threads
+
+LATENCY_THREADS = 1  # more threads wait for each other on a busy machine: 2 ms became 38 ms
+WARMUP, REPEATS = 5, 100  # at most so many calls
+WARMUP_S, REPEATS_S = 0.5, 2.0  # at most so long, three calls at least
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one image through a network: median of the calls, and the range from their 10th to 90th percentile."""
+
+    median_ms: float
+    spread_ms: float
+
+
+@torch.no_grad()
+def measure_latency(network: nn.Module, spec: ImageSpec) -> Latency:
+    """Time single images through `network` in eval mode, on its device and with one CPU thread, after a warm-up."""
+    image = example(network, spec)
+    with in_mode(network, training=False), torch_threads(LATENCY_THREADS):
+        _time_calls(network, image, WARMUP, WARMUP_S)
+        times_ms = 1000 * np.array(_time_calls(network, image, REPEATS, REPEATS_S))
+    low, median, high = np.percentile(times_ms, [10, 50, 90]).tolist()
+    return Latency(median, high - low)
+
+
+def _time_calls(network: nn.Module, image: torch.Tensor, repeats: int, limit_s: float) -> list[float]:
+    times_s: list[float] = []
+    while len(times_s) < 3 or (len(times_s) < repeats and sum(times_s) < limit_s):
+        start_s = time.perf_counter()
+        network(image)
+        if image.is_cuda:
+            torch.cuda.synchronize(image.device)
+        times_s.append(time.perf_counter() - start_s)
+    return times_s
