@@ -6,12 +6,13 @@ from wml_ray.config.title import MAX_TITLE, run_title
 
 def test_the_title_has_what_differs_from_the_defaults_and_nothing_about_places():
     overrides = ["seed=1", "wml.alpha=0.25", "scale.workers=2", "run.name=other", "data.root=/data", "optim.name=adamw"]
-    assert run_title(parse_config({}, overrides)) == "digits-resnet20 optim=adamw alpha=0.25 seed=1"
+    assert run_title(parse_config({}, overrides)) == "digits-resnet20 alpha=0.25 optim=adamw seed=1"
     assert run_title(parse_config({}, [])) == "digits-resnet20"
 
 
-def test_the_settings_of_another_method_are_in_the_title_only_where_they_matter():
-    assert run_title(parse_config({}, ["method.name=dml"])) == "digits-resnet20 method=dml"
+def test_the_method_comes_first_and_settings_of_other_methods_are_left_out():
+    overrides = ["optim.epochs=4", "wml.alpha=0.2", "dml.weight=2", "method.name=dml"]
+    assert run_title(parse_config({}, overrides)) == "digits-resnet20 method=dml weight=2 epochs=4"
 
 
 def test_a_title_fits_an_mlflow_run_name():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, get_args
 
 from wml_ray.config.schema import Config
+from wml_ray.methods.settings import MethodName
 
 MAX_TITLE = 200
+LAST_SECTIONS = ("model", "optim", "data", "seed")
 NOT_SHOWN = ("data.name", "data.root", "data.download", "data.loader_workers", "model.backbone", "scale.", "run.")
-"""Keys in front of the title, and keys that change where a run is and not its numbers."""
+"""Keys at the start of the title, and keys that decide where a run is and not its numbers."""
 
 
 def run_title(config: Config) -> str:
     """Dataset, backbone and the values that differ from the defaults: `digits-resnet20 alpha=0.3 seed=1`.
 
-    The sections come in reverse order, the seed last: the end of a long title is cut in narrow columns.
+    The method and its settings come first and the seed last, as MLflow cuts the end of a title in its tables. Settings
+    of other methods are left out.
     """
-    defaults = _values(Config().model_dump(mode="json"))
-    changed = {key: value for key, value in _values(config.dump()).items() if value != defaults.get(key)}
+    defaults = _values(Config(), config.method.name)
+    changed = {key: value for key, value in _values(config, config.method.name).items() if value != defaults[key]}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)
     words = [f"{_short(key, last_words)}={_text(value)}" for key, value in shown.items()]
@@ -27,19 +30,22 @@ def run_title(config: Config) -> str:
     return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
 
 
-def _values(dump: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys to values, lists whole."""
+def _values(config: Config, method: str) -> dict[str, Any]:
+    """Dotted keys to values, lists whole, in the order of the title."""
+    others = set(get_args(MethodName)) - {method}
+    dump = config.model_dump(mode="json", exclude=others)
+    first = ["method", method, *(name for name in dump if name not in ("method", method, *LAST_SECTIONS))]
     values: dict[str, Any] = {}
-    for section, content in reversed(dump.items()):
-        if isinstance(content, dict):
-            values |= {f"{section}.{key}": value for key, value in content.items()}
+    for section in (*first, *LAST_SECTIONS):
+        if isinstance(dump[section], dict):
+            values |= {f"{section}.{key}": value for key, value in dump[section].items()}
         else:
-            values[section] = content
+            values[section] = dump[section]
     return values
 
 
 def _short(key: str, last_words: Counter[str]) -> str:
-    """The last word of a key; the section for `name`, the whole key where another one ends with the same word."""
+    """The last word of a key; the section for `name`, the whole key if another one ends with the same word."""
     section, _, last = key.rpartition(".")
     if last == "name":
         return section
