@@ -6,12 +6,11 @@ import torch
 from family import tiny_config
 
 from wml_ray.checkpoints.checkpoint import DamagedCheckpoint
-from wml_ray.checkpoints.load import check_checkpoint, load_peer, load_tree
+from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
-from wml_ray.training.start import initial_checkpoint
-from wml_ray.training.trainer import initial_state
+from wml_ray.training.start import initial_checkpoint, resume_check
 
 CONFIG = tiny_config()
 
@@ -72,8 +71,8 @@ MISFITS = {
         {WEIGHT: torch.zeros(8, 1, 3, 3, dtype=torch.float64)},
         "float64, not",
     ),
-    "no weights": ("state", {"log_weights": None}, "log_weights does not fit"),
-    "weights of more peers": ("state", {"log_weights": torch.zeros(5)}, "log_weights does not fit"),
+    "no weights": ("state", {"method/log_weights_M": None}, "log_weights_M does not fit"),
+    "weights of more peers": ("state", {"method/log_weights_M": torch.zeros(5)}, "log_weights_M does not fit"),
     "momentum of nothing": ("state", {"optimizer/momentum_buffer/none": torch.zeros(1)}, "does not fit"),
     "momentum of another shape": ("state", {f"optimizer/momentum_buffer/{WEIGHT}": torch.zeros(1)}, "does not fit"),
 }
@@ -82,6 +81,7 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
     part, changes, message = MISFITS[name]
-    check_checkpoint(start, CONFIG, initial_state(4))
+    check = resume_check(CONFIG)
+    check(start)
     with pytest.raises(DamagedCheckpoint, match=message):
-        check_checkpoint(changed(start, part, **changes), CONFIG, initial_state(4))
+        check(changed(start, part, **changes))
