@@ -6,11 +6,11 @@ import torch
 from family import tiny_config
 
 from wml_ray.checkpoints.checkpoint import DamagedCheckpoint
-from wml_ray.checkpoints.load import check_checkpoint, load_peer, load_tree
+from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
-from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.start import initial_checkpoint, resume_check
 
 CONFIG = tiny_config()
 
@@ -81,6 +81,7 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
     part, changes, message = MISFITS[name]
-    check_checkpoint(start, CONFIG, lambda *_: start.state)
+    check = resume_check(CONFIG)
+    check(start)
     with pytest.raises(DamagedCheckpoint, match=message):
-        check_checkpoint(changed(start, part, **changes), CONFIG, lambda *_: start.state)
+        check(changed(start, part, **changes))

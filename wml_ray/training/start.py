@@ -42,7 +42,7 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
             and none can be used.
     """
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest(_check(config))
+        newest = checkpoints.latest(resume_check(config))
         if newest is None:
             if checkpoints.epochs():
                 raise UserError(
@@ -112,7 +112,9 @@ def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
 
 
-def _check(config: Config) -> Callable[[Checkpoint], None]:
+def resume_check(config: Config) -> Callable[[Checkpoint], None]:
+    """A function that raises `DamagedCheckpoint` for a checkpoint from which the run cannot be resumed."""
+
     def state_of(tree: PeerTree, spec: ImageSpec) -> dict[str, Tensor]:
         return initial_state(_method_on(tree, config, spec))
 
@@ -121,5 +123,5 @@ def _check(config: Config) -> Callable[[Checkpoint], None]:
 
 def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether a checkpoint of the middle of the next epoch continues it."""
-    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(_check(config))
+    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(resume_check(config))
     return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]
