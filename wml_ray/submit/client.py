@@ -55,12 +55,25 @@ def _dashboard_url(cluster: str) -> str:
     if ":" not in cluster:  # none, or "auto"
         return DEFAULT_URL
     _check_reachable(f"gcs://{cluster}", f"RAY_ADDRESS = {cluster}")
-    with cluster_errors(f"RAY_ADDRESS = {cluster}"):
+    with cluster_errors(f"RAY_ADDRESS = {cluster}"), _silent_stderr():
         key, namespace = DASHBOARD_ADDRESS.encode(), KV_NAMESPACE_DASHBOARD
         dashboard = GcsClient(address=cluster).internal_kv_get(key, namespace, timeout=CONNECT_TIMEOUT_S)
     if not dashboard:
         raise UserError(f"the Ray cluster at RAY_ADDRESS = {cluster} runs no dashboard, which jobs need")
     return f"http://{dashboard.decode()}"
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Discard what Ray's C++ code writes to stderr before it raises the same error."""
+    before, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(null)
 
 
 def _check_reachable(url: str, shown: str) -> None:
