@@ -10,7 +10,7 @@ from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
-from wml_ray.training.start import initial_checkpoint, resume_check
+from wml_ray.training.start import check_checkpoint, initial_checkpoint
 
 CONFIG = tiny_config()
 
@@ -81,7 +81,6 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
     part, changes, message = MISFITS[name]
-    check = resume_check(CONFIG)
-    check(start)
+    check_checkpoint(CONFIG, start)
     with pytest.raises(DamagedCheckpoint, match=message):
-        check(changed(start, part, **changes))
+        check_checkpoint(CONFIG, changed(start, part, **changes))
