@@ -39,7 +39,7 @@ class Uploader:
         self._queue = RetryQueue(UPLOAD_FAILED)
         self._serials = itertools.count(1)  # of the saves: several may be of one epoch
         self._uploaded = 0  # the last of them
-        self._lost: LeaseLost | None = None
+        self.lost: LeaseLost | None = None
 
     def put(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint to the local disk and queue its upload.
@@ -48,7 +48,8 @@ class Uploader:
             LeaseLost: another process has taken the run over.
             OSError: the local disk cannot be written, or is full.
         """
-        self.check()
+        if self.lost:
+            raise self.lost
         write_checkpoint(checkpoint, self._local, self._keep)
         best = best_epoch(checkpoint.metadata["history"])
         self._queue.put(partial(self._upload_if_kept, next(self._serials), checkpoint.epoch, best))
@@ -59,24 +60,15 @@ class Uploader:
         shutil.rmtree(self._local, ignore_errors=True)
         return left
 
-    def check(self) -> None:
-        """Check that no upload found the lease lost.
-
-        Raises:
-            LeaseLost: another process has taken the run over.
-        """
-        if self._lost:
-            raise self._lost
-
     def _upload_if_kept(self, serial: int, epoch: int, best: int | None) -> None:
-        if self._lost or not epoch_folder(self._local, epoch).exists():  # outdated by newer ones
+        if self.lost or not epoch_folder(self._local, epoch).exists():  # outdated by newer ones
             return
         try:
             if self._lease:
                 self._lease.check()
             self._upload(serial, epoch, best)
         except LeaseLost as error:
-            self._lost = error
+            self.lost = error
         except FileNotFoundError:
             if epoch_folder(self._local, epoch).exists():
                 raise

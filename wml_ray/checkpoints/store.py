@@ -92,8 +92,8 @@ class Checkpoints:
             StorageUnavailable: no upload succeeded for ten minutes.
         """
         uploader, left = self._uploader, self._finish(STORAGE_TIMEOUT_S)
-        if uploader:
-            uploader.check()
+        if uploader and uploader.lost:
+            raise uploader.lost
         if left:
             raise storage_unavailable(f"{self.folder}: the last checkpoints were not uploaded")
 
