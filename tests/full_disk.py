@@ -1,7 +1,7 @@
 """Runs on a file system that is full again and again: `unshare --map-root-user --mount python full_disk.py MODE`.
 
-With MODE "enlarge" there is room again after each warning; with "stay" there is none until the run has ended. Warnings
-about the full disk are printed.
+With MODE "enlarge" there is room again after each warning; with "stay" there is none at the start, and later none until
+the run has ended. Warnings and errors about the full disk are printed.
 """
 
 import os
@@ -48,21 +48,23 @@ def print_warning(message, *_):
 
 def stay():
     retry.STORAGE_TIMEOUT_S = 0.2
+    mount(LEASE_ONLY_BYTES, "remount")
     Path("config.yaml").write_text(CONFIG.to_yaml())
-    assert main(["train", "config.yaml"]) == 1
+    assert main(["train", "config.yaml"]) == 2
     enlarge()
     try:
         train(CONFIG, fill)
-    except StorageUnavailable:
+    except StorageUnavailable as error:
         checkpoints = Checkpoints(CONFIG.run_folder / "checkpoints", 2)
         assert checkpoints.latest().epoch == checkpoints.epochs()[-1] == 1
+        print(error)
     enlarge()
     assert main(["train", "config.yaml"]) == 0
 
 
 if __name__ == "__main__":
     os.mkdir("results")
-    mount(LEASE_ONLY_BYTES)
+    mount(LARGE_BYTES)
     retry.RETRY_S = 0.05
     warnings.showwarning = print_warning
     warnings.simplefilter("always")

@@ -94,12 +94,19 @@ def test_a_damaged_epoch_is_moved_aside_when_it_is_saved_again(store):
     assert (aside / "plan.json").read_text() == "{}"
 
 
-def test_a_link_in_place_of_a_checkpoint_is_neither_read_nor_followed_for_removal(store, tmp_path):
+def test_a_checkpoint_that_is_no_damage_is_replaced_by_one_of_its_epoch(tmp_path):
+    store = Checkpoints(tmp_path / "partial", keep=1, keep_damaged=False)
+    for saved in (checkpoint(3), checkpoint(3)):
+        store.save(saved)
+    assert torch.equal(store.load(3).model["layer.weight"], saved.model["layer.weight"])
+    assert [path.name for path in store.folder.iterdir()] == ["epoch-0003"]
+
+
+def test_a_link_in_place_of_a_checkpoint_is_read_but_not_followed_for_removal(store, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     store.path(5).rename(elsewhere)
     store.path(5).symlink_to(elsewhere)
-    with pytest.raises(DamagedCheckpoint, match="epoch-0005"):
-        store.load(5)
+    assert store.load(5).epoch == 5
     for epoch in (5, 6, 7, 8):
         store.save(checkpoint(epoch))
     assert read_checkpoint(elsewhere).epoch == 5

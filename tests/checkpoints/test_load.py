@@ -1,3 +1,4 @@
+import errno
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
-from wml_ray.training.start import initial_checkpoint, resume_check
+from wml_ray.training.start import check_checkpoint, initial_checkpoint, load_or_create_checkpoint
 
 CONFIG = tiny_config()
 
@@ -81,7 +82,16 @@ MISFITS = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
     part, changes, message = MISFITS[name]
-    check = resume_check(CONFIG)
-    check(start)
+    check_checkpoint(CONFIG, start)
     with pytest.raises(DamagedCheckpoint, match=message):
-        check(changed(start, part, **changes))
+        check_checkpoint(CONFIG, changed(start, part, **changes))
+
+
+def test_a_full_disk_at_the_start_ends_the_run_at_once(workplace, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("wml_ray.checkpoints.store.write_checkpoint", full)
+    monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 0.0)
+    with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name a folder that can"):
+        load_or_create_checkpoint(CONFIG)

@@ -1,4 +1,5 @@
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from wml_ray.storage.paths import to_path
 def save(checkpoints, epoch):
     checkpoints.save(checkpoint(epoch))
     checkpoints.wait_for_uploads()
+
+
+def uploads_done(store, saved):
+    """Wait until the store has this checkpoint, without closing its queue as `wait_for_uploads` does."""
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        newest = store.latest()
+        if newest and torch.equal(newest.model["layer.weight"], saved.model["layer.weight"]):
+            return
+    raise TimeoutError
 
 
 @pytest.fixture
@@ -52,6 +63,16 @@ def test_a_damaged_remote_checkpoint_is_passed_over_and_moved_aside(uploaded):
     assert (aside / "model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+def test_each_save_of_the_same_epoch_is_uploaded(bucket):
+    store = Checkpoints(to_path(bucket) / "partial", 1, keep_damaged=False)
+    for saved in (checkpoint(3), checkpoint(3)):
+        store.save(saved)
+        uploads_done(store, saved)
+    store.close()
+    assert [path.name for path in store.folder.iterdir()] == ["epoch-0003"]
+
+
 @pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
 def test_a_process_that_lost_its_lease_writes_no_checkpoint(folder):
     with exclusive_access(folder) as lease:
@@ -61,6 +82,17 @@ def test_a_process_that_lost_its_lease_writes_no_checkpoint(folder):
         with pytest.raises(LeaseLost, match="taken over by process 7 on another-host"):
             save(checkpoints, 2)
     assert checkpoints.epochs() == [1]
+
+
+def test_the_end_of_a_run_that_lost_its_lease_does_not_hide_its_error(bucket, monkeypatch):
+    monkeypatch.setattr("wml_ray.checkpoints.store.INTERRUPTED_UPLOAD_S", 30.0)
+    folder = to_path(bucket)
+    with exclusive_access(folder) as lease:
+        checkpoints = Checkpoints(folder / "checkpoints", 2, lease)
+        (folder / LEASE_FILE).write_text('{"token": "another"}')
+        checkpoints.save(checkpoint(1))
+        checkpoints.close()
+    assert checkpoints.epochs() == []
 
 
 @pytest.mark.filterwarnings("ignore:no checkpoint can be uploaded")

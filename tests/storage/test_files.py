@@ -23,10 +23,16 @@ def test_files_are_read_as_they_were_written(folder):
     [
         pytest.param(os.mkfifo, id="pipe"),
         pytest.param(os.mkdir, id="folder"),
-        pytest.param(lambda path: os.symlink("/dev/zero", path), id="link"),
+        pytest.param(lambda path: os.symlink("/dev/zero", path), id="link to a device"),
     ],
 )
 def test_a_file_that_is_no_regular_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "result.json")
     with pytest.raises(UserError, match=r"result\.json is not a regular file"):
         get_text(tmp_path / "result.json")
+
+
+def test_a_link_to_a_regular_file_is_read(tmp_path):
+    (tmp_path / "elsewhere").write_text("text")
+    (tmp_path / "result.json").symlink_to(tmp_path / "elsewhere")
+    assert get_text(tmp_path / "result.json") == "text"

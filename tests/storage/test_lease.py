@@ -14,7 +14,7 @@ import pytest
 from wml_ray.errors import UserError
 from wml_ray.storage import lease as lease_module
 from wml_ray.storage.files import get_text, put_text
-from wml_ray.storage.lease import LEASE_FILE, STALE_S, LeaseLost, exclusive_access
+from wml_ray.storage.lease import LEASE_FILE, STALE_S, SUSPENDED_S, LeaseLost, exclusive_access
 from wml_ray.storage.paths import to_path
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +68,13 @@ def test_a_second_process_is_refused_and_can_take_the_folder_when_the_first_is_k
     assert not (folder / LEASE_FILE).exists()
 
 
-@local_and_remote
-def test_of_processes_that_start_at_once_exactly_one_takes_the_folder(folder):
+@pytest.mark.parametrize(
+    ("folder", "stale"), [("local", False), ("local", True), ("remote", False)], indirect=["folder"]
+)
+def test_of_processes_that_start_at_once_exactly_one_takes_the_folder(folder, stale, monkeypatch):
+    monkeypatch.setattr(lease_module, "SETTLE_S", 0.0)
+    if stale:
+        write_lease(folder, renewed_s=0)
     start, held, end = threading.Barrier(8), [], threading.Event()
     refused = threading.Semaphore(0)
 
@@ -90,6 +95,36 @@ def test_of_processes_that_start_at_once_exactly_one_takes_the_folder(folder):
     for thread in threads:
         thread.join(30)
     assert len(held) == 1
+
+
+def test_the_lease_of_a_zombie_process_is_taken_over(tmp_path):
+    with holder(tmp_path) as process:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with exclusive_access(tmp_path) as lease:
+            lease.check()
+
+
+def test_a_process_without_a_heartbeat_for_ten_minutes_loses_its_lease_though_it_exists(tmp_path):
+    with holder(tmp_path):
+        owner = stored(tmp_path)
+        write_lease(tmp_path, **{**owner, "renewed_s": time.time() - SUSPENDED_S / 2})
+        with pytest.raises(UserError, match="in use"), exclusive_access(tmp_path):
+            pass
+        write_lease(tmp_path, **{**owner, "renewed_s": time.time() - SUSPENDED_S})
+        with exclusive_access(tmp_path) as lease:
+            lease.check()
+
+
+def test_a_process_that_another_one_outran_is_refused_on_any_error_of_the_storage(tmp_path, monkeypatch):
+    def outrun(source, target):
+        write_lease(tmp_path)
+        raise PermissionError("no hard links")
+
+    monkeypatch.setattr(os, "link", outrun)
+    with pytest.raises(UserError, match="in use by process 7 on another-host"), exclusive_access(tmp_path):
+        pass
+    assert stored(tmp_path)["token"] == "another"
 
 
 @local_and_remote

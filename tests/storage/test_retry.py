@@ -1,7 +1,8 @@
 import pytest
 
 from wml_ray.storage import retry
-from wml_ray.storage.retry import RetryQueue, retry_for
+from wml_ray.storage.paths import to_path
+from wml_ray.storage.retry import RetryQueue, retry_for, retry_storage
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,11 @@ def test_permanent_and_other_errors_are_raised_at_once(error):
     with pytest.raises(type(error)):
         retry_for(call, 10, OSError, lambda error: error, permanent=FileNotFoundError)
     assert call() == 2
+
+
+def test_a_missing_client_package_is_reported_at_once():
+    with pytest.raises(ImportError, match="install s3fs"):
+        retry_storage(failing(1, ImportError("install s3fs")), to_path("memory://bucket/folder"))
 
 
 @pytest.mark.filterwarnings("ignore:waits")

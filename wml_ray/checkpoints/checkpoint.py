@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
@@ -21,15 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wml_ray.errors import UserError, one_line, root_cause
-from wml_ray.storage.files import local_files
-from wml_ray.storage.local import NotRegularFile, check_regular, flush
+from wml_ray.storage.files import check_regular, flush, local_files
 from wml_ray.storage.retry import StorageUnavailable, retry_storage, storage_unavailable
 
 SELECTION_METRIC = "val/accuracy/method"  # the prediction that the method selects by
 DIGESTS = "SHA256SUMS"  # `sha256sum -c SHA256SUMS` checks a checkpoint by hand
 FILES = ("model.safetensors", "trainer.safetensors", "plan.json", DIGESTS)  # in the order of upload: the digests last
 UNREADABLE = (  # errors of reading damaged files; any other is one of the file system
-    *(FileNotFoundError, NotADirectoryError, NotRegularFile, SafetensorError),
+    *(FileNotFoundError, NotADirectoryError, SafetensorError),
     *(ValueError, LookupError, TypeError, RecursionError),
 )
 _FOLDER = re.compile(r"epoch-(\d{4,})")
@@ -52,9 +50,9 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-def best_epoch(history: list[dict[str, Any]], selects: str = SELECTION_METRIC) -> int | None:
-    """The epoch with the highest value of the metric `selects`, the latest of equals; None without a history."""
-    scored = [(entry["metrics"][selects], entry["epoch"]) for entry in history]
+def best_epoch(history: list[dict[str, Any]]) -> int | None:
+    """The epoch with the highest `SELECTION_METRIC`, the latest of equals; None without a history."""
+    scored = [(entry["metrics"][SELECTION_METRIC], entry["epoch"]) for entry in history]
     return max(scored)[1] if scored else None
 
 
@@ -74,11 +72,11 @@ def outdated_epochs(epochs: list[int], keep: int, best: int | None) -> list[int]
     return [epoch for epoch in epochs[:-keep] if epoch != best]
 
 
-def write_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int) -> None:
+def write_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int, keep_damaged: bool = False) -> None:
     """Write a checkpoint into a run's local `folder` and remove those that are outdated.
 
-    The checkpoint is renamed into place, so a reader finds all of it or nothing. Checkpoints of the same and of later
-    epochs, which a resumed run has found damaged, are moved to `damaged/`.
+    The checkpoint is renamed into place, so a reader finds all of it or nothing. It replaces those of the same
+    and of later epochs; with `keep_damaged` they are moved to `damaged/`, as a resumed run could not read them.
 
     Raises:
         OSError: the folder cannot be written, or is full.
@@ -100,6 +98,8 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path, keep: int) -> None:
             epoch_folder(folder, epoch).rename(damaged_folder(folder, epoch))
     temporary.rename(target)
     flush(folder)
+    if not keep_damaged:
+        shutil.rmtree(folder / "damaged", ignore_errors=True)
     for epoch in outdated_epochs(epochs_of(folder.iterdir()), keep, best_epoch(checkpoint.metadata["history"])):
         shutil.rmtree(epoch_folder(folder, epoch), ignore_errors=True)
 
@@ -128,8 +128,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read(folder: Path) -> Checkpoint:
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise NotRegularFile(f"{folder} is no folder")
     for name in FILES:
         check_regular(folder / name)
     lines = (folder / DIGESTS).read_text().splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
         DamagedCheckpoint: the metadata cannot be parsed, or the tensors do not fit the network that it describes.
         UserError: the backbone cannot be imported.
     """
-    config, spec = _described(checkpoint, name)
+    config, spec = config_and_spec(checkpoint, name)
     tree = build_tree(config, spec)
     try:
         apply_channel_widths(tree, checkpoint.metadata["channels"])
@@ -77,36 +77,12 @@ def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:
     return tree
 
 
-def check_checkpoint(
-    checkpoint: Checkpoint, config: Config, initial_state: Callable[[PeerTree, ImageSpec], Mapping[str, Tensor]]
-) -> None:
-    """Check that the run of `config` can be resumed from a checkpoint.
-
-    `initial_state` gives those tensors that the trainer's state of a tree always has, in their shapes.
+def config_and_spec(checkpoint: Checkpoint, name: str | Path) -> tuple[Config, ImageSpec]:
+    """The config of a checkpoint's run and the image specification of its data; `name` is shown in errors.
 
     Raises:
-        DamagedCheckpoint: it is of another run, or its tensors do not fit the network or the trainer.
+        DamagedCheckpoint: the metadata cannot be parsed.
     """
-    name = f"of epoch {checkpoint.epoch}"
-    run_ids = {str(checkpoint.metadata.get("run_id")), _described(checkpoint, name)[0].run_id}
-    if run_ids != {config.run_id}:
-        raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
-    tree = rebuild_tree(checkpoint, name)
-    initial = initial_state(tree, _described(checkpoint, name)[1])
-    own = {key.removeprefix("method/"): tensor for key, tensor in initial.items() if key.startswith("method/")}
-    parameters = {**own, **dict(tree.named_parameters())}
-    shapes = {key: tensor.shape for key, tensor in checkpoint.state.items()}
-    misfits = [key for key, tensor in initial.items() if shapes.get(key) != tensor.shape]
-    for key, shape in shapes.items():
-        kind, _, rest = key.partition("/")
-        parameter = parameters.get(rest.partition("/")[2])
-        if kind == "optimizer" and (parameter is None or shape not in (parameter.shape, ())):
-            misfits.append(key)
-    if misfits:
-        raise DamagedCheckpoint(f"checkpoint {name} is damaged (trainer.safetensors: {misfits[0]} does not fit)")
-
-
-def _described(checkpoint: Checkpoint, name: str | Path) -> tuple[Config, ImageSpec]:
     try:
         return parse_config(checkpoint.metadata["config"]), ImageSpec(**checkpoint.metadata["image_spec"])
     except UNREADABLE as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -31,13 +32,14 @@ UPLOAD_FAILED = "no checkpoint can be uploaded ({}); training continues, checkpo
 class Uploader:
     """Uploads a run's checkpoints in a thread. Only those waiting that would be kept in the storage are uploaded."""
 
-    def __init__(self, folder: Path, keep: int, lease: Lease | None) -> None:
+    def __init__(self, folder: Path, keep: int, lease: Lease | None, keep_damaged: bool) -> None:
         """Only a process that holds `lease` may write into the remote `folder`."""
-        self._folder, self._keep, self._lease = folder, keep, lease
+        self._folder, self._keep, self._lease, self._keep_damaged = folder, keep, lease, keep_damaged
         self._local = _staging_folder(folder)
         self._queue = RetryQueue(UPLOAD_FAILED)
-        self._uploaded: int | None = None  # the last epoch
-        self._lost: LeaseLost | None = None
+        self._serials = itertools.count(1)  # of the saves: several may be of one epoch
+        self._uploaded = 0  # the last of them
+        self.lost: LeaseLost | None = None
 
     def put(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint to the local disk and queue its upload.
@@ -46,49 +48,43 @@ class Uploader:
             LeaseLost: another process has taken the run over.
             OSError: the local disk cannot be written, or is full.
         """
-        if self._lost:
-            raise self._lost
+        if self.lost:
+            raise self.lost
         write_checkpoint(checkpoint, self._local, self._keep)
         best = best_epoch(checkpoint.metadata["history"])
-        self._queue.put(partial(self._upload_if_kept, checkpoint.epoch, best))
+        self._queue.put(partial(self._upload_if_kept, next(self._serials), checkpoint.epoch, best))
 
     def finish(self, timeout_s: float) -> int:
-        """Wait until the uploads are done, or none succeeded for `timeout_s`; returns the uploads left.
-
-        Raises:
-            LeaseLost: another process has taken the run over.
-        """
+        """Wait until the uploads are done, or none succeeded for `timeout_s`; returns the uploads left."""
         left = self._queue.close(timeout_s)
         shutil.rmtree(self._local, ignore_errors=True)
-        if self._lost:
-            raise self._lost
         return left
 
-    def _upload_if_kept(self, epoch: int, best: int | None) -> None:
-        if self._lost or not epoch_folder(self._local, epoch).exists():  # outdated by newer ones
+    def _upload_if_kept(self, serial: int, epoch: int, best: int | None) -> None:
+        if self.lost or not epoch_folder(self._local, epoch).exists():  # outdated by newer ones
             return
         try:
             if self._lease:
                 self._lease.check()
-            self._upload(epoch, best)
+            self._upload(serial, epoch, best)
         except LeaseLost as error:
-            self._lost = error
+            self.lost = error
         except FileNotFoundError:
             if epoch_folder(self._local, epoch).exists():
                 raise
 
-    def _upload(self, epoch: int, best: int | None) -> None:
+    def _upload(self, serial: int, epoch: int, best: int | None) -> None:
         whole = set(uploaded_epochs(self._folder))
         begun = epochs_of(self._folder.glob("epoch-*"))
-        if self._uploaded != epoch:  # else only the removal below is retried
+        if self._uploaded != serial:  # else only the removal below is retried
             for later in (other for other in begun if other >= epoch):
-                if later in whole:  # a resumed run has found it damaged
+                if self._keep_damaged and later in whole:  # a resumed run could not read it
                     _copy(epoch_folder(self._folder, later), damaged_folder(self._folder, later))
                 self._remove(later)
             for name in FILES:
                 target: Any = epoch_folder(self._folder, epoch) / name
                 target.fs.put_file(str(epoch_folder(self._local, epoch) / name), target.path)
-            self._uploaded = epoch
+            self._uploaded = serial
         cut_off = {earlier for earlier in begun if earlier < epoch} - whole
         for earlier in cut_off.union(outdated_epochs(uploaded_epochs(self._folder), self._keep, best)):
             self._remove(earlier)

@@ -23,11 +23,14 @@ INTERRUPTED_UPLOAD_S = 5.0  # how long an interrupted training waits for its upl
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run, and the best by the validation accuracy of the weighted ensemble."""
+    """The newest `keep` checkpoints of a run, and the best by `SELECTION_METRIC`."""
 
-    def __init__(self, folder: Path, keep: int, lease: Lease | None = None) -> None:
-        """Only a process that holds `lease` may write; None allows every process to write."""
-        self.folder, self.keep, self.lease = folder, keep, lease
+    def __init__(self, folder: Path, keep: int, lease: Lease | None = None, keep_damaged: bool = True) -> None:
+        """Only a process that holds `lease` may write; None allows every process to write.
+
+        A saved checkpoint replaces those of the same and of later epochs; `keep_damaged` moves them to `damaged/`.
+        """
+        self.folder, self.keep, self.lease, self.keep_damaged = folder, keep, lease, keep_damaged
         self._uploader: Uploader | None = None
 
     def path(self, epoch: int) -> Path:
@@ -74,12 +77,12 @@ class Checkpoints:
             OSError: the disk cannot be written, or is full.
         """
         if is_remote(self.folder):
-            self._uploader = self._uploader or Uploader(self.folder, self.keep, self.lease)
+            self._uploader = self._uploader or Uploader(self.folder, self.keep, self.lease, self.keep_damaged)
             self._uploader.put(checkpoint)
             return
         if self.lease:
             self.lease.check()
-        write_checkpoint(checkpoint, self.folder, self.keep)
+        write_checkpoint(checkpoint, self.folder, self.keep, self.keep_damaged)
 
     def wait_for_uploads(self) -> None:
         """Return when all saved checkpoints are in the run's folder.
@@ -88,7 +91,10 @@ class Checkpoints:
             LeaseLost: another process has taken the run over.
             StorageUnavailable: no upload succeeded for ten minutes.
         """
-        if self._finish(STORAGE_TIMEOUT_S):
+        uploader, left = self._uploader, self._finish(STORAGE_TIMEOUT_S)
+        if uploader and uploader.lost:
+            raise uploader.lost
+        if left:
             raise storage_unavailable(f"{self.folder}: the last checkpoints were not uploaded")
 
     def close(self) -> None:

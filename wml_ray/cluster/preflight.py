@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.errors import UserError
-from wml_ray.storage.files import check_storage, missing_parents, put_text, remove_empty, storage_error
-from wml_ray.storage.paths import to_path
+from wml_ray.storage.files import check_storage, put_text, storage_error
+from wml_ray.storage.paths import missing_parents, remove_empty, to_path
 from wml_ray.tracking.client import check_reachable, is_local_store, redacted, tracking_uri
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.util import get_current_placement_group
 from ray.util.placement_group import PlacementGroup
 
+from wml_ray.checkpoints.checkpoint import DamagedCheckpoint
 from wml_ray.cluster.connect import WorkerEnvironment, ray_folder, with_absolute_paths
 from wml_ray.cluster.gauges import Gauges
 from wml_ray.cluster.messages import DriverQueue
@@ -43,6 +44,7 @@ INTERRUPTED_DELIVERY_S = 5.0  # the same after an error or Ctrl-C
 STATUS_FILE = "status.json"  # how the latest attempt ended, written by a worker and read by the driver
 WORKER_START_TIMEOUT_S = 10  # for an elastic run's slots: Ray counts those of a lost node as free for up to 20 s
 RESIZE_INTERVAL_S = 30.0  # between two checks of an elastic run for new nodes, for which all workers start again
+RETRIED_ERRORS = (DamagedCheckpoint, LeaseLost, StorageUnavailable)  # not in the status file: a retry may help
 HEALTH_CHECK_S = 0.5  # between two checks by Ray Train whether a worker has ended or died
 
 
@@ -114,7 +116,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | N
         _raise_worker_error(config)
         raise
     except ray.train.TrainingFailedError as error:
-        _raise_storage_error(error)
+        _raise_retried_error(error)
         _raise_worker_error(config)
         raise
     finally:
@@ -184,11 +186,12 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
         with torch_threads(settings["threads"]):
             run_worker(config, context)
         delivery_s = DELIVERY_S
-    except (LeaseLost, StorageUnavailable):
-        raise  # the status file must not or cannot be written
+    except RETRIED_ERRORS:
+        raise
     except (Diverged, UserError) as error:
+        kind = "Diverged" if isinstance(error, Diverged) else "UserError"
         if not _status(config):  # the error of the first worker is kept
-            _write_status(config, {"kind": type(error).__name__, "error": str(error)})
+            _write_status(config, {"kind": kind, "error": str(error)})
         raise
     except StoppedTrial:
         pass
@@ -246,14 +249,14 @@ def _raise_worker_error(config: Config) -> None:
     """Raise the error in the status file, without Ray's wrapping."""
     status = _status(config)
     if "error" in status:
-        raise {"Diverged": Diverged, "UserError": UserError}[status["kind"]](status["error"]) from None
+        raise (Diverged if status["kind"] == "Diverged" else UserError)(status["error"]) from None
 
 
-def _raise_storage_error(error: Any) -> None:
-    """Raise the storage error of a worker, which could not write the status file, without Ray's wrapping."""
+def _raise_retried_error(error: Any) -> None:
+    """Raise the error of `RETRIED_ERRORS` that a worker met in every attempt, without Ray's wrapping."""
     for failure in getattr(error, "worker_failures", {}).values():
         cause = getattr(failure, "_base_exc", failure)
-        if isinstance(cause, (LeaseLost, StorageUnavailable)):
+        if isinstance(cause, RETRIED_ERRORS):
             raise cause from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.errors import UserError, one_line, root_cause
-from wml_ray.storage.local import check_regular, flush
 from wml_ray.storage.paths import is_remote
 from wml_ray.storage.retry import retry_storage
 
@@ -87,6 +87,26 @@ def get_text(path: Path) -> str:
     return path.read_text()
 
 
+def check_regular(path: Path) -> None:
+    """Check that a local file can be opened without blocking. Symbolic links are followed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it is a folder, a pipe, a socket or a device.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path} is not a regular file; remove it or restore the file")
+
+
+def flush(path: Path) -> None:
+    """Write the buffers of a local file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no file.
 
@@ -123,18 +143,6 @@ def remove_tree(folder: Path) -> None:
     elif folder.exists():
         remote: Any = folder
         remote.fs.rm(remote.path, recursive=True)
-
-
-def missing_parents(folder: Path) -> list[Path]:
-    """Those of `folder` and its parents that do not exist, innermost first; none in remote storage."""
-    return [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of the folders that are empty, in this order."""
-    for folder in folders:
-        if folder.exists() and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def storage_environment() -> dict[str, str]:

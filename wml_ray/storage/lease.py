@@ -14,19 +14,23 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from wml_ray.errors import UserError, root_cause
-from wml_ray.storage.files import get_text, missing_parents, put_text, remove_empty, storage_error
-from wml_ray.storage.paths import is_remote
+from wml_ray.storage.files import get_text, put_text, storage_error
+from wml_ray.storage.paths import is_remote, missing_parents, remove_empty
 from wml_ray.storage.retry import StorageUnavailable
 
 LEASE_FILE = "owner.json"
+LOCK_FILE = ".owner.json.lock"  # held by a process of this machine while it takes the lease
 HEARTBEAT_S = 10.0
-STALE_S = 60.0  # without a heartbeat, after which another process may take a lease over
+STALE_S = 60.0  # without a heartbeat, after which a process of another machine may take a lease over
+SUSPENDED_S = 600.0  # the same on the same machine, while the process exists
 SETTLE_S = 1.0  # after which a write of another process is visible
 RELEASE_TIMEOUT_S = 10.0  # how long the end of a process may be delayed by a storage that does not answer
 _held: set[str] = set()  # tokens of this process
@@ -79,7 +83,8 @@ class _Owner:
         return cls(token, socket.gethostname(), _machine(), pid, _start_time(pid))
 
     def is_alive(self) -> bool:
-        """Whether the process runs, if it can be seen from here; else whether its heartbeat is recent."""
+        """Whether its heartbeat is recent and the process, if it can be seen from here, runs."""
+        silent_s = time.time() - self.renewed_s
         if self.machine == _machine():
             try:
                 os.kill(self.pid, 0)
@@ -88,8 +93,9 @@ class _Owner:
             except PermissionError:
                 pass  # another user's process
             if started := _start_time(self.pid):
-                return started == self.started and (self.pid != os.getpid() or self.token in _held)
-        return time.time() - self.renewed_s < STALE_S
+                runs = started == self.started and (self.pid != os.getpid() or self.token in _held)
+                return runs and silent_s < SUSPENDED_S
+        return silent_s < STALE_S
 
     def write(self, folder: Path) -> None:
         put_text(folder / LEASE_FILE, self._renewed())
@@ -120,7 +126,7 @@ def exclusive_access(folder: Path) -> Iterator[Lease]:
     """Hold the lease on the folder of a run or a study.
 
     After the end of a process, however it ends, another one on its machine can take the lease at once, and one on
-    another machine after `STALE_S` without a heartbeat.
+    another machine after `STALE_S` without a heartbeat. A suspended process keeps it for `SUSPENDED_S` on its machine.
 
     Raises:
         UserError: another process holds the lease, or the folder cannot be written.
@@ -132,7 +138,8 @@ def exclusive_access(folder: Path) -> Iterator[Lease]:
     try:
         try:
             made = missing_parents(folder)
-            _acquire(folder, owner)
+            with nullcontext() if is_remote(folder) else FileLock(folder / LOCK_FILE, timeout=STALE_S):
+                _acquire(folder, owner)
         except UserError:
             raise
         except Exception as error:  # of any client library
@@ -169,11 +176,9 @@ def _acquire(folder: Path, owner: _Owner) -> None:
         try:
             owner.create(folder)
             return
-        except FileExistsError:  # another process was faster
+        except Exception:  # another process was faster, or this storage has no hard links or conditional writes
             holder = _read(folder)
-        except Exception:  # no hard links or conditional writes here; if nothing can be written, `write` fails
-            pass
-    if holder and holder.is_alive():
+    if holder and holder.token != owner.token and holder.is_alive():
         raise _in_use(folder, holder)
     owner.write(folder)
     time.sleep(SETTLE_S)
@@ -214,6 +219,7 @@ def _release(lease: Lease, made: list[Path]) -> None:
         owner = _read(lease.folder)
         if owner and owner.token == lease.token:
             (lease.folder / LEASE_FILE).unlink()
+            (lease.folder / LOCK_FILE).unlink(missing_ok=True)
         remove_empty(made)
     except Exception as error:  # of any client library
         warnings.warn(f"the lease on {lease.folder} is not removed ({root_cause(error)})", stacklevel=1)
@@ -238,11 +244,15 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When a process of this machine started, in clock ticks since the boot; empty if that cannot be read."""
+    """When a process of this machine started, in clock ticks since the boot; its state Z or X if it has ended.
+
+    The result is empty if that cannot be read.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return state if state in "ZX" else fields[18]
 
 
 def _in_use(folder: Path, owner: _Owner) -> UserError:

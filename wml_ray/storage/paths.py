@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,3 +33,15 @@ def to_path(path: str | Path) -> Path:
 def is_remote(path: Path) -> bool:
     """Whether files below `path` must be uploaded and downloaded, as no file system contains them."""
     return not isinstance(path, Path)
+
+
+def missing_parents(folder: Path) -> list[Path]:
+    """Those of `folder` and its parents that do not exist, innermost first; none in remote storage."""
+    return [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of the folders that are empty, in this order."""
+    for folder in folders:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()

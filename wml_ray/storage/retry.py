@@ -68,7 +68,7 @@ def retry_storage(call: Callable[[], T], path: Path) -> T:
         STORAGE_TIMEOUT_S,
         Exception if remote else OSError,  # client libraries raise errors of their own
         lambda error: storage_unavailable(_problem(path, error)),
-        permanent=(UserError, FileNotFoundError) if remote else (UserError, *PERMANENT_ERRORS),
+        permanent=(UserError, ImportError, FileNotFoundError) if remote else (UserError, *PERMANENT_ERRORS),
         warning=lambda error: f"{_problem(path, error)}; retrying",
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from wml_ray.checkpoints.checkpoint import Checkpoint
-from wml_ray.checkpoints.load import build_tree, check_checkpoint
+from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint
+from wml_ray.checkpoints.load import build_tree, config_and_spec, rebuild_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
@@ -23,10 +23,10 @@ from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
 from wml_ray.pruning.widths import apply_channel_widths
+from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
-from wml_ray.storage.retry import retry_storage
 from wml_ray.training.events import now_ms
-from wml_ray.training.state import initial_state
+from wml_ray.training.state import below, initial_state, named_parameters
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
@@ -42,7 +42,7 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
             and none can be used.
     """
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest(resume_check(config))
+        newest = checkpoints.latest(partial(check_checkpoint, config))
         if newest is None:
             if checkpoints.epochs():
                 raise UserError(
@@ -50,14 +50,11 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
                 )
             dataset = load_dataset(config)
             check_batch_shares(config, dataset, num_workers)
-            newest = created = initial_checkpoint(config, dataset)
+            newest = initial_checkpoint(config, dataset)
             try:
-                retry_storage(lambda: checkpoints.save(created), checkpoints.folder)
+                checkpoints.save(newest)  # a full disk is waited for later, when there is progress to lose
             except OSError as error:
-                raise UserError(
-                    f"run.storage_path = '{config.run.storage_path}': {config.run_folder} cannot be written "
-                    f"({error.strerror}); name a folder that can"
-                ) from error
+                raise storage_error(config.run_folder, error) from error
             checkpoints.wait_for_uploads()
         return newest
 
@@ -109,19 +106,35 @@ def epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
 
 def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     """The checkpoints written in the middle of an epoch, at a notice of preemption."""
-    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease)
+    return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease, keep_damaged=False)
 
 
-def resume_check(config: Config) -> Callable[[Checkpoint], None]:
-    """A function that raises `DamagedCheckpoint` for a checkpoint from which the run cannot be resumed."""
+def check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
+    """Check that the run of `config` can be resumed from a checkpoint.
 
-    def state_of(tree: PeerTree, spec: ImageSpec) -> dict[str, Tensor]:
-        return initial_state(_method_on(tree, config, spec))
+    Raises:
+        DamagedCheckpoint: it is of another run, or its tensors do not fit the network, the method or the optimiser.
+    """
+    name = f"of epoch {checkpoint.epoch}"
+    own_config, spec = config_and_spec(checkpoint, name)
+    run_ids = {str(checkpoint.metadata.get("run_id")), own_config.run_id}
+    if run_ids != {config.run_id}:
+        raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
+    method = _method_on(rebuild_tree(checkpoint, name), config, spec)
+    state, parameters = checkpoint.state, named_parameters(method)
+    misfits = [
+        key for key, tensor in initial_state(method).items() if key not in state or state[key].shape != tensor.shape
+    ]
+    for key, tensor in below("optimizer", state).items():
+        parameter = parameters.get(key.partition("/")[2])
+        if parameter is None or tensor.shape not in (parameter.shape, ()):
+            misfits.append(f"optimizer/{key}")
+    if misfits:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (trainer.safetensors: {misfits[0]} does not fit)")
 
-    return lambda found: check_checkpoint(found, config, state_of)
 
-
-def starting_point(config: Config, lease: Lease | None, partial: Checkpoints) -> tuple[int, bool]:
+def starting_point(config: Config, lease: Lease | None, mid_epoch: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether a checkpoint of the middle of the next epoch continues it."""
-    newest, further = load_or_create_checkpoint(config, lease=lease), partial.latest(resume_check(config))
+    newest = load_or_create_checkpoint(config, lease=lease)
+    further = mid_epoch.latest(partial(check_checkpoint, config))
     return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]

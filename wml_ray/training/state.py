@@ -31,7 +31,7 @@ def optimizer_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[st
     """`optimizer/<key>/<parameter>`; the tree's parameters are named as in `model.safetensors`."""
     return {
         f"optimizer/{key}/{name}": torch.as_tensor(value)
-        for name, parameter in _named_parameters(method).items()
+        for name, parameter in named_parameters(method).items()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
@@ -39,7 +39,7 @@ def optimizer_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[st
 
 def load_optimizer(method: Method, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> None:
     """Put the `optimizer/` tensors of `state` into a new optimiser."""
-    parameters = _named_parameters(method)
+    parameters = named_parameters(method)
     for name, value in below("optimizer", state).items():
         key, _, parameter_name = name.partition("/")
         parameter = parameters[parameter_name]
@@ -71,5 +71,6 @@ def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
 
 
-def _named_parameters(method: Method) -> dict[str, Tensor]:
+def named_parameters(method: Method) -> dict[str, Tensor]:
+    """The method's parameters; those of the tree are named as in `model.safetensors`."""
     return {name.removeprefix("tree."): parameter for name, parameter in method.named_parameters()}
