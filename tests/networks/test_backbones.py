@@ -93,12 +93,13 @@ def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, 
 REBUILD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
-from wml_ray.backbones import ImageSpec, build
-from wml_ray.pruning import apply_plan
-from wml_ray.tree import PeerTree
+from wml_ray.networks.backbones import build_stages
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.widths import apply_channel_widths
 torch.set_num_threads({threads})
-tree = PeerTree(lambda: build("mobilenet_v2", ImageSpec(3, 32, 10)), {sharing})
-apply_plan(tree, json.load(open("plan.json")))
+tree = PeerTree(lambda: build_stages("mobilenet_v2", ImageSpec(3, 32, 10)), {sharing})
+apply_channel_widths(tree, json.load(open("plan.json")))
 tree.load_state_dict(load_file("model.safetensors"))
 with torch.no_grad():
     save_file({{"logits": tree.eval()(load_file("inputs.safetensors")["inputs"])}}, "logits.safetensors")
