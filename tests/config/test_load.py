@@ -98,7 +98,7 @@ def test_a_date_is_text(tmp_path):
 
 @pytest.mark.parametrize("path", ["a\0b", "a\nb", "x" * 5000, "s4://bucket/config.yaml"])
 def test_a_path_that_is_none_is_one_line(path):
-    with pytest.raises(UserError, match="config file|address of a storage") as raised:
+    with pytest.raises(UserError, match=r"config file|address of a storage") as raised:
         load_config(path)
     one_line(raised.value)
 

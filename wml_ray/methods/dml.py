@@ -19,6 +19,7 @@ class Dml(Method):
     settings: DmlConfig
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
+        """The cross-entropies, and w times the divergences from the other peers."""
         logits_MBK = outputs["logits_MBK"]
         mutual_M = divergences_from_others(logits_MBK, self.settings.temperature)
         return {
