@@ -6,15 +6,16 @@ import torch
 from timing import interleaved_medians_s
 from torch import Tensor
 
-from wml_ray.methods.hypergradient import Unroll, weight_gradient
-from wml_ray.methods.losses import MutualOptions, ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.hypergradient import weight_gradient
+from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.spec import ImageSpec
 
 SPEC = ImageSpec(3, 32, 10)
 BATCH = 64
-MUTUAL, GAMMA = MutualOptions(alpha=0.5), 0.1
+SAME_POINT, EXACT, GAMMA = WmlConfig(unroll="same_point"), WmlConfig(unroll="exact"), 0.1
 
 
 def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 16)) -> dict[str, dict[str, float]]:
@@ -32,13 +33,13 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
 
     def training_step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        inner_loss(tree(inner[0]), inner[1], weights_M, MUTUAL).backward()
+        inner_loss(tree(inner[0]), inner[1], weights_M, SAME_POINT).backward()
         optimizer.step()
 
     return interleaved_medians_s(
         {
-            "same_point": lambda: weight_gradient(tree, inner, outer, weights_M, MUTUAL, Unroll(GAMMA, "same_point")),
-            "exact": lambda: weight_gradient(tree, inner, outer, weights_M, MUTUAL, Unroll(GAMMA, "exact")),
+            "same_point": lambda: weight_gradient(tree, inner, outer, weights_M, SAME_POINT, GAMMA),
+            "exact": lambda: weight_gradient(tree, inner, outer, weights_M, EXACT, GAMMA),
             "backward_passes": lambda: by_backward_passes(tree, inner, outer, weights_M),
             "training_step": training_step,
         },
@@ -54,7 +55,7 @@ def by_backward_passes(
     omega_M = weights_M.clone().requires_grad_()
     loss = ensemble_loss(functional_forward(tree, parameters, outer[0]), outer[1], omega_M)
     direct_M, *v = torch.autograd.grad(loss, [omega_M, *parameters.values()])
-    losses_M = peer_losses(functional_forward(tree, parameters, inner[0]), inner[1], MUTUAL)
+    losses_M = peer_losses(functional_forward(tree, parameters, inner[0]), inner[1], SAME_POINT)
     products = []
     for loss in losses_M:
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
@@ -67,7 +68,7 @@ def kl_term(peers: tuple[int, ...] = (2, 4, 8, 16, 32)) -> dict[str, float]:
 
     def call(num_peers: int) -> None:
         logits = logits_of[num_peers].requires_grad_()
-        inner_loss(logits, targets, torch.full((num_peers,), 1 / num_peers), MUTUAL).backward()
+        inner_loss(logits, targets, torch.full((num_peers,), 1 / num_peers), SAME_POINT).backward()
 
     targets = torch.randint(100, (256,))
     logits_of = {num_peers: torch.randn(num_peers, 256, 100) for num_peers in peers}

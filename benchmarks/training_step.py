@@ -11,7 +11,8 @@ import torch
 from timing import interleaved_medians_s
 
 from wml_ray.config.schema import PruningConfig
-from wml_ray.methods.losses import MutualOptions, inner_loss
+from wml_ray.methods.losses import inner_loss
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
@@ -48,7 +49,7 @@ def _step(kind: str) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        inner_loss(model(images), targets, weights_M, MutualOptions(alpha)).backward()
+        inner_loss(model(images), targets, weights_M, WmlConfig(alpha=alpha)).backward()
         optimizer.step()
 
     return step

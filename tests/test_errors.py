@@ -5,7 +5,7 @@ from wml_ray.errors import one_line, root_cause
 
 def test_an_error_is_one_line_of_limited_length():
     assert one_line(ValueError("two\n  lines")) == "two lines"
-    assert one_line("x" * 500, limit=7) == "x" * 7
+    assert one_line("x" * 500, limit=7) == "x" * 6 + "…"
     assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
 
 

@@ -22,7 +22,7 @@ def rank() -> int:
 
 
 def sum_of_workers(value: Tensor) -> Tensor:
-    """The sum of the workers' values; `value` stays."""
+    """The sum of the workers' values; `value` is not changed."""
     if world_size() > 1:
         value = value.contiguous().clone()
         dist.all_reduce(value)
@@ -30,7 +30,7 @@ def sum_of_workers(value: Tensor) -> Tensor:
 
 
 def mean_of_workers(value: Tensor) -> Tensor:
-    """The mean of the workers' values, each with the same weight; `value` stays."""
+    """The mean of the workers' values, each with the same weight; `value` is not changed."""
     return sum_of_workers(value) / world_size() if world_size() > 1 else value
 
 
@@ -46,7 +46,8 @@ def mean_over_workers(sums: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
     if world_size() == 1:
         return [part / len(targets) for part in sums]
     count = sums[0].new_tensor([len(targets)])
-    flat = sum_of_workers(torch.cat([count, *(part.reshape(-1) for part in sums)]))
+    flat = torch.cat([count, *(part.reshape(-1) for part in sums)])
+    dist.all_reduce(flat)
     means = (flat[1:] / flat[0]).split([part.numel() for part in sums])
     return [mean.view(part.shape) for mean, part in zip(means, sums, strict=True)]
 
@@ -75,10 +76,10 @@ class WorkerRank:
 T = TypeVar("T")
 
 
-def broadcast_from_rank_0(worker: WorkerRank, decide: Callable[[], T]) -> T:
+def broadcast_from_rank_0(decide: Callable[[], T]) -> T:
     """The value of `decide()` on rank 0, returned on every worker. `decide` runs on rank 0 only."""
-    if worker.world_size == 1:
+    if world_size() == 1:
         return decide()
-    decided: list[Any] = [decide() if worker.rank == 0 else None]
+    decided: list[Any] = [decide() if rank() == 0 else None]
     dist.broadcast_object_list(decided, src=0)
     return decided[0]  # type: ignore[no-any-return]

@@ -20,4 +20,10 @@ def root_cause(error: BaseException) -> str:
 
 def one_line(text: object, limit: int = 200) -> str:
     """A text or an error as one line of at most `limit` characters; the type's name where it has no text."""
-    return (" ".join(str(text).split()) or type(text).__name__)[:limit]
+    return shortened(" ".join(str(text).split()) or type(text).__name__, limit)
+
+
+def shortened(value: object, limit: int = 200) -> str:
+    """A value as text of at most `limit` characters, for a message; a longer text ends in "…"."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

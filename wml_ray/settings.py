@@ -22,9 +22,3 @@ class Section(BaseModel):
     """A group of settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-def shortened(value: object, limit: int = 200) -> str:
-    """A value as text of at most `limit` characters, for a message."""
-    text = str(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

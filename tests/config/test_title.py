@@ -1,4 +1,4 @@
-"""The name of a run for people."""
+"""The title of a run."""
 
 from wml_ray.config.load import parse_config
 from wml_ray.config.title import MAX_TITLE, run_title

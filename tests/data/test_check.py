@@ -44,7 +44,7 @@ def test_all_images_that_are_cut_short_or_no_images_are_listed_at_once(tmp_path,
     with pytest.raises(UserError, match="4 of 53 images") as caught:
         undecodable_images(settings(tmp_path), decode_all)
     first, *rest = str(caught.value).splitlines()
-    assert "mend or remove them, or set data.skip_bad=true" in first
+    assert "repair or remove them, or set data.skip_bad=true" in first
     assert [line.split(":")[0].strip() for line in rest] == [name.replace("\n", "\\n") for name in names]
     assert all(reason and str(tmp_path) not in reason for reason in (line.partition(": ")[2] for line in rest))
     assert sorted(undecodable_images(settings(tmp_path, skip_bad=True), decode_all)) == names

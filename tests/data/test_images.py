@@ -51,7 +51,7 @@ def test_a_damaged_png_is_an_error_and_no_crash(tmp_path):
     Image.effect_noise((300, 200), 50).convert("RGB").save(path)
     raw = path.read_bytes()
     path.write_bytes(raw[: len(raw) // 2] + b"\0" * 50 + raw[len(raw) // 2 + 50 :])
-    with pytest.raises(UserError, match="mend or remove") as caught:
+    with pytest.raises(UserError, match="repair or remove") as caught:
         read_image(str(path))
     assert str(path) in one_line(caught)
 

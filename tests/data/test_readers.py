@@ -35,7 +35,7 @@ def test_fashion_mnist_reads_back_exactly(tmp_path, layout, compress):
     ],
     ids=["halved", "header cut", "empty", "garbled", "a web page"],
 )
-def test_a_broken_idx_file_is_named_with_the_mend(tmp_path, name, compress, damage):
+def test_a_broken_idx_file_is_named_with_the_correction(tmp_path, name, compress, damage):
     make_fashion_mnist(tmp_path, compress=compress)
     path = tmp_path / (name + ".gz" * compress)
     path.write_bytes(damage(path.read_bytes()))
@@ -44,7 +44,7 @@ def test_a_broken_idx_file_is_named_with_the_mend(tmp_path, name, compress, dama
     assert str(path) in one_line(caught) or "do not match" in one_line(caught)
 
 
-def test_a_missing_companion_is_named_with_the_mend(tmp_path):
+def test_a_missing_companion_is_named_with_the_correction(tmp_path):
     make_fashion_mnist(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(UserError, match="fetch") as caught:
@@ -53,7 +53,7 @@ def test_a_missing_companion_is_named_with_the_mend(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100", "imagefolder"])
-def test_a_missing_folder_is_named_with_the_mend(tmp_path, name):
+def test_a_missing_folder_is_named_with_the_correction(tmp_path, name):
     root = tmp_path / "nowhere"
     with pytest.raises(UserError, match=r"data\.root") as caught:
         load_dataset(parse_config({"data": {"name": name, "root": str(root)}}))

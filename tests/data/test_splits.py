@@ -30,7 +30,7 @@ def test_keeping_images_for_the_outer_loss_moves_no_validation_or_test_image():
     assert all(torch.equal(splits[name], holdout[name]) for name in ("validation", "test"))
 
 
-def test_an_empty_split_is_the_users_to_mend(tmp_path):
+def test_an_empty_split_is_a_user_error(tmp_path):
     make_fashion_mnist(tmp_path, train=4, test=4)
     with pytest.raises(UserError, match="validation split of fashion_mnist is empty"):
         fashion_mnist(tmp_path, batch_size=2)

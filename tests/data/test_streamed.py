@@ -68,11 +68,11 @@ def test_pictures_of_any_mode_stream_as_colour(tmp_path):
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
 @pytest.mark.parametrize("content", [b"not a picture", b""], ids=["text", "empty"])
-def test_an_unreadable_image_is_named_with_the_mend(tmp_path, loader_workers, content):
+def test_an_unreadable_image_is_named_with_the_correction(tmp_path, loader_workers, content):
     make_image_folder(tmp_path)
     path = tmp_path / "val" / "dog" / "05.png"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="mend or remove") as caught:
+    with pytest.raises(UserError, match="repair or remove") as caught:
         listed(image_folder(tmp_path, loader_workers=loader_workers).evaluation_batches("test", ALONE))
     assert str(path) in one_line(caught)
 

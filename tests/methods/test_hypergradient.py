@@ -9,13 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from wml_ray.methods.hypergradient import Unroll, log_mirror_descent, mirror_descent, weight_gradient
-from wml_ray.methods.losses import MutualOptions, ensemble_loss, peer_losses
+from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
+from wml_ray.methods.losses import ensemble_loss, peer_losses
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
 
 OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
-MUTUAL, EXACT, SAME_POINT = MutualOptions(0.4), Unroll(0.3, "exact"), Unroll(0.3, "same_point")
+EXACT, SAME_POINT = WmlConfig(alpha=0.4, unroll="exact"), WmlConfig(alpha=0.4, unroll="same_point")
 OPTIONS = [
     {},
     {"temperature": 2.0, "kl_direction": "student_to_teacher"},
@@ -27,7 +28,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_gradient_equals_autograd_through_the_sgd_step(options):
     tree, inner, outer = pruned_tree(), batch(8, 1), batch(6, 2)
-    ours = weight_gradient(tree, inner, outer, OMEGA, MutualOptions(0.4, **options), EXACT)
+    ours = weight_gradient(tree, inner, outer, OMEGA, EXACT.model_copy(update=options), 0.3)
     twin = reference.unrolled_gradient(tree, [inner], [outer], OMEGA, 0.4, 0.3, **options)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
 
@@ -38,10 +39,10 @@ def test_same_point_gradient_is_equation_5_by_backward_passes():
     outer = ensemble_loss(functional_forward(tree, parameters, outer_x), outer_y, omega)
     direct, *v = torch.autograd.grad(outer, [omega, *parameters.values()])
     expected = []
-    for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, MUTUAL)):
+    for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, SAME_POINT)):
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
         expected.append(direct[i] - 0.3 * sum((a * b).sum() for a, b in zip(v, slopes, strict=True)))
-    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, MUTUAL, SAME_POINT)
+    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, SAME_POINT, 0.3)
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-11, atol=1e-13)
 
 
@@ -49,7 +50,7 @@ def test_same_point_gradient_is_equation_5_by_backward_passes():
 def test_the_model_keeps_buffers_gradients_parameters_and_mode(training):
     tree = pruned_tree().train(training)
     before = {name: tensor.clone() for name, tensor in tree.state_dict().items()}
-    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, MUTUAL, EXACT)
+    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, EXACT, 0.3)
     assert all(tensor.equal(before[name]) for name, tensor in tree.state_dict().items())
     assert all(p.grad is None for p in tree.parameters())
     assert tree.training is training
@@ -64,7 +65,7 @@ def test_dropout_draws_the_same_masks_in_both_inner_passes():
     omega = torch.ones(1, dtype=torch.float64)
     inner, outer = batch(8, 1), batch(6, 2)
     torch.manual_seed(7)
-    ours = weight_gradient(tree, inner, outer, omega, MutualOptions(0.0), EXACT)
+    ours = weight_gradient(tree, inner, outer, omega, WmlConfig(alpha=0.0, unroll="exact"), 0.3)
     torch.manual_seed(7)
     twin = reference.unrolled_gradient(tree, [inner], [outer], omega, 0.0, 0.3)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
@@ -81,16 +82,16 @@ def test_a_list_of_logits_serves_as_well_as_a_stack():
 
     torch.manual_seed(0)
     pair, omega = Pair().double(), torch.tensor([0.3, 0.7], dtype=torch.float64)
-    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, MutualOptions(0.5), Unroll(0.1))
+    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), 0.1)
     twin = reference.unrolled_gradient(pair, [batch(8, 1)], [batch(6, 2)], omega, 0.5, 0.1)
     torch.testing.assert_close(ours, twin, rtol=1e-11, atol=1e-13)
 
 
 def test_float32_is_close_to_float64():
     tree, inner, outer = pruned_tree(), batch(32, 1), batch(32, 2)
-    exact = weight_gradient(tree, inner, outer, OMEGA, MUTUAL, EXACT)
+    exact = weight_gradient(tree, inner, outer, OMEGA, EXACT, 0.3)
     single_batches = (inner[0].float(), inner[1]), (outer[0].float(), outer[1])
-    single = weight_gradient(tree.float(), *single_batches, OMEGA, MUTUAL, EXACT)
+    single = weight_gradient(tree.float(), *single_batches, OMEGA, EXACT, 0.3)
     torch.testing.assert_close(single, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -102,8 +103,8 @@ def test_equal_peers_keep_equal_weights_to_the_bit():
         for twin in copies[1:]:
             twin.load_state_dict(copies[0].state_dict())
     omega = torch.full((4,), 0.25, dtype=torch.float64)
-    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, MutualOptions(0.5), Unroll(0.1))
-    updated = mirror_descent(omega, gradient, 1.0)
+    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), 0.1)
+    updated = log_mirror_descent(omega.log(), gradient, 1.0)
     assert updated.eq(updated[0]).all()
 
 
@@ -116,7 +117,7 @@ def _shards(rank):
 
 def _gradients(rank):
     inner, outer = _shards(rank)
-    return [weight_gradient(pruned_tree(), inner, outer, OMEGA, MUTUAL, unroll) for unroll in (EXACT, SAME_POINT)]
+    return [weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, 0.3) for settings in (EXACT, SAME_POINT)]
 
 
 def test_two_workers_agree_to_the_bit_and_with_autograd_over_both_shares(tmp_path):
@@ -132,7 +133,7 @@ def _synchronised_gradient(rank):
     tree = pruned_tree()
     convert_sync_batchnorm(tree)
     inner, outer = _shards(rank)
-    gradient = weight_gradient(tree, inner, outer, OMEGA, MUTUAL, EXACT)
+    gradient = weight_gradient(tree, inner, outer, OMEGA, EXACT, 0.3)
     tree(inner[0])
     return gradient, dict(tree.named_buffers())
 
@@ -159,7 +160,8 @@ vectors = st.integers(1, 8).flatmap(
 @given(vectors, st.floats(0, 10))
 def test_mirror_descent_stays_on_the_simplex(pair, step_size):
     weights = torch.tensor(pair[0], dtype=torch.float64)
-    updated = mirror_descent(weights / weights.sum(), torch.tensor(pair[1], dtype=torch.float64), step_size)
+    gradient = torch.tensor(pair[1], dtype=torch.float64)
+    updated = log_mirror_descent((weights / weights.sum()).log(), gradient, step_size).exp()
     assert (updated >= 0).all()
     assert math.isclose(float(updated.sum()), 1.0, rel_tol=1e-9)
 
@@ -167,15 +169,17 @@ def test_mirror_descent_stays_on_the_simplex(pair, step_size):
 @given(vectors, st.floats(-1e3, 1e3))
 def test_a_constant_added_to_the_gradient_changes_nothing(pair, constant):
     weights = torch.tensor(pair[0], dtype=torch.float64)
+    log_weights = (weights / weights.sum()).log()
     gradient = torch.tensor(pair[1], dtype=torch.float64) / 1e5
-    moved = mirror_descent(weights / weights.sum(), gradient + constant, 0.7)
-    torch.testing.assert_close(moved, mirror_descent(weights / weights.sum(), gradient, 0.7), rtol=1e-8, atol=1e-12)
+    moved = log_mirror_descent(log_weights, gradient + constant, 0.7).exp()
+    torch.testing.assert_close(moved, log_mirror_descent(log_weights, gradient, 0.7).exp(), rtol=1e-8, atol=1e-12)
 
 
 def test_mirror_descent_is_equation_7():
     weights, gradient = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([1.0, -2.0, 0.5])
     unnormalised = weights * torch.exp(-0.4 * gradient)
-    torch.testing.assert_close(mirror_descent(weights, gradient, 0.4), unnormalised / unnormalised.sum())
+    updated = log_mirror_descent(weights.log(), gradient, 0.4).exp()
+    torch.testing.assert_close(updated, unnormalised / unnormalised.sum())
 
 
 def test_a_weight_that_underflowed_recovers_in_log_space():

@@ -222,6 +222,7 @@ def test_the_upper_bound_of_randint_is_outside_as_in_ray_tune():
         ("- wml.alpha: 0.95", r"wml.alpha = 0.95 is outside the space"),
         ("- wml.alpa: 0.5", r"wml.alpa is not searched; allowed: wml.alpha"),
         ("wml.alpha: 1", r"must be a YAML list"),
+        ("- wml.alpha: 0.5\n  wml.alpha: 0.6", r"'wml.alpha' is given twice"),
     ],
 )
 def test_invalid_start_points_are_refused(tmp_path, text, message):

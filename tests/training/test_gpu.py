@@ -5,8 +5,8 @@ import torch
 from family import batch, pruned_tree, tiny_config
 from runs import ignore, only_run
 
-from wml_ray.methods.hypergradient import Unroll, weight_gradient
-from wml_ray.methods.losses import MutualOptions
+from wml_ray.methods.hypergradient import weight_gradient
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.verbs.train import train
 
 pytestmark = pytest.mark.gpu
@@ -17,9 +17,10 @@ OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 @pytest.mark.parametrize("unroll", ["exact", "same_point"])
 def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
     inner, outer = batch(8, 1), batch(6, 2)
-    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, MutualOptions(0.4), Unroll(0.3, unroll))
+    settings = WmlConfig(alpha=0.4, unroll=unroll)
+    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, 0.3)
     moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
-    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), MutualOptions(0.4), Unroll(0.3, unroll))
+    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), settings, 0.3)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-10)
 
 

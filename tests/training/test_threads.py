@@ -34,7 +34,7 @@ def test_a_worker_uses_no_more_threads_than_its_reserved_cores():
     [
         ([], "1 thread (images of 8x8 pixels, batch 64)"),
         (["scale.workers=2"], "at most 1 thread a worker (images of 8x8 pixels, batch 32)"),
-        (["scale.workers=2", "scale.cpus_per_worker=2"], "2 threads a worker"),
+        (["scale.workers=2", "scale.cpus_per_worker=2"], "2 threads a worker (scale.cpus_per_worker)"),
     ],
 )
 def test_the_first_line_says_the_threads_and_why(overrides, text):

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import ray
 from ray._private.state import state
 
-from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
+from wml_ray.distributed import broadcast_from_rank_0
 
 CHECKPOINT_INTERVAL_S = 10.0  # between two checkpoints in the middle of an epoch, while a node is about to stop
 POLL_S = 5.0  # between two queries for draining nodes, the interval of Ray Train
@@ -20,15 +20,15 @@ POLL_S = 5.0  # between two queries for draining nodes, the interval of Ray Trai
 class PreemptionNotice:
     """Decides, alike on all workers of a training, when a preemption notice calls for a checkpoint."""
 
-    def __init__(self, worker: WorkerRank, notified: Callable[[], bool]) -> None:
+    def __init__(self, notified: Callable[[], bool]) -> None:
         """`notified` is True once a node of this training is about to be preempted."""
-        self._worker, self._notified, self._last_s = worker, notified, -math.inf
+        self._notified, self._last_s = notified, -math.inf
 
     def preempted(self) -> bool:
         """True if a node is about to be preempted and the last checkpoint for that is ten seconds old."""
         if not self._notified():
             return False
-        if not broadcast_from_rank_0(self._worker, lambda: time.monotonic() - self._last_s > CHECKPOINT_INTERVAL_S):
+        if not broadcast_from_rank_0(lambda: time.monotonic() - self._last_s > CHECKPOINT_INTERVAL_S):
             return False
         self._last_s = time.monotonic()
         return True

@@ -179,7 +179,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
     callbacks = _Callbacks(config, settings)
     worker = callbacks.worker
-    notice = PreemptionNotice(worker, lambda: ray.train.get_preemption_info() is not None)
+    notice = PreemptionNotice(lambda: ray.train.get_preemption_info() is not None)
     context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
     undelivered, delivery_s = 0, INTERRUPTED_DELIVERY_S
     try:
@@ -237,7 +237,7 @@ class _Callbacks:
             if "on_event" in self._settings:
                 self._settings["on_event"](event)
         end_of_trial_epoch = "log" in self._settings and isinstance(event, EpochEnd)
-        if end_of_trial_epoch and not broadcast_from_rank_0(self.worker, lambda: self._continues):
+        if end_of_trial_epoch and not broadcast_from_rank_0(lambda: self._continues):
             raise StoppedTrial
 
     def close(self, timeout_s: float) -> int:

@@ -90,7 +90,7 @@ def _train_here(config: Config, reporter: _Reporter, lease: Lease | None) -> Non
     device = torch.device("cuda" if config.scale.gpu else "cpu")
     gauges = Gauges(config.run_id)
     with watch_node() as node_preempted:
-        notice = PreemptionNotice(WorkerRank(), node_preempted)
+        notice = PreemptionNotice(node_preempted)
         run_worker(config, WorkerContext(WorkerRank(), device, gauges.show, reporter.log, lease, notice.preempted))
 
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 
 from wml_ray.config.schema import Config, ModelConfig, PruningConfig
 from wml_ray.config.yaml_text import read_yaml
-from wml_ray.errors import UserError, root_cause
-from wml_ray.settings import Section, shortened
+from wml_ray.errors import UserError, root_cause, shortened
+from wml_ray.settings import Section
 from wml_ray.storage.paths import is_remote, to_path
 
 
@@ -23,11 +23,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `key=value` overrides. The module of a user's own backbone may be beside the file.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key, or a value outside its range.
+        UserError: no such file, an unknown protocol, not YAML, an unknown key, or a value outside its range.
     """
     name = shortened(path) if str(path).isprintable() else _quoted(str(path))
+    file = to_path(path)
     try:
-        raw = read_yaml(to_path(path).read_text(encoding="utf-8"))
+        raw = read_yaml(file.read_text(encoding="utf-8"))
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"config file {name} is not valid YAML: {error}; see jobs/ for examples") from None
     except Exception as error:  # OSError, and any error of a remote storage's client
@@ -36,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"config file {name} contains a {type(raw).__name__}, not keys such as `seed: 0`")
     config = parse_config(raw, overrides)
-    if ":" in config.model.backbone and not is_remote(to_path(path)):
+    if ":" in config.model.backbone and not is_remote(file):
         sys.path.append(str(Path(path).resolve().parent))
     return config
 

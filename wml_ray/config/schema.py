@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from wml_ray.errors import shortened
 from wml_ray.methods.settings import DmlConfig, MethodConfig, MethodName, WmlConfig
 from wml_ray.settings import (
     MAX_INTEGER,
@@ -22,12 +23,13 @@ from wml_ray.settings import (
     Ratio,
     Section,
     Text,
-    shortened,
 )
 from wml_ray.storage.paths import to_path
 
 
 class DataConfig(Section):
+    """The dataset, its splits, and the augmentation."""
+
     name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"] = Field(
         "digits", description="dataset; `digits` is part of scikit-learn and needs no download"
     )
@@ -73,6 +75,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    """The backbone and the tree of its shared stages."""
+
     backbone: Text = Field(
         "resnet20", description="name of a backbone, or `package.module:function` that returns a list of stages"
     )
@@ -94,6 +98,8 @@ class ModelConfig(Section):
 
 
 class PruningConfig(Section):
+    """The share removed from each peer at initialisation."""
+
     ratios: tuple[Ratio, ...] = Field(
         (0.0, 0.2, 0.4, 0.6),
         min_length=1,
@@ -110,6 +116,8 @@ class PruningConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimiser, its schedule, and the arithmetic of the training step."""
+
     name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
     learning_rate: Positive = Field(0.1, description="learning rate after the warm-up, above 0")
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum of `sgd`, from 0 to below 1")
@@ -167,6 +175,8 @@ def _workers(value: Any) -> Any:
 
 
 class ScaleConfig(Section):
+    """The workers and their resources."""
+
     workers: Annotated[int | list[int], BeforeValidator(_workers)] = Field(
         0,
         description="0 trains in this process, N on N Ray workers, [min, max] on as many as the cluster has slots for",
@@ -187,6 +197,8 @@ class ScaleConfig(Section):
 
 
 class RunConfig(Section):
+    """Storage, name, checkpoints and tracking of a run."""
+
     storage_path: Text = Field(
         "results", description="folder of all runs, or an address such as s3://bucket/folder, that all nodes can reach"
     )
@@ -236,6 +248,7 @@ class Config(Section):
 
     @property
     def num_peers(self) -> int:
+        """The number of peers M."""
         return self.model.sharing[-1]
 
     @property
@@ -245,7 +258,7 @@ class Config(Section):
         Storage, data folder, number of workers and the sections of other methods do not enter, so a run may move or
         scale and still find its own checkpoint.
         """
-        dump = self.model_dump(mode="json", exclude=self._other_methods)
+        dump = self.model_dump(mode="json", exclude=self.other_methods)
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for key in ("root", "download", "loader_workers"):
@@ -256,6 +269,7 @@ class Config(Section):
 
     @property
     def run_folder(self) -> Path:
+        """The folder of the run, `<storage_path>/<name>/<run_id>`."""
         return to_path(self.run.storage_path) / self.run.name / self.run_id
 
     def flatten(self) -> dict[str, Any]:
@@ -264,10 +278,11 @@ class Config(Section):
 
     def dump(self) -> dict[str, Any]:
         """The config as JSON types, without sections of other methods that are at their defaults."""
-        unused = {name for name in self._other_methods if getattr(self, name) == type(getattr(self, name))()}
+        unused = {name for name in self.other_methods if getattr(self, name) == type(getattr(self, name))()}
         return self.model_dump(mode="json", exclude=unused)
 
     def to_yaml(self) -> str:
+        """The config as YAML, as `dump` gives it."""
         return str(yaml.safe_dump(self.dump(), sort_keys=False))
 
     @property
@@ -277,7 +292,8 @@ class Config(Section):
         return section
 
     @property
-    def _other_methods(self) -> set[str]:
+    def other_methods(self) -> set[str]:
+        """The methods that are not chosen, which are the names of their sections."""
         return set(get_args(MethodName)) - {self.method.name}
 
 

@@ -1,12 +1,12 @@
-"""The name of a run for people."""
+"""The title of a run, its name in MLflow."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, get_args
+from typing import Any
 
 from wml_ray.config.schema import Config
-from wml_ray.methods.settings import MethodName
+from wml_ray.errors import shortened
 
 MAX_TITLE = 200
 LAST_SECTIONS = ("model", "optim", "data", "seed")
@@ -20,23 +20,23 @@ def run_title(config: Config) -> str:
     The method and its settings come first and the seed last, as MLflow cuts the end of a title in its tables. Settings
     of other methods are left out.
     """
-    defaults = _values(Config(), config.method.name)
-    changed = {key: value for key, value in _values(config, config.method.name).items() if value != defaults[key]}
+    defaults = _values(Config(), left_out=set())
+    values = _values(config, left_out=config.other_methods)
+    changed = {key: value for key, value in values.items() if value != defaults[key]}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)
     words = [f"{_short(key, last_words)}={_text(value)}" for key, value in shown.items()]
     backbone = config.model.backbone.rsplit(":", 1)[-1]
-    title = " ".join([f"{config.data.name}-{backbone}", *words])
-    return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
+    return shortened(" ".join([f"{config.data.name}-{backbone}", *words]), MAX_TITLE)
 
 
-def _values(config: Config, method: str) -> dict[str, Any]:
-    """Dotted keys to values, lists whole, in the order of the title."""
-    others = set(get_args(MethodName)) - {method}
-    dump = config.model_dump(mode="json", exclude=others)
-    first = ["method", method, *(name for name in dump if name not in ("method", method, *LAST_SECTIONS))]
+def _values(config: Config, left_out: set[str]) -> dict[str, Any]:
+    """Dotted keys to values, lists whole, in the order of the title; without the sections `left_out`."""
+    dump = config.model_dump(mode="json", exclude=left_out)
+    first = ("method", config.method.name)
+    middle = (name for name in dump if name not in (*first, *LAST_SECTIONS))
     values: dict[str, Any] = {}
-    for section in (*first, *LAST_SECTIONS):
+    for section in (*first, *middle, *LAST_SECTIONS):
         if isinstance(dump[section], dict):
             values |= {f"{section}.{key}": value for key, value in dump[section].items()}
         else:

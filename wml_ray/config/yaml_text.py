@@ -1,4 +1,4 @@
-"""A YAML parser for what users write: without duplicate keys, dates, aliases, tags and deep nesting."""
+"""A YAML parser for input written by users: without duplicate keys, dates, aliases, tags and deep nesting."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from wml_ray.errors import UserError, one_line
-from wml_ray.settings import shortened
+from wml_ray.errors import UserError, one_line, shortened
 
 MAX_DEPTH = 10  # of nested lists and mappings
 
@@ -17,8 +16,8 @@ def read_yaml(text: str) -> Any:
     """Parse YAML of strings, numbers, lists and mappings; dates stay strings.
 
     Raises:
-        UserError: no valid YAML, a key that is given twice or is no word, an alias or a tag, a control character, or
-            more than ten levels. The message is the reason alone.
+        UserError: not valid YAML, a key that is given twice or is not a word, an alias or a tag, a control character,
+            or more than ten levels. The message is the reason alone.
     """
     try:
         return yaml.load(text, _Loader)

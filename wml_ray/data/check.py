@@ -40,7 +40,7 @@ def undecodable_images(config: DataConfig, decode_all: bool = False, show_progre
             lines.append(f"and {len(bad) - LISTED:,} more")
         count = f"{len(bad):,} of {len(listing.samples):,} images"
         raise UserError(
-            f"data.root = '{config.root}': {count} cannot be decoded; mend or remove them, or set data.skip_bad=true "
+            f"data.root = '{config.root}': {count} cannot be decoded; repair or remove them, or set data.skip_bad=true "
             "to leave them out:" + "".join(f"\n  {line}" for line in lines)
         )
     return bad
@@ -71,7 +71,7 @@ def _damage(decode_all: bool, sample: set[str], path: str) -> str:
 
 
 def _looks_whole(path: str) -> bool:
-    """Whether a JPEG, PNG or WebP file starts and ends as its format demands. A False is no proof of damage."""
+    """Whether a JPEG, PNG or WebP file starts and ends as its format requires. A False does not prove damage."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(12)

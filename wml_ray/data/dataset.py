@@ -18,16 +18,16 @@ from wml_ray.config.schema import Config
 from wml_ray.data.splits import Split, generator_for
 from wml_ray.distributed import WorkerRank
 from wml_ray.errors import UserError
+from wml_ray.methods.base import Batch
 from wml_ray.networks.spec import ImageSpec
 
-Batch = tuple[Tensor, Tensor]
 NumberedBatches = Iterable[tuple[int, Tensor]]  # step of the epoch, indices
 SALIENCY_BATCH = 64  # largest batch of a pass through the unpruned tree
 EVAL_BATCH = 512  # images that a worker evaluates at once
 
 
 class Dataset(ABC):
-    """Batches of one dataset. Inputs come normalised, (B, C, H, W) float32 on the training device; targets (B,)."""
+    """Batches of one dataset. Inputs are normalised, (B, C, H, W) float32 on the training device; targets (B,)."""
 
     mean: tuple[float, ...]  # of each channel, in the units the images are stored in
     std: tuple[float, ...]

@@ -46,8 +46,8 @@ class ImageListing:
         folders = [{os.path.dirname(path) for path, _ in samples} for samples in (self.samples, self._select(kept))]
         if emptied := sorted(folders[0] - folders[1]):
             raise UserError(
-                f"data.skip_bad = true: no image of {printable(emptied[0])} can be decoded; mend its images, or remove "
-                "the class from every part of the set"
+                f"data.skip_bad = true: no image of {printable(emptied[0])} can be decoded; repair its images, or "
+                "remove the class from every part of the set"
             )
         num_test = sum(kept[self.num_train : self.num_train + self.num_test])
         return replace(self, samples=self._select(kept), num_train=sum(kept[: self.num_train]), num_test=num_test)
@@ -90,7 +90,7 @@ def class_names(config: DataConfig) -> list[str]:
 
 
 def read_image(path: str) -> Tensor:
-    """Decode an image file to uint8 RGB (3, H, W), rotated as its EXIF orientation says.
+    """Decode an image file to uint8 RGB (3, H, W), rotated by its EXIF orientation.
 
     Pillow decodes: torchvision's decoder, which is deprecated, crashes the process on some damaged PNG files, ignores
     the orientation of WebP, and reads no BMP or TIFF.
@@ -102,7 +102,7 @@ def read_image(path: str) -> Tensor:
         return _decode(path)
     except Exception as error:  # decoders raise many types; each means that this file cannot be decoded
         raise UserError(
-            f"image {printable(path)} cannot be decoded ({decode_reason(error)}); mend or remove the file, or set "
+            f"image {printable(path)} cannot be decoded ({decode_reason(error)}); repair or remove the file, or set "
             "data.skip_bad=true"
         ) from error
 
@@ -140,5 +140,5 @@ def _read_folder(root: str, read: Callable[[str], T], folder: Path) -> T:
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"data.root = '{root}': {reason}; it must hold train/<class>/<image> and val/ or test/ likewise"
+            f"data.root = '{root}': {reason}; it needs train/<class>/<image>, and the same classes in val/ or test/"
         ) from None

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wml_ray.config.schema import Config
-from wml_ray.data.dataset import Batch, Dataset, NumberedBatches
+from wml_ray.data.dataset import Dataset, NumberedBatches
 from wml_ray.data.splits import Split, generator_for
 from wml_ray.distributed import WorkerRank
+from wml_ray.methods.base import Batch
 from wml_ray.networks.spec import ImageSpec
 
 

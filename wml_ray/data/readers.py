@@ -170,8 +170,8 @@ def _download(root: Path, fetch: Callable[[], object]) -> None:
 
 def _missing(config: DataConfig, expected: str) -> DataMissing:
     return DataMissing(
-        f"data.root = '{config.root}' holds no {config.name}: expected {expected}; set data.download=true to fetch it, "
-        "or data.root to the folder that has it"
+        f"data.root = '{config.root}' does not have {config.name}: expected {expected}; set data.download=true to "
+        "fetch it, or data.root to the folder that has it"
     )
 
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from wml_ray.config.schema import Config
-from wml_ray.data.dataset import EVAL_BATCH, Batch, Dataset, NumberedBatches
+from wml_ray.data.dataset import EVAL_BATCH, Dataset, NumberedBatches
 from wml_ray.data.images import ImageListing, read_image
 from wml_ray.data.splits import Split, make_splits, seed_for
 from wml_ray.distributed import WorkerRank
 from wml_ray.errors import UserError
+from wml_ray.methods.base import Batch
 from wml_ray.networks.spec import ImageSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

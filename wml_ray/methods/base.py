@@ -11,12 +11,14 @@ from wml_ray.networks.spec import ImageSpec
 from wml_ray.settings import Section
 
 Batch = tuple[Tensor, Tensor]
+"""Inputs (B, ...) and targets (B,)."""
+
 Outputs = dict[str, Tensor]
 """Tensors by name; "logits_MBK" is among them."""
 
 
 class StepContext(NamedTuple):
-    """How far the run has come at a training step. Steps and epochs are counted over the whole run."""
+    """The position of a training step in its run. Steps and epochs are counted over the whole run."""
 
     step: int  # steps done before this one
     epoch: int  # epochs done
@@ -52,6 +54,7 @@ class Method(nn.Module):
         """
         super().__init__()
         self.tree = tree
+        self.settings = settings
 
     def forward(self, inputs: Tensor) -> Outputs:
         """(B, ...) inputs to the outputs that `losses` and `predictions` need."""

@@ -11,18 +11,15 @@ from torch import Tensor
 from wml_ray.methods.base import Method, Outputs, StepContext
 from wml_ray.methods.losses import cross_entropies, divergences_from_others
 from wml_ray.methods.settings import DmlConfig
-from wml_ray.networks.peer_tree import PeerTree
-from wml_ray.networks.spec import ImageSpec
 
 
 class Dml(Method):
     """sum_i [CE(z_i, y) + w mean_{j != i} KL_T(z_i <- z_j)], without gradient into the teachers z_j."""
 
-    def __init__(self, tree: PeerTree, settings: DmlConfig, spec: ImageSpec) -> None:
-        super().__init__(tree, settings, spec)
-        self.settings = settings
+    settings: DmlConfig
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
+        """The cross-entropies, and w times the divergences from the other peers."""
         logits_MBK = outputs["logits_MBK"]
         mutual_M = divergences_from_others(logits_MBK, self.settings.temperature)
         return {

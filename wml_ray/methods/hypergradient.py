@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from wml_ray.distributed import mean_over_workers, means_in_rank_order
 from wml_ray.methods.base import Batch
-from wml_ray.methods.losses import MutualOptions, ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import functional_forward
-
-UnrollPoint = Literal["same_point", "exact"]
-
-
-@dataclass(frozen=True)
-class Unroll:
-    """The SGD step through which Eq. 5 differentiates: gamma, and the point at which dL2/dtheta is taken.
-
-    "exact" is theta - gamma dL1/dtheta; "same_point" is theta, which saves one forward and backward pass.
-
-    Raises:
-        ValueError: an unknown point.
-    """
-
-    learning_rate: float
-    point: UnrollPoint = "exact"
-
-    def __post_init__(self) -> None:
-        if self.point not in get_args(UnrollPoint):
-            raise ValueError(f"unroll = '{self.point}' must be one of {', '.join(get_args(UnrollPoint))}")
 
 
 def weight_gradient(
@@ -40,13 +18,15 @@ def weight_gradient(
     inner_batch: Batch,
     outer_batch: Batch,
     weights_M: Tensor,
-    options: MutualOptions,
-    unroll: Unroll,
+    settings: WmlConfig,
+    learning_rate: float,
 ) -> Tensor:
     """g of Eq. 5, shape (M,): g_i = dL2/domega_i - gamma <dL2/dtheta, dL_a,i/dtheta> over all parameters.
 
     `model` gives M logits, (M, B, K) or M times (B, K); the batches are (inputs, targets) pairs, on a worker its own
-    share of them. With the "exact" point, g is the derivative of omega -> L2(omega, theta - gamma dL1/dtheta).
+    share of them. gamma is `settings.unroll_learning_rate`, or `learning_rate` where that is None. dL2/dtheta is taken
+    at theta - gamma dL1/dtheta if `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta -
+    gamma dL1/dtheta). "same_point" takes it at theta, which saves one forward and backward pass.
     All M inner products are the tangent of L_a along v = dL2/dtheta, one forward-mode pass. When torch.distributed
     is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M numbers are reduced,
     and every worker returns the same bits. The model keeps its parameters, gradients, mode and buffers.
@@ -55,15 +35,16 @@ def weight_gradient(
         ValueError: shapes do not fit.
     """
     (inner_inputs, inner_targets), (outer_inputs, outer_targets) = inner_batch, outer_batch
+    gamma = learning_rate if settings.unroll_learning_rate is None else settings.unroll_learning_rate
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
         outer_theta = theta
-        if unroll.point == "exact":
+        if settings.unroll == "exact":
             leaves = _leaves(theta)
-            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, options)
+            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, settings)
             descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
-            outer_theta = {name: theta[name] - unroll.learning_rate * g for name, g in zip(theta, descent, strict=True)}
+            outer_theta = {name: theta[name] - gamma * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
         loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
@@ -72,26 +53,21 @@ def weight_gradient(
     # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
-        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, options)
+        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, settings)
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)
     tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
     direct_M, tangent_M = means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
-    return direct_M - unroll.learning_rate * tangent_M
-
-
-def mirror_descent(weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
-    """Eq. 7, shape (M,): omega_i exp(-eta g_i) / sum_k omega_k exp(-eta g_k).
-
-    Computed on logarithms, so large gradients neither overflow nor leave the simplex, and a constant added to every
-    g_i changes nothing. A weight of exactly 0 stays 0.
-    """
-    return log_mirror_descent(weights_M.log(), gradient_M, step_size).exp()
+    return direct_M - gamma * tangent_M
 
 
 def log_mirror_descent(log_weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:
-    """Eq. 7 from log omega to log omega, where no weight can underflow."""
+    """Eq. 7 from log omega to log omega, shape (M,): omega_i exp(-eta g_i) / sum_k omega_k exp(-eta g_k).
+
+    Computed on logarithms: no weight underflows, no gradient overflows, and a constant added to every g_i changes
+    nothing.
+    """
     centred_M = gradient_M - gradient_M.mean()
     return torch.log_softmax(log_weights_M - step_size * centred_M.to(log_weights_M), dim=0)
 

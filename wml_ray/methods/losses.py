@@ -6,41 +6,14 @@ model. KL_T(s <- t) is T^2 KL(softmax(t / T) || softmax(s / T)), summed over cla
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KlDirection = Literal["teacher_to_student", "student_to_teacher"]
+from wml_ray.methods.settings import WmlConfig
 
 
-@dataclass(frozen=True)
-class MutualOptions:
-    """The options of Eq. 1: alpha, the temperature tau, the direction of KL and the gradient of the teacher.
-
-    "teacher_to_student" is KL(p_teacher || p_student).
-
-    Raises:
-        ValueError: alpha outside [0, 1], a temperature that is not positive, or an unknown direction.
-    """
-
-    alpha: float
-    temperature: float = 1.0
-    kl_direction: KlDirection = "teacher_to_student"
-    stop_gradient_teacher: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha = {self.alpha} must lie in [0, 1]")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature = {self.temperature} must be positive")
-        if self.kl_direction not in get_args(KlDirection):
-            raise ValueError(f"kl_direction = '{self.kl_direction}' must be one of {', '.join(get_args(KlDirection))}")
-
-
-def peer_losses(logits_MBK: Tensor, targets_B: Tensor, options: MutualOptions) -> Tensor:
+def peer_losses(logits_MBK: Tensor, targets_B: Tensor, settings: WmlConfig) -> Tensor:
     """L_a of Eq. 5, shape (M,), in nats a sample: dL1/domega_i = (1-alpha) CE(z_i, y) + alpha sum_j KL(z_j, z_i).
 
     Peer i is the teacher of every peer j. KL is summed over classes, averaged over B, taken of outputs softened by
@@ -52,14 +25,14 @@ def peer_losses(logits_MBK: Tensor, targets_B: Tensor, options: MutualOptions) -
     _check_shapes(logits_MBK, targets_B)
     logits_MBK = at_least_float32(logits_MBK)
     losses_M = logits_MBK.new_zeros(len(logits_MBK))
-    if options.alpha < 1.0:
-        losses_M = (1.0 - options.alpha) * cross_entropies(logits_MBK, targets_B)
-    if options.alpha > 0.0:
-        losses_M = losses_M + options.alpha * _teaching_losses(logits_MBK, options)
+    if settings.alpha < 1.0:
+        losses_M = (1.0 - settings.alpha) * cross_entropies(logits_MBK, targets_B)
+    if settings.alpha > 0.0:
+        losses_M = losses_M + settings.alpha * _teaching_losses(logits_MBK, settings)
     return losses_M
 
 
-def inner_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, options: MutualOptions) -> Tensor:
+def inner_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, settings: WmlConfig) -> Tensor:
     """L1 of Eq. 1, shape (), in nats a sample: (1-alpha) sum_i omega_i CE(z_i, y) + alpha sum_ij omega_j KL(z_i, z_j).
 
     L1 is linear in omega, so it is omega . L_a. The KL term costs O(M B K).
@@ -67,7 +40,7 @@ def inner_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, options
     Raises:
         ValueError: shapes do not fit.
     """
-    losses_M = peer_losses(logits_MBK, targets_B, options)
+    losses_M = peer_losses(logits_MBK, targets_B, settings)
     return torch.dot(_weights_like(weights_M, losses_M), losses_M)
 
 
@@ -120,25 +93,25 @@ def divergences_from_others(logits_MBK: Tensor, temperature: float) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """`logits` in float32 where they came in 16 bits, unchanged otherwise."""
+    """`logits` converted from 16 bits to float32; other types are unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _teaching_losses(logits_MBK: Tensor, options: MutualOptions) -> Tensor:
+def _teaching_losses(logits_MBK: Tensor, settings: WmlConfig) -> Tensor:
     """tau^2 sum_j KL(z_j, z_i) for each teacher i, shape (M,).
 
     With S = sum_j log p_j, sum_j KL(p_i || p_j) = sum_k p_i (M log p_i - S); with P = sum_j p_j,
     sum_j KL(p_j || p_i) = sum_k (sum_j p_j log p_j - P log p_i). Each is one pass over the M peers.
     """
     num_peers = logits_MBK.shape[0]
-    log_p_MBK = torch.log_softmax(logits_MBK / options.temperature, dim=-1)
-    teacher_MBK = log_p_MBK.detach() if options.stop_gradient_teacher else log_p_MBK
-    if options.kl_direction == "teacher_to_student":
+    log_p_MBK = torch.log_softmax(logits_MBK / settings.temperature, dim=-1)
+    teacher_MBK = log_p_MBK.detach() if settings.stop_gradient_teacher else log_p_MBK
+    if settings.kl_direction == "teacher_to_student":
         divergence_MBK = teacher_MBK.exp() * (num_peers * teacher_MBK - log_p_MBK.sum(0))
     else:
         p_MBK = log_p_MBK.exp()
         divergence_MBK = (p_MBK * log_p_MBK).sum(0) - p_MBK.sum(0) * teacher_MBK
-    losses_M: Tensor = options.temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+    losses_M: Tensor = settings.temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
     return losses_M
 
 

@@ -12,10 +12,14 @@ MethodName = Literal["wml", "dml"]
 
 
 class MethodConfig(Section):
+    """The choice of the method."""
+
     name: MethodName = Field("wml", description="method of training; its settings are in the section of its name")
 
 
 class WmlConfig(Section):
+    """Weighted Mutual Learning: Eq. 1, and how omega is learned by Eqs. 5 and 7."""
+
     alpha: Share = Field(0.5, description="weight of mutual learning against the labels in Eq. 1")
     weights: Literal["learned", "fixed"] = Field(
         "learned", description="learn the peer weights omega by Eqs. 5 and 7, or keep them equal"
@@ -42,5 +46,7 @@ class WmlConfig(Section):
 
 
 class DmlConfig(Section):
+    """Deep Mutual Learning."""
+
     temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wml_ray.methods.base import Batch, Method, NonFinite, Outputs, StepContext
-from wml_ray.methods.hypergradient import Unroll, log_mirror_descent, weight_gradient
-from wml_ray.methods.losses import MutualOptions, inner_loss, weighted_ensemble
+from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
+from wml_ray.methods.losses import inner_loss, weighted_ensemble
 from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import PeerTree, describe_peers
 from wml_ray.networks.spec import ImageSpec
@@ -20,14 +20,11 @@ class Wml(Method):
     """Eq. 1 as the loss; Eqs. 5 and 7 every `update_every` steps; the weighted ensemble as the prediction."""
 
     selects: ClassVar[str] = "ensemble_weighted"
+    settings: WmlConfig
     log_weights_M: Tensor
 
     def __init__(self, tree: PeerTree, settings: WmlConfig, spec: ImageSpec) -> None:
         super().__init__(tree, settings, spec)
-        self.settings = settings
-        self.options = MutualOptions(
-            settings.alpha, settings.temperature, settings.kl_direction, settings.stop_gradient_teacher
-        )
         equal_M = torch.full((tree.num_peers,), -math.log(tree.num_peers), dtype=torch.float64)
         self.register_buffer("log_weights_M", equal_M)
         if settings.weights == "learned" and tree.num_peers > 1:
@@ -42,7 +39,7 @@ class Wml(Method):
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
         """Eq. 1."""
-        return {"inner": inner_loss(outputs["logits_MBK"], targets_B, self.weights_M, self.options)}
+        return {"inner": inner_loss(outputs["logits_MBK"], targets_B, self.weights_M, self.settings)}
 
     def predictions(self, outputs: Outputs) -> dict[str, Tensor]:
         """The weighted ensemble, sum_i omega_i z_i."""
@@ -64,9 +61,9 @@ class Wml(Method):
         """Eqs. 5 and 7 where an outer batch is given. Always in float32: a tangent in 16 bits is mostly noise."""
         if outer_batch is None:
             return
-        gamma = self.settings.unroll_learning_rate
-        unroll = Unroll(context.learning_rate if gamma is None else gamma, self.settings.unroll)
-        gradient_M = weight_gradient(self.tree, batch, outer_batch, self.weights_M, self.options, unroll)
+        gradient_M = weight_gradient(
+            self.tree, batch, outer_batch, self.weights_M, self.settings, context.learning_rate
+        )
         self.log_weights_M.copy_(log_mirror_descent(self.log_weights_M, gradient_M, self.settings.mirror_step_size))
         if not self.log_weights_M.isfinite().all():
             bad = [index for index, g in enumerate(gradient_M.tolist()) if not math.isfinite(g)]

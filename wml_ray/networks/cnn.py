@@ -1,4 +1,4 @@
-"""Backbones: a name to an ordered dict of stages whose composition is the network.
+"""Builders of the built-in backbones. Each returns an ordered dict of stages whose composition is the network.
 
 A stage is any module from one tensor to one tensor; the last stage ends in the linear layer that gives the logits.
 torchvision is imported only by the builders that need it: its import takes as long as that of torch.
@@ -70,6 +70,7 @@ def cifar_resnet(spec: ImageSpec, *, depth: int) -> Stages:
 
 
 def resnet(spec: ImageSpec, *, name: str, cifar_stem: bool) -> Stages:
+    """torchvision's ResNet `name`; with `cifar_stem`, a 3x3 convolution of stride 1 replaces its stem."""
     from torchvision.models import get_model
 
     network = get_model(name, weights=None, num_classes=spec.num_classes)
@@ -169,6 +170,7 @@ class PreActivationBlock(nn.Module):
 
 
 def wide_resnet(spec: ImageSpec, *, depth: int, widen: int) -> Stages:
+    """Zagoruyko & Komodakis 2016, without dropout."""
     blocks = (depth - 4) // 6
     stages: Stages = {"stem": nn.Conv2d(spec.channels, 16, 3, padding=1, bias=False)}
     width_in = 16

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wml_ray.networks.modes import in_mode
-from wml_ray.networks.peer_tree import PeerTree, copy_name
+from wml_ray.networks.peer_tree import PeerTree, copy_name, in_mode
 from wml_ray.networks.spec import ImageSpec
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,9 +27,11 @@ class LayerCost:
     grouped: bool
 
     def params(self, out: int, into: int) -> int:
+        """Parameters with `out` output and `into` input channels."""
         return self._pairs(out, into) * self.weights + self.params_per_out * out
 
     def macs(self, out: int, into: int) -> int:
+        """MACs of one image with `out` output and `into` input channels."""
         return self._pairs(out, into) * self.weights * self.positions
 
     def _pairs(self, out: int, into: int) -> int:
@@ -73,6 +74,7 @@ def width(module: nn.Module, side: str) -> int:
 
 
 def count_params(network: nn.Module) -> int:
+    """Parameters of `network`."""
     return sum(p.numel() for p in network.parameters())
 
 
@@ -108,7 +110,7 @@ def peer_costs(tree: PeerTree, spec: ImageSpec) -> list[dict[str, int]]:
 
 
 def removed_shares(full: list[dict[str, int]], now: list[dict[str, int]]) -> list[dict[str, float]]:
-    """What each peer has and the share it lost, in channels, params and MACs."""
+    """The costs `now` of each peer, and `<unit>_drop`, the share of the costs `full` that was removed."""
     return [
         {**costs, **{f"{unit}_drop": (whole[unit] - costs[unit]) / max(whole[unit], 1) for unit in whole}}
         for whole, costs in zip(full, now, strict=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class PeerTree(nn.Module):
 
     @property
     def num_peers(self) -> int:
+        """The number of peers M."""
         return self.sharing[-1]
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -75,6 +77,17 @@ class PeerTree(nn.Module):
 
     def _copies(self) -> list[nn.ModuleList]:
         return list(self.stages.values())  # type: ignore[arg-type]
+
+
+@contextmanager
+def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
+    """Put `network` in training or evaluation mode, and back in the mode it was in at the end."""
+    was_training = network.training
+    network.train(training)
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def functional_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

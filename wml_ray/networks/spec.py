@@ -21,4 +21,5 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
         return (self.channels, self.resolution, self.resolution)

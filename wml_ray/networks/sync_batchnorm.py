@@ -36,6 +36,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
+        """`input` (B, C, ...) normalised with the statistics of the global batch, or with the running statistics."""
         if not self.training:
             return super().forward(input)
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as BatchNorm does

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.networks.costs import BATCHNORM, CONV, WEIGHTED, example, width
-from wml_ray.networks.modes import in_mode
-from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.peer_tree import PeerTree, in_mode
 from wml_ray.networks.spec import ImageSpec
 
 Side = Literal["out", "in"]

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wml_ray.methods.base import Batch
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.pruning.channels import ChannelGroup
 
-Batches = Sequence[tuple[Tensor, Tensor]]
 
-
-def snip(tree: PeerTree, batches: Batches) -> dict[str, Tensor]:
+def snip(tree: PeerTree, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """|w * dL/dw| of every parameter (SNIP, Lee et al. 2019), L the summed cross-entropy of all peers."""
     parameters = {name: p.detach().requires_grad_() for name, p in tree.named_parameters()}
     gradients = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -27,7 +26,7 @@ def snip(tree: PeerTree, batches: Batches) -> dict[str, Tensor]:
     return {name: (p.detach() * gradients[name]).abs() for name, p in parameters.items()}
 
 
-CRITERIA: dict[str, Callable[[PeerTree, Batches], dict[str, Tensor]]] = {"snip": snip}
+CRITERIA: dict[str, Callable[[PeerTree, Sequence[Batch]], dict[str, Tensor]]] = {"snip": snip}
 """Each gives the importance of every parameter by name, in the parameter's shape."""
 
 

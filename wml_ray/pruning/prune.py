@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
-
 from wml_ray.config.schema import PruningConfig
 from wml_ray.errors import UserError
+from wml_ray.methods.base import Batch
 from wml_ray.networks.costs import WEIGHTED, LayerCost, layer_costs
 from wml_ray.networks.peer_tree import PeerTree, copy_name
 from wml_ray.networks.spec import ImageSpec
@@ -21,9 +20,7 @@ from wml_ray.pruning.criteria import CRITERIA, score_groups
 from wml_ray.pruning.widths import ChannelWidths, remove_channels
 
 
-def prune(
-    tree: PeerTree, config: PruningConfig, spec: ImageSpec, batches: Sequence[tuple[Tensor, Tensor]]
-) -> ChannelWidths:
+def prune(tree: PeerTree, config: PruningConfig, spec: ImageSpec, batches: Sequence[Batch]) -> ChannelWidths:
     """Remove channels of `tree` in place so that each peer loses at least its ratio; returns the new widths.
 
     The importance of channels is measured on the (inputs, targets) pairs of `batches`. A peer loses more than its ratio

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
+from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError, one_line
 from wml_ray.methods.settings import MethodName
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
@@ -167,8 +167,8 @@ def load_start_points(path: Path, space: Space) -> list[dict[str, Any]]:
         UserError: no such file, or a point outside the space.
     """
     try:
-        entries = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        entries = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UserError, UnicodeDecodeError) as error:
         raise UserError(f"start points {path}: {one_line(error)}; give a YAML list of points") from None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"start points {path}: must be a YAML list such as [{{wml.alpha: 0.3}}, {{wml.alpha: 0.7}}]")

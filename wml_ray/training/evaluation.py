@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from wml_ray.distributed import sum_of_workers
-from wml_ray.methods.base import Method
+from wml_ray.methods.base import Batch, Method
 from wml_ray.methods.losses import average_ensemble
 from wml_ray.methods.registry import METHODS
-from wml_ray.networks.modes import in_mode
+from wml_ray.networks.peer_tree import in_mode
 from wml_ray.training.precision import forward
 
 AVERAGE = "ensemble_average"
@@ -57,7 +57,7 @@ def metric_names(method: str, num_peers: int) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate(method: Method, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> Evaluation:
+def evaluate(method: Method, batches: Iterable[Batch], precision: str) -> Evaluation:
     """Accuracies of `method` in evaluation mode, over the batches of all workers together.
 
     Whole images are counted, so the result does not depend on their distribution over workers.

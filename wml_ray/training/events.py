@@ -27,7 +27,7 @@ class EpochEnd:
 
 @dataclass(frozen=True)
 class MidEpochState:
-    """Epochs done, and steps done of the next one, when a checkpoint is to be written in the middle of an epoch."""
+    """Epochs done, and steps done of the next one, at a checkpoint in the middle of an epoch."""
 
     epoch: int
     step: int
@@ -39,14 +39,6 @@ Preempted = Callable[[], bool]
 
 LogMetrics = Callable[[int, Mapping[str, float], int], None]
 """Receives step, metrics by name, and milliseconds since the Unix epoch."""
-
-
-def ignore_event(event: StepProgress | EpochEnd) -> None:
-    """An `OnEvent` that does nothing."""
-
-
-def ignore_metrics(step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-    """A `LogMetrics` that does nothing."""
 
 
 def now_ms() -> int:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from wml_ray.networks.costs import example
-from wml_ray.networks.modes import in_mode
+from wml_ray.networks.peer_tree import in_mode
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.training.threads import torch_threads
 
-LATENCY_THREADS = 1  # more threads wait for each other on a busy machine: 2 ms became 38 ms
+LATENCY_THREADS = 1  # with more threads on a busy machine, 2 ms became 38 ms
 WARMUP, REPEATS = 5, 100  # at most so many calls
 WARMUP_S, REPEATS_S = 0.5, 2.0  # at most so long, three calls at least
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from wml_ray.config.schema import OptimConfig
 from wml_ray.methods.base import Method
 from wml_ray.networks.costs import example
-from wml_ray.networks.modes import in_mode
+from wml_ray.networks.peer_tree import in_mode
 from wml_ray.networks.spec import ImageSpec
 
 

@@ -46,19 +46,25 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         if (weight := validation.get(f"weights/peer{index}")) is not None:
             peer["weight"] = weight
     names = prediction_names(config.method.name, config.num_peers)
-    predictions = {name: _accuracies(name, validation, test) for name in names}
-    result: dict[str, Any] = {"run_id": config.run_id, "config": config.dump(), "peers": peers}
-    result["images"] = {split: len(indices) for split, indices in trainer.dataset.splits.items()}
-    result |= {
-        "predictions": predictions,
+    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    return {
+        "run_id": config.run_id,
+        "config": config.dump(),
+        "peers": peers,
+        "images": {split: len(indices) for split, indices in trainer.dataset.splits.items()},
+        "predictions": {name: _accuracies(name, validation, test) for name in names},
         "selects": metadata["selects"],
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
+        "skipped_images": metadata["skipped_images"],
+        "latency_threads": LATENCY_THREADS,
+        "final": test | metrics,
+        "created_ms": metadata["created_ms"],
+        "timestamp_ms": now_ms(),
+        "history": metadata["history"],
+        "tree": metadata["tree"],
+        "device": trainer.device.type,
     }
-    result |= {"skipped_images": metadata["skipped_images"], "latency_threads": LATENCY_THREADS}
-    metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
-    result |= {"final": test | metrics, "created_ms": metadata["created_ms"], "timestamp_ms": now_ms()}
-    return result | {"history": metadata["history"], "tree": metadata["tree"], "device": trainer.device.type}
 
 
 def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:

@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from wml_ray.config.schema import Config
 from wml_ray.data.readers import image_resolution
 
-# Medians of a step of the default tree (resnet20, [1, 1, 2, 4, 4]) with 1 | 2 threads on 2 cores. With the second core
-# mostly idle, 8x8 images, batch 64: 56 | 79 ms. With it busy, 8x8, batch 64: 75 | 739 ms; 32x32, batch 64: 0.7 | 4.1 s;
-# 64x64, batch 16: 1.2 | 4.4 s; 224x224, batch 4: 13 | 31 s, and at least 4 times the CPU time. Threads that wait for
-# each other cost more than they can gain unless a step is large.
+# Medians of a step of the default tree (resnet20, [1, 1, 2, 4, 4]) on 2 cores. At load 3, 8x8 images at batch 64 took
+# 56 ms with one thread and 79 ms with two. On a busy machine two threads were 2.5 to 23 times slower than one.
 PIXELS_PER_THREAD = 2**17  # of a batch
 
 
@@ -33,12 +31,14 @@ def training_threads(config: Config, cores: int | None = None) -> int:
 
 def describe_threads(config: Config) -> str:
     """The number of threads and its reason in words, for the first line of a run."""
-    if config.scale.workers == 0:
-        return f"{_count(training_threads(config), 'thread')}{_reason(config)}"
-    if config.scale.cpus_per_worker is not None:
-        return f"{_count(config.scale.cpus_per_worker, 'thread')} a worker"
-    most = training_threads(config, cores=2**10)  # the cores of a worker are known once the cluster is joined
-    return f"at most {_count(most, 'thread')} a worker{_reason(config)}"
+    on_workers = config.scale.workers != 0
+    at_most, reason = "", "scale.cpus_per_worker"
+    if config.scale.cpus_per_worker is None:
+        side = image_resolution(config.data)
+        at_most = "at most " if on_workers else ""
+        reason = f"images of {side}x{side} pixels, batch {_batch_per_worker(config)}"
+    count = training_threads(config, cores=2**10 if on_workers else None)  # a worker's cores are known on the cluster
+    return f"{at_most}{count} thread{'s' * (count != 1)}{' a worker' * on_workers} ({reason})"
 
 
 @contextmanager
@@ -55,21 +55,8 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def _batch_per_worker(config: Config) -> int:
-    workers = config.scale.workers
-    most = workers[1] if isinstance(workers, list) else workers
-    return -(-config.data.batch_size // max(most, 1))
+    return -(-config.data.batch_size // max(config.scale.worker_range[1], 1))
 
 
 def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _reason(config: Config) -> str:
-    if config.scale.cpus_per_worker is not None:
-        return " (scale.cpus_per_worker)"
-    side = image_resolution(config.data)
-    return f" (images of {side}x{side} pixels, batch {_batch_per_worker(config)})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

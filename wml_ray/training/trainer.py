@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from wml_ray.config.schema import Config
-from wml_ray.data.dataset import Batch, Dataset
+from wml_ray.data.dataset import Dataset
 from wml_ray.data.splits import Split, seed_for
 from wml_ray.distributed import WorkerRank, mean_of_workers
 from wml_ray.errors import UserError
-from wml_ray.methods.base import Method, NonFinite, StepContext
+from wml_ray.methods.base import Batch, Method, NonFinite, StepContext
 from wml_ray.methods.losses import cross_entropies
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
 from wml_ray.training.divergence import DivergenceMonitor, diverged
@@ -84,6 +84,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
+        """Training steps of the whole run."""
         return self.config.optim.epochs * self.dataset.steps_per_epoch
 
     def fit(self, report: OnEvent, preempted: Preempted | None = None, save: SaveMidEpoch | None = None) -> None:
@@ -171,7 +172,8 @@ class Trainer:
                 self._synchronise()
                 save(MidEpochState(self.epoch, self.step))
         self._monitor.check_losses()
-        means = {name: float(mean_of_workers(total)) / steps for name, total in self._loss_sums.items()}
+        # sorted, as a checkpoint returns the terms in the order of their names: a resumed epoch adds them in that order
+        means = {name: float(mean_of_workers(total)) / steps for name, total in sorted(self._loss_sums.items())}
         metrics = {"train/loss": sum(means.values())}
         if len(means) > 1:
             metrics |= {f"train/loss_{name}": mean for name, mean in means.items()}

@@ -18,17 +18,7 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
-from wml_ray.training.events import (
-    EpochEnd,
-    LogMetrics,
-    MidEpochState,
-    OnEvent,
-    Preempted,
-    StepProgress,
-    ignore_event,
-    ignore_metrics,
-    now_ms,
-)
+from wml_ray.training.events import EpochEnd, LogMetrics, MidEpochState, OnEvent, Preempted, StepProgress, now_ms
 from wml_ray.training.result import RESULT, log_history, summary, with_smallest_peer
 from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
 from wml_ray.training.trainer import Trainer
@@ -40,9 +30,9 @@ class WorkerContext:
 
     worker: WorkerRank = field(default_factory=WorkerRank)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    report: OnEvent = ignore_event
+    report: OnEvent = field(default=lambda event: None)
     """Receives the events of training, on every worker."""
-    log: LogMetrics = ignore_metrics
+    log: LogMetrics = field(default=lambda step, metrics, timestamp_ms: None)
     """Receives metrics on rank 0; after a resume, the whole history again."""
     lease: Lease | None = None
     """The lease on the run's folder, without which nothing is written."""
@@ -73,9 +63,7 @@ class _WorkerRun:
     ) -> None:
         self.config, self.context, self.checkpoints, self.mid_epoch = config, context, checkpoints, mid_epoch
         self.is_first = context.worker.rank == 0
-        epoch, in_mid_epoch = broadcast_from_rank_0(
-            context.worker, lambda: starting_point(config, checkpoints.lease, mid_epoch)
-        )
+        epoch, in_mid_epoch = broadcast_from_rank_0(lambda: starting_point(config, checkpoints.lease, mid_epoch))
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
         dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
         method = build_method(config, dataset.spec, start.metadata["channels"])
@@ -121,7 +109,7 @@ class _WorkerRun:
         """Put the trainer at the epoch the test accuracy is taken from."""
         if self.config.run.test_epoch == "best":
             history = self.metadata["history"]
-            best = broadcast_from_rank_0(self.context.worker, lambda: _best_intact(self.checkpoints, history))
+            best = broadcast_from_rank_0(lambda: _best_intact(self.checkpoints, history))
             if best != self.trainer.epoch:
                 chosen = self.checkpoints.load(best)
                 self.trainer.load_state(chosen.model, chosen.state)

@@ -90,8 +90,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
         undelivered = fit(config, tracked, on_event, lease)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        reason = one_line(error)
-        close_run(tracked, status, reason=reason)
+        close_run(tracked, status, reason=one_line(error, limit=500))
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
         raise
