@@ -42,7 +42,7 @@ def test_a_node_with_other_files_and_packages_fails_the_checks(empty_workplace):
     failed = {subject: text for subject, (verdict, text) in run.items() if verdict == "NO"}
     assert set(failed) == {"versions", "storage", "MLflow", "data"}
     assert "node other has mlflow 0.1" in failed["versions"]
-    assert f"'{results}' is not the folder the driver sees" in failed["storage"]
+    assert f"'{results}' is not the driver's folder" in failed["storage"]
     assert "is a file of this machine, but workers on others log to it" in failed["MLflow"]
     assert f"data.root = '{images}'" in failed["data"]
     assert study["MLflow"][0] == "ok"  # only the driver of a study logs

@@ -409,7 +409,7 @@ def test_a_study_in_postgresql_equals_its_trial_files_after_a_restart_of_the_dat
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_unreachable_database_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    monkeypatch.setattr("wml_ray.search.optuna_study.STORAGE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("wml_ray.search.optuna_study.DATABASE_TIMEOUT_S", 1.0)
     # with two objectives Optuna is called only at the end of a trial
     space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})
     with postgres() as database:
@@ -420,7 +420,7 @@ def test_an_unreachable_database_ends_the_study_and_fails_no_trial(workplace, mo
                 database.kill()
                 (database.data / "postmaster.pid").unlink()
 
-        with pytest.raises(UserError, match=r"storage .* does not respond .* run the same command again"):
+        with pytest.raises(StorageUnavailable, match=r"storage .* does not respond .* run the same command again"):
             tune(space, search, kill)
         (finished,) = TrialStore(Path("results/gone")).trials()
         assert finished.state == "COMPLETE"

@@ -63,11 +63,13 @@ def show_run(run: RunResult) -> None:
 
 def show_checks(results: Iterable[CheckResult]) -> int:
     """Print each check as it ends; returns the exit code."""
+    from wml_ray.report.style import number_of
+
     failed = 0
     for result in results:
         failed += not result.passed
         print_line(f"{result.subject:<11} {'ok' if result.passed else 'NO'}  {result.text}")
-    print_line(f"{failed} check{'s' * (failed != 1)} failed" if failed else "all checks passed; nothing was started")
+    print_line(f"{number_of(failed, 'check')} failed" if failed else "all checks passed; nothing was started")
     return USER_ERROR if failed else OK
 
 
