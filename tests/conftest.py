@@ -103,3 +103,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if request.param == "remote":
         return to_path(request.getfixturevalue("bucket"))
     return tmp_path / "shared"
+
+
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)

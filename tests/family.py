@@ -80,3 +80,13 @@ def checkpoint(epoch):
     ]
     tensors = {"layer.weight": torch.randn(64, 64), "count": torch.tensor(epoch)}
     return Checkpoint(epoch, tensors, {"epoch": torch.tensor(epoch)}, {"epoch": epoch, "history": history})
+
+
+def random_batch(spec: ImageSpec, images: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images and labels; BatchNorm turns two images into +1 and -1, where gradients vanish."""
+    return torch.randn(images, *spec.shape), torch.randint(spec.num_classes, (images,))
+
+
+def run_in_evaluation(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network.eval()(inputs)

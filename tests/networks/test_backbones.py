@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from family import random_batch, run_in_evaluation
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,26 +29,13 @@ FAMILIES = ("resnet20", "resnet18", "mobilenet_v2", "vgg16_bn", "densenet_bc40",
 
 
 ROUNDING = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def batch(spec, images=4):  # BatchNorm turns two images into +1 and -1, where gradients vanish
-    return torch.randn(images, *spec.shape), torch.randint(spec.num_classes, (images,))
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def macs_by_pytorch(network, spec):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.eval()(torch.zeros(1, *spec.shape))
     return counter.get_total_flops() / 2
-
-
-def run_in_evaluation(network, inputs):
-    with torch.no_grad():
-        return network.eval()(inputs)
 
 
 def half_shared(name, spec, peers=2):
@@ -68,9 +56,9 @@ def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, 
     tree = PeerTree(lambda: build_stages(name, CIFAR), sharing)
     full = macs_by_pytorch(tree.peer(0), CIFAR)
 
-    plan = prune(tree, PruningConfig(ratios=ratios, unit="macs"), CIFAR, [batch(CIFAR)])
+    plan = prune(tree, PruningConfig(ratios=ratios, unit="macs"), CIFAR, [random_batch(CIFAR)])
 
-    inputs, _ = batch(CIFAR)
+    inputs, _ = random_batch(CIFAR)
     with torch.no_grad():
         tree.train()(inputs)  # so that BatchNorm's running statistics are worth comparing
     logits_MBK = run_in_evaluation(tree, inputs)
@@ -93,12 +81,13 @@ def test_every_backbone_is_pruned_to_its_ratios_and_reloads_from_its_plan(name, 
 REBUILD = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
-from wml_ray.backbones import ImageSpec, build
-from wml_ray.pruning import apply_plan
-from wml_ray.tree import PeerTree
+from wml_ray.networks.backbones import build_stages
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.widths import apply_channel_widths
 torch.set_num_threads({threads})
-tree = PeerTree(lambda: build("mobilenet_v2", ImageSpec(3, 32, 10)), {sharing})
-apply_plan(tree, json.load(open("plan.json")))
+tree = PeerTree(lambda: build_stages("mobilenet_v2", ImageSpec(3, 32, 10)), {sharing})
+apply_channel_widths(tree, json.load(open("plan.json")))
 tree.load_state_dict(load_file("model.safetensors"))
 with torch.no_grad():
     save_file({{"logits": tree.eval()(load_file("inputs.safetensors")["inputs"])}}, "logits.safetensors")
@@ -109,8 +98,8 @@ print("torch_pruning" in sys.modules)
 def test_a_pruned_tree_reloads_in_a_fresh_process_without_the_pruner(tmp_path):
     sharing = half_shared("mobilenet_v2", CIFAR)
     tree = PeerTree(lambda: build_stages("mobilenet_v2", CIFAR), sharing)
-    plan = prune(tree, PruningConfig(ratios=[0.2, 0.5]), CIFAR, [batch(CIFAR)])
-    inputs, _ = batch(CIFAR)
+    plan = prune(tree, PruningConfig(ratios=[0.2, 0.5]), CIFAR, [random_batch(CIFAR)])
+    inputs, _ = random_batch(CIFAR)
     save_file(tree.state_dict(), tmp_path / "model.safetensors")
     save_file({"inputs": inputs}, tmp_path / "inputs.safetensors")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
@@ -124,7 +113,7 @@ def test_a_pruned_tree_reloads_in_a_fresh_process_without_the_pruner(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_channels_resolution_and_classes_follow_the_data(name, resolution):
     spec = ImageSpec(1, resolution, 7)
-    inputs, targets = batch(spec)
+    inputs, targets = random_batch(spec)
     tree = PeerTree(lambda: build_stages(name, spec), half_shared(name, spec))
     logits_MBK = tree.train()(inputs)
     assert logits_MBK.shape == (2, 4, 7)
@@ -191,11 +180,11 @@ def own_package(tmp_path, monkeypatch):
 def test_a_users_own_stages_are_pruned_like_any(own_package):
     tree = PeerTree(lambda: build_stages(f"{own_package}:stages", TINY), [1, 2, 2])
     full = peer_costs(tree, TINY)
-    prune(tree, PruningConfig(ratios=[0.25, 0.5]), TINY, [batch(TINY)])
+    prune(tree, PruningConfig(ratios=[0.25, 0.5]), TINY, [random_batch(TINY)])
     achieved = [peer["channels_drop"] for peer in removed_shares(full, peer_costs(tree, TINY))]
     assert 0.25 - ROUNDING <= achieved[0] < 0.3
     assert 0.5 - ROUNDING <= achieved[1] < 0.55
-    assert tree(batch(TINY)[0]).shape == (2, 4, TINY.num_classes)
+    assert tree(random_batch(TINY)[0]).shape == (2, 4, TINY.num_classes)
 
 
 @pytest.mark.parametrize("function", ["nothing", "number"])

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from family import random_batch, run_in_evaluation
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
@@ -33,20 +34,7 @@ from wml_ray.training.start import initial_checkpoint
 
 CIFAR, TINY = ImageSpec(3, 32, 10), ImageSpec(2, 8, 5)
 ROUNDING = 1e-9
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-def batch(spec, images=4):  # BatchNorm turns two images into +1 and -1, where gradients vanish
-    return torch.randn(images, *spec.shape), torch.randint(spec.num_classes, (images,))
-
-
-def run_in_evaluation(network, inputs):
-    with torch.no_grad():
-        return network.eval()(inputs)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def tiny_stages():
@@ -63,7 +51,7 @@ def tiny_tree(*sharing):
 
 
 def pruned(tree, batches=None, **pruning):
-    return prune(tree, PruningConfig(**pruning), TINY, batches or [batch(TINY, 8)])
+    return prune(tree, PruningConfig(**pruning), TINY, batches or [random_batch(TINY, 8)])
 
 
 def widths(tree, names=None):
@@ -97,7 +85,7 @@ def test_ratios_of_zero_change_nothing():
 
 
 def test_a_shared_copy_keeps_what_its_widest_peer_keeps():
-    start, batches = tiny_tree(1, 2, 4, 4), [batch(TINY, 8)]
+    start, batches = tiny_tree(1, 2, 4, 4), [random_batch(TINY, 8)]
 
     def shared_widths(*ratios):
         tree = copy.deepcopy(start)
@@ -161,7 +149,7 @@ def test_a_layer_narrower_than_the_minimum_stays_whole():
     ],
 )
 def test_a_ratio_out_of_reach_is_refused_with_one_that_is_in_reach(unit, sharing, ratios, settings):
-    tree, batches = tiny_tree(*sharing), [batch(TINY, 8)]
+    tree, batches = tiny_tree(*sharing), [random_batch(TINY, 8)]
     before = copy.deepcopy(tree.state_dict())
     with pytest.raises(UserError) as caught:
         pruned(tree, batches, ratios=ratios, unit=unit, **settings)
@@ -199,7 +187,7 @@ def snip(tree, batches):
 
 
 def test_snip_leaves_the_tree_unchanged_and_equals_its_twin():
-    tree, batches = tiny_tree(1, 2, 2, 2), [batch(TINY, 8), batch(TINY, 8)]
+    tree, batches = tiny_tree(1, 2, 2, 2), [random_batch(TINY, 8), random_batch(TINY, 8)]
     before = copy.deepcopy(tree.state_dict())
     found, expected = CRITERIA["snip"](tree, batches), snip(tree, batches)
     for name in expected:
@@ -209,7 +197,7 @@ def test_snip_leaves_the_tree_unchanged_and_equals_its_twin():
 
 
 def test_the_removed_filters_have_the_smallest_saliency():
-    tree, batches = tiny_tree(1, 1, 1, 1), [batch(TINY, 8), batch(TINY, 8)]
+    tree, batches = tiny_tree(1, 1, 1, 1), [random_batch(TINY, 8), random_batch(TINY, 8)]
     whole = copy.deepcopy(tree).state_dict()
     filters = {
         name.removesuffix(".weight"): values.flatten(1).sum(1)
@@ -245,7 +233,7 @@ def test_removing_dead_filters_changes_no_logits():
         conv, norm = tree.stages["wide"][0][:2]
         for tensor in (conv.weight, conv.bias, norm.weight, norm.bias):
             tensor[dead] = 0
-    inputs, _ = batch(TINY)
+    inputs, _ = random_batch(TINY)
     before = run_in_evaluation(tree, inputs)
     pruned(tree, ratios=[0.2], min_channels=16)
     assert widths(tree)["stages.wide.0.0"] == 16
@@ -262,7 +250,7 @@ def test_widths_of_another_network_are_refused(plan):
 
 def test_depthwise_convolutions_stay_depthwise():
     tree = PeerTree(lambda: build_stages("mobilenet_v2", CIFAR), [1, 1, 1, 2, 2, 2])
-    prune(tree, PruningConfig(ratios=[0.2, 0.4], round_to=8, min_channels=8), CIFAR, [batch(CIFAR)])
+    prune(tree, PruningConfig(ratios=[0.2, 0.4], round_to=8, min_channels=8), CIFAR, [random_batch(CIFAR)])
     depthwise = [m for m in tree.modules() if isinstance(m, CONV) and m.groups > 1]
     assert len(depthwise) == 6 + 2 * 11  # of which the first six are shared
     assert all(conv.groups == conv.in_channels == conv.out_channels for conv in depthwise)

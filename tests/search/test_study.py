@@ -48,5 +48,5 @@ def test_the_config_of_a_trial_names_its_study_and_keeps_the_run_id(tmp_path):
 
 
 def test_a_study_cannot_be_read_without_an_mlflow_store(empty_workplace):
-    with pytest.raises(UserError, match=r"there is no .*mlflow\.db"):
+    with pytest.raises(UserError, match=r"mlflow\.db does not exist"):
         load_study("nothing")

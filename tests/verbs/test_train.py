@@ -40,14 +40,16 @@ def test_a_run_is_logged_to_mlflow_with_params_metrics_and_files(workplace):
     assert files == {"config.yaml", "peers.csv", "pictures"}
     pictures = {file.path for file in client().list_artifacts(logged.info.run_id, "pictures")}
     assert pictures == {"pictures/accuracy.png", "pictures/weights.png", "pictures/accuracy_macs.png"}
-    assert client().get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
-    images = {entry.tags[0].value: entry.dataset.profile for entry in run.inputs.dataset_inputs}
+    assert (
+        client().get_experiment(logged.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    )
+    images = {entry.tags[0].value: entry.dataset.profile for entry in logged.inputs.dataset_inputs}
     assert images == {
         name: f'{{"num_rows": {n}}}' for name, n in (("training", 1294), ("validation", 144), ("test", 359))
     }
-    note = run.data.tags["mlflow.note.content"]
+    note = logged.data.tags["mlflow.note.content"]
     assert f"| {run.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
-    assert run.data.tags["mlflow.source.type"] == "LOCAL"
+    assert logged.data.tags["mlflow.source.type"] == "LOCAL"
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(workplace, capsys):
@@ -221,7 +223,7 @@ def test_report_compares_the_runs_of_an_experiment(workplace, capsys):
         train(tiny_config("optim.epochs=1", f"seed={seed}"), ignore)
     assert main(["report", "wml"]) == 0
     shown = capsys.readouterr().out
-    assert all(tiny_config("optim.epochs=1", f"seed={seed}").run_id in shown for seed in (1, 2))
+    assert all(f"seed={seed}" in shown for seed in (1, 2))
     assert (workplace / "reports" / "wml" / "accuracy_macs.png").stat().st_size > 5000
     assert main(["report", "nothing-here"]) == 2
 
