@@ -9,7 +9,7 @@ from studies import small_space
 from wml_ray.errors import UserError
 from wml_ray.search import optuna_study
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord, open_storage
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.storage import retry
 from wml_ray.storage.retry import StorageUnavailable
 
@@ -32,7 +32,7 @@ def record(number, state, intermediate=()):
 
 
 def open_study(storage):
-    return OptunaStudy(small_space(), search_config(study="follows", trials=9), storage, started=0)
+    return OptunaStudy(small_space(), SearchConfig(study="follows", trials=9), storage, started=0)
 
 
 def trials(storage):

@@ -23,7 +23,7 @@ from wml_ray.submit.job import Job
 from wml_ray.submit.package import JOB_FILE, Package, own_backbone, passed_environment, write_package
 
 STOP_S = 30  # from the stop of a job until Ray kills it
-UNREACHABLE_S = 60.0  # a follower gives up after so long without the cluster
+UNREACHABLE_S = 60.0  # `follow_job` fails once the cluster has been unreachable for this time
 NAME_KEY, FOLDER_KEY, COMMAND_KEY = "wml_ray.job", "wml_ray.folder", "wml_ray.command"  # in a job's metadata
 
 
