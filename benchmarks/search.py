@@ -25,7 +25,7 @@ from wml_ray.config.load import load_config
 from wml_ray.config.schema import Config
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import increasing
-from wml_ray.search.settings import SearchConfig, search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
 from wml_ray.search.study import Study
 from wml_ray.tracking.runs import open_run
@@ -61,7 +61,7 @@ def warm_start(trials: int = 8) -> dict[str, float]:
         def record(study: Study) -> None:
             suggested_ms.update({number: trial.created_ms for number, trial in study.trials.items()})
 
-        settings = search_config(study="warm", trials=trials, scheduler="none", concurrent=1)
+        settings = SearchConfig(study="warm", trials=trials, scheduler="none", concurrent=1)
         study = Study(space, settings, folder / "warm", "token", record)
         run_trials(study, InMemoryStorage(), trial_function=_train_and_record_first_step)
         first_ms = {int(path.stem): float(path.read_text()) for path in (folder / "warm").glob("trials/*.first")}
@@ -89,7 +89,7 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
     """Seconds of the same trials of 10 epochs, one at a time: under Ray Tune with MLflow, and in a bare loop."""
     with _temporary_workplace() as folder:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", _base(folder, "optim.epochs=10"))
-        settings = search_config(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
+        settings = SearchConfig(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
         parent = open_run("cost", "cost", "token", {})
         study = Study(space, settings, folder / "cost", "token")
         publisher = Publisher(study, parent)
@@ -118,7 +118,7 @@ def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
             if done > len(ended_s):
                 ended_s.append(time.perf_counter())
 
-        settings = search_config(study="many", trials=trials, sampler=sampler)
+        settings = SearchConfig(study="many", trials=trials, sampler=sampler)
         parent = open_run("many", "many", "token", {})
         study = Study(space, settings, folder / "many", "token", record)
         publisher = Publisher(study, parent)
@@ -147,8 +147,8 @@ def epochs_to_the_best_of_random(seeds: int = 3, trials: int = 20) -> list[dict[
                 "optim.learning_rate": ray.tune.loguniform(0.003, 1.0),
             }
             space = make_space(base, domains, {ACCURACY: "max"})
-            plain = search_config(study=f"random{seed}", trials=trials, sampler="random", scheduler="none", seed=seed)
-            tuned = search_config(study=f"tpe{seed}", trials=3 * trials, seed=seed)
+            plain = SearchConfig(study=f"random{seed}", trials=trials, sampler="random", scheduler="none", seed=seed)
+            tuned = SearchConfig(study=f"tpe{seed}", trials=3 * trials, seed=seed)
             best, epochs = _best_and_epochs(space, plain)
             needed, reached = _epochs_until(space, tuned, best)
             found.append({"seed": seed, "best": best, "random": epochs, "tpe_asha": needed, "reached": reached})

@@ -16,7 +16,7 @@ from ray.tune import loguniform, uniform
 from servers import installed
 
 from wml_ray.cluster.space import make_space
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.verbs.tune import tune
 
 TIMEOUT_MS = 60_000  # the MLflow UI renders slowly on two busy cores
@@ -81,7 +81,7 @@ def log_study(uri: str) -> LoggedStudy:
     base = tiny_config("optim.epochs=3", "scale.cpus_per_worker=1")
     domains = {"wml.alpha": uniform(0.0, 0.9), "wml.mirror_step_size": loguniform(0.01, 1.0)}
     space = make_space(base, domains, {"val/accuracy/ensemble_weighted": "max"})
-    parent = tune(space, search_config(study="browsed", trials=4, scheduler="none")).tracked
+    parent = tune(space, SearchConfig(study="browsed", trials=4, scheduler="none")).tracked
     client = MlflowClient(uri)
     children = client.search_runs([parent.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
     children = sorted(children, key=lambda run: run.info.run_name)

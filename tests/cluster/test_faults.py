@@ -28,7 +28,7 @@ from wml_ray.cluster.space import load_space
 from wml_ray.config.load import load_config
 from wml_ray.config.title import run_title
 from wml_ray.errors import UserError
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import RetryQueue
 from wml_ray.tracking.client import check_reachable, tracking_uri
@@ -346,7 +346,7 @@ def test_a_study_delivers_everything_to_a_server_that_hangs_and_to_one_that_dies
             later(OUTAGE_S, server.start)
 
     space = load_space(Path("alpha.py"), load_config("c.yaml"))
-    outcome = tune(space, search_config(study="outage-alpha", trials=4, scheduler="none"), break_server)
+    outcome = tune(space, SearchConfig(study="outage-alpha", trials=4, scheduler="none"), break_server)
     assert len(pending) == 2
     assert outcome.undelivered == 0
     assert_whole("outage-alpha", 4, 25)
@@ -356,7 +356,7 @@ def test_a_study_delivers_everything_to_a_server_that_hangs_and_to_one_that_dies
 def test_a_server_that_dies_while_a_study_starts_or_ends_gives_one_line(server, workplace, monkeypatch):
     write_study(workplace, tiny_config("optim.epochs=1", "scale.cpus_per_worker=1", "run.name=ends"))
     space = load_space(Path("alpha.py"), load_config("c.yaml"))
-    search = search_config(study="ends-alpha", trials=1, scheduler="none")
+    search = SearchConfig(study="ends-alpha", trials=1, scheduler="none")
 
     def then_gone(function):
         def call(*arguments):

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from family import tiny_config, write_study
 from nodes import ENVIRONMENT, nodes
 from servers import free_port
 
+from wml_ray.cluster.connect import join_cluster
 from wml_ray.cluster.nodes import report_node
 from wml_ray.cluster.preflight import run_checks
+from wml_ray.errors import UserError
 
 TESTS = Path(__file__).parents[1]
 
@@ -42,7 +45,7 @@ def test_a_node_with_other_files_and_packages_fails_the_checks(empty_workplace):
     failed = {subject: text for subject, (verdict, text) in run.items() if verdict == "NO"}
     assert set(failed) == {"versions", "storage", "MLflow", "data"}
     assert "node other has mlflow 0.1" in failed["versions"]
-    assert f"'{results}' is not the folder the driver sees" in failed["storage"]
+    assert f"'{results}' is not the driver's folder" in failed["storage"]
     assert "is a file of this machine, but workers on others log to it" in failed["MLflow"]
     assert f"data.root = '{images}'" in failed["data"]
     assert study["MLflow"][0] == "ok"  # only the driver of a study logs
@@ -55,6 +58,25 @@ def test_checks_of_one_machine_leave_no_file(empty_workplace):
     results = {result.subject: result for result in run_checks(config)}
     assert [subject for subject, result in results.items() if not result.passed] == ["data"]
     assert not os.listdir()
+
+
+def test_a_missing_image_folder_is_one_failed_check(empty_workplace):
+    failed = [result.subject for result in run_checks(tiny_config("data.name=imagefolder")) if not result.passed]
+    assert failed == ["data"]
+
+
+def test_a_token_that_the_cluster_refuses_is_one_line(monkeypatch):
+    def init(*_, **__):
+        raise ray.exceptions.AuthenticationError("the token\nis wrong")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(UserError, match=r"cluster at head:6379 \(the token is wrong.*copy ~/\.ray/auth_token here$"):
+        join_cluster()
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(UserError, match="cluster on this machine"):
+        join_cluster()
 
 
 def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(empty_workplace):

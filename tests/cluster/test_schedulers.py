@@ -4,7 +4,7 @@ import pytest
 from studies import small_space
 
 from wml_ray.cluster.schedulers import EarlierTrial, make_scheduler, replay
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial, TrialStore
 
@@ -36,14 +36,14 @@ def decisions(scheduler, search, trial, scores, past=False):
     ],
 )
 def test_asha_compares_a_new_trial_with_earlier_ones_at_the_epochs_that_they_reached(tmp_path, scores, expected):
-    search = search_config(study="asha", trials=9, grace_epochs=1)
+    search = SearchConfig(study="asha", trials=9, grace_epochs=1)
     scheduler, _ = continued_scheduler(tmp_path, search, [(0.0, 9), (0.1, 3), (0.2, 1), (0.3, 9)])
     assert decisions(scheduler, search, EarlierTrial("new"), scores) == expected
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_continued_scheduler_stops_bad_trials_but_none_for_replayed_results(tmp_path, name):
-    search = search_config(study="again", trials=9, scheduler=name)
+    search = SearchConfig(study="again", trials=9, scheduler=name)
     scheduler, stopped = continued_scheduler(tmp_path, search, [(0.9, 9)] * 4)
     scores = dict.fromkeys((1, 2, 3), 0.1)
     assert "STOP" not in decisions(scheduler, search, EarlierTrial("interrupted"), scores, past=True)

@@ -10,7 +10,7 @@ from wml_ray.cluster import searcher as searcher_module
 from wml_ray.cluster.searcher import PendingError, StudySearcher
 from wml_ray.errors import UserError
 from wml_ray.search.optuna_study import OptunaStudy
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import DIED, Study
 from wml_ray.search.trials import Trial, TrialStore
 
@@ -23,7 +23,7 @@ def two_trials_at_a_time(monkeypatch):
 
 
 def make_searcher(folder, start_points=()):
-    space, search = small_space("scale.max_failures=1"), search_config(study="s", trials=9, sampler="random")
+    space, search = small_space("scale.max_failures=1"), SearchConfig(study="s", trials=9, sampler="random")
     study, storage = Study(space, search, folder, "token"), optuna.storages.InMemoryStorage()
     optuna_study = OptunaStudy(space, search, storage, started=len(study.trials))
     return StudySearcher(study, optuna_study, start_points, (), PendingError()), storage

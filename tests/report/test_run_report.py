@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from mlflow.entities import Dataset, DatasetInput, InputTag
 from rich.console import Console
 from scipy.stats import binomtest
 
 from wml_ray.report.run_report import runs_table, wilson_interval
-from wml_ray.tracking.origin import DatasetSplit
+from wml_ray.tracking.origin import dataset_inputs
 from wml_ray.tracking.results import finished_runs
 from wml_ray.tracking.runs import finish_run, open_run
 from wml_ray.tracking.tags import KIND_TAG, STUDY_TAG
@@ -29,8 +30,17 @@ def log_finished_run(name, accuracies):
     for index, accuracy in enumerate(accuracies):
         metrics |= {f"peers/macs/peer{index}": 1e6 / (index + 1), f"peers/params/peer{index}": 1e4}
         metrics |= {f"{split}/accuracy/peer{index}": accuracy for split in ("val", "test")}
-    splits = [DatasetSplit("digits", "0", "test", "scikit-learn", 359)]
-    finish_run(run, "FINISHED", metrics=metrics, splits=splits)
+    images = {"train": 1078, "validation": 180, "test": 359}
+    inputs = dataset_inputs({"config": {"data": {"name": "digits"}, "seed": 0}, "images": images})
+    finish_run(run, "FINISHED", metrics=metrics, inputs=inputs)
+
+
+def test_runs_that_another_program_logged_to_the_experiment_are_left_out(workplace):
+    log_finished_run("ours", [0.9])
+    other = DatasetInput(Dataset("theirs", "0", "local", "{}"), [InputTag("mlflow.data.context", "test")])
+    finish_run(open_run("made-up", "theirs", "theirs", {}), "FINISHED", inputs=[other])
+    assert list(finished_runs("made-up")["run"]) == ["ours"]
+    assert list(finished_runs("made-up")["test_images"]) == [359]
 
 
 PROGRAM = """

@@ -9,8 +9,9 @@ from studies import small_space
 from wml_ray.errors import UserError
 from wml_ray.search import optuna_study
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord, open_storage
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.storage import retry
+from wml_ray.storage.retry import StorageUnavailable
 
 
 class FailingStorage(optuna.storages.InMemoryStorage):
@@ -31,7 +32,7 @@ def record(number, state, intermediate=()):
 
 
 def open_study(storage):
-    return OptunaStudy(small_space(), search_config(study="follows", trials=9), storage, started=0)
+    return OptunaStudy(small_space(), SearchConfig(study="follows", trials=9), storage, started=0)
 
 
 def trials(storage):
@@ -77,11 +78,13 @@ def test_a_call_is_retried_until_the_storage_responds(monkeypatch):
 
 
 def test_a_storage_that_stays_away_is_one_line(monkeypatch):
-    monkeypatch.setattr(optuna_study, "STORAGE_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(optuna_study, "DATABASE_TIMEOUT_S", 0.0)
     storage = FailingStorage()
     study = open_study(storage)
     storage.failures = 9
-    with pytest.raises(UserError, match=r"storage .* does not respond \(connection refused\); run the same command"):
+    with pytest.raises(
+        StorageUnavailable, match=r"storage .* does not respond \(connection refused\); run the same command"
+    ):
         study.ask()
 
 

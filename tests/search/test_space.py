@@ -14,12 +14,11 @@ from ray import tune
 from studies import small_space
 
 from wml_ray.cli.main import main
-from wml_ray.cli.options import SEARCH_OPTIONS
 from wml_ray.cluster.space import load_space, make_space
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
 from wml_ray.search.ratios import increasing
-from wml_ray.search.settings import SearchConfig, search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import check_stop_metric, load_start_points
 from wml_ray.verbs.tune import check_ratios
 
@@ -148,14 +147,14 @@ def test_lists_are_choices_of_the_sampler_as_json_and_of_the_config_as_lists():
 @pytest.mark.parametrize("settings", [{"trials": 0}, {"trials": 2, "sampler": "best"}, {"trials": 2, "seed": -1}])
 def test_an_error_of_the_settings_names_the_setting(settings):
     with pytest.raises(UserError, match=f"{list(settings)[-1]} = "):
-        search_config(study="s", **settings)
+        SearchConfig(study="s", **settings)
 
 
 def test_only_metrics_reported_each_epoch_stop_trials():
     space = ratios_space()
-    assert check_stop_metric(search_config(study="s", trials=1, stop_metric="train/loss"), space) == "min"
+    assert check_stop_metric(SearchConfig(study="s", trials=1, stop_metric="train/loss"), space) == "min"
     with pytest.raises(UserError, match="is not reported each epoch"):
-        check_stop_metric(search_config(study="s", trials=1, stop_metric="peers/macs/tree"), space)
+        check_stop_metric(SearchConfig(study="s", trials=1, stop_metric="peers/macs/tree"), space)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tune_spaces").glob("*.py")), ids=lambda path: path.stem)
@@ -178,10 +177,6 @@ def test_ratios_that_cannot_be_reached_are_refused_before_the_first_trial():
 
 def quickstart():
     return load_config(ROOT / "jobs" / "quickstart.yaml", ["pruning.saliency_images=16"])  # fewer images are faster
-
-
-def test_the_command_line_has_an_option_for_each_setting():
-    assert {"study", "trials", "storage", *SEARCH_OPTIONS} == set(SearchConfig.model_fields)
 
 
 def test_a_value_between_the_steps_of_a_domain_is_outside():

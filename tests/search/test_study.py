@@ -5,7 +5,7 @@ from studies import children, small_space
 
 from wml_ray.errors import UserError
 from wml_ray.search.publisher import Publisher
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial, TrialStore
 from wml_ray.tracking.results import load_study
@@ -18,7 +18,7 @@ def complete(number, accuracy, macs):
 
 
 def test_an_interrupted_study_closes_the_runs_of_started_trials_and_creates_none(workplace):
-    study = Study(small_space(), search_config(study="halted", trials=2), workplace / "halted", "token")
+    study = Study(small_space(), SearchConfig(study="halted", trials=2), workplace / "halted", "token")
     publisher = Publisher(study, open_run("halted", "halted", "token", {}, {}))
     _, started = (study.add_trial({"wml.alpha": alpha}, {}) for alpha in (0.1, 0.2))
     study.on_start(started)
@@ -34,14 +34,14 @@ def test_the_best_trial_has_the_best_first_objective_and_the_best_values_are_of_
     for trial in (complete(0, 0.9, 5.0), complete(1, 0.9, 4.0), complete(2, 0.8, 3.0), Trial(3, {"wml.alpha": 0.1})):
         store.write(trial)
     objectives = {"val/accuracy/peer0": "max", "peers/macs/tree": "min"}
-    study = Study(small_space(objectives=objectives), search_config(study="best", trials=4), tmp_path, "token")
+    study = Study(small_space(objectives=objectives), SearchConfig(study="best", trials=4), tmp_path, "token")
     assert study.best().number == 1
     assert study.best_values() == {"val/accuracy/peer0": 0.9, "peers/macs/tree": 3.0}
 
 
 def test_the_config_of_a_trial_names_its_study_and_keeps_the_run_id(tmp_path):
     space = small_space()
-    study = Study(space, search_config(study="named", trials=1), tmp_path, "token")
+    study = Study(space, SearchConfig(study="named", trials=1), tmp_path, "token")
     config = study.config(study.add_trial({"wml.alpha": 0.5}, {}))
     assert config.run.study == "named/0"
     assert config.run_id == space.config({"wml.alpha": 0.5}).run_id

@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from wml_ray.errors import UserError
+from wml_ray.submit import client
 from wml_ray.submit.client import connect
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,28 @@ def test_an_address_without_a_cluster_is_one_line(address):
     with pytest.raises(UserError, match=r"--address http://HOST:8265") as raised:
         connect(address)
     assert address in str(raised.value)
+
+
+def test_an_address_with_the_scheme_of_a_ray_module_is_passed_on_to_ray():
+    with pytest.raises(UserError, match=r"anyscale://cluster refused: "):
+        connect("anyscale://cluster")
+
+
+def test_the_dashboard_is_on_the_host_of_ray_address_at_the_port_that_the_cluster_gives(url, monkeypatch):
+    port = url.rpartition(":")[2]
+
+    class Cluster:
+        def __init__(self, address):
+            pass
+
+        def internal_kv_get(self, *_, **__):
+            return f"10.255.255.1:{port}".encode()
+
+    monkeypatch.setattr(client, "GcsClient", Cluster)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", f"localhost:{port}")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    assert connect(None).get_address() == f"http://localhost:{port}"
 
 
 def test_an_unreachable_cluster_of_ray_address_is_named(monkeypatch):

@@ -1,16 +1,20 @@
 """Following and finding jobs, against a scripted job server."""
 
+from dataclasses import replace
+
 import aiohttp
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
+from wml_ray.config.load import parse_config
 from wml_ray.errors import UserError
 from wml_ray.submit import jobs
-from wml_ray.submit.jobs import FOLDER_KEY, NAME_KEY, find_job, follow_job
+from wml_ray.submit.job import Job
+from wml_ray.submit.jobs import FOLDER_KEY, NAME_KEY, find_job, follow_job, submit
 
 
-def details(job_id, status, start_time=0):
-    metadata = {NAME_KEY: "run", FOLDER_KEY: "/shared/run"}
+def details(job_id, status, start_time=0, metadata=None):
+    metadata = metadata or {NAME_KEY: "run", FOLDER_KEY: "/shared/run"}
     kind, entrypoint = JobType.SUBMISSION, "python -m wml_ray.cli.job job.json"
     return JobDetails(
         type=kind, submission_id=job_id, status=status, entrypoint=entrypoint, metadata=metadata, start_time=start_time
@@ -28,6 +32,9 @@ class JobServer:
 
     def list_jobs(self):
         return list(self.known)
+
+    def submit_job(self, submission_id, metadata, **_):
+        self.known = [*self.known, details(submission_id, JobStatus.RUNNING, metadata=metadata)]
 
     def get_job_info(self, job_id):
         return details(job_id, JobStatus.RUNNING if self.logs else JobStatus.SUCCEEDED)
@@ -52,6 +59,23 @@ def test_a_lost_cluster_is_reported_with_the_folder_that_has_the_results(monkeyp
         UserError, match=r"the cluster at http://head:8265 has not been reachable .* stay in /shared/run"
     ):
         follow_job(JobServer([None], []), "run", print)
+
+
+def test_a_dry_run_and_a_training_of_the_same_run_are_two_jobs(tmp_path):
+    training = Job("train", parse_config({"run": {"storage_path": f"local://{tmp_path}"}}))
+    check = replace(training, dry_run=True)
+    server = JobServer()
+    submitted = [submit(server, job, "wml-ray", "image", False, []) for job in (training, check, training, check)]
+    assert [submission.running is None for submission in submitted] == [True, True, False, False]
+    assert [submission.job_id for submission in submitted[2:]] == [submission.job_id for submission in submitted[:2]]
+
+
+def test_an_error_of_the_users_backbone_is_not_the_clusters(workplace, monkeypatch):
+    monkeypatch.syspath_prepend(workplace)
+    (workplace / "broken_net.py").write_text("raise RuntimeError('a mistake in the module')")
+    job = Job("train", parse_config({"model": {"backbone": "broken_net:stages"}}))
+    with pytest.raises(RuntimeError, match=r"^a mistake in the module$"):
+        submit(JobServer(), job, "wml-ray", None, False, [])
 
 
 def test_a_name_means_its_active_job_and_else_its_newest():

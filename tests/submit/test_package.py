@@ -160,6 +160,15 @@ def test_results_inside_the_container_of_an_image_are_refused():
         submit(None, Job("train", parse_config({})), "wml-ray submit", "image", False, [])
 
 
+def test_files_that_an_image_cannot_be_given_are_refused(workplace, monkeypatch):
+    monkeypatch.syspath_prepend(workplace)
+    (workplace / "own_net.py").write_text("def stages(spec): ...\n")
+    for backbone, include, named in (("resnet20", ["mine"], "mine"), ("own_net:stages", [], "own_net:stages")):
+        job = Job("train", parse_config({"model": {"backbone": backbone}}))
+        with pytest.raises(UserError, match=f"--image: {named} cannot be sent with an image"):
+            submit(None, job, "wml-ray submit", "image", False, include)
+
+
 def test_relative_folders_of_a_job_outlive_the_working_directory_that_ray_made(workplace, monkeypatch, capsys):
     made, origin = workplace / "working_dir_files" / "_ray_pkg_0", workplace / "origin"
     made.mkdir(parents=True)

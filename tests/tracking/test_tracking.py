@@ -9,7 +9,7 @@ from servers import Server, free_port
 
 from wml_ray.errors import UserError
 from wml_ray.tracking.client import check_reachable, redacted
-from wml_ray.tracking.runs import MetricLogger, TrackedRun
+from wml_ray.tracking.runs import MetricLogger, TrackedRun, finish_run, open_run
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
 
@@ -51,6 +51,15 @@ def test_a_server_that_restarts_during_a_run_misses_no_epoch(workplace, server):
         assert steps == [1, 2, 3, 4, 5, 6]
     assert logged_steps(server, "test/accuracy/peer0")[1] == [6]
     assert run.info.status == "FINISHED"
+
+
+def test_metrics_at_the_end_of_a_run_are_logged_again_only_if_they_changed(workplace):
+    run = open_run("ends", "run", "token", {})
+    for accuracy in (0.5, 0.5, 0.6):
+        finish_run(run, "FINISHED", metrics={"best/accuracy": accuracy, "best/loss": 1.0})
+    client = MlflowClient(run.uri)
+    assert [entry.value for entry in client.get_metric_history(run.run_id, "best/accuracy")] == [0.5, 0.6]
+    assert len(client.get_metric_history(run.run_id, "best/loss")) == 1
 
 
 @pytest.mark.slow

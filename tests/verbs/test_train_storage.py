@@ -19,7 +19,7 @@ from studies import children, small_space
 
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.errors import UserError
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.files import put_text
 from wml_ray.storage.lease import LEASE_FILE, LeaseLost
@@ -265,9 +265,9 @@ def test_two_workers_train_in_object_storage(bucket, monkeypatch):
 def test_a_study_in_object_storage_is_complete_and_can_be_enlarged(bucket, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     space = small_space(f"run.storage_path={bucket}", domains={"wml.alpha": ray_tune_api.uniform(0.0, 0.9)})
-    tune(space, search_config(study="far", trials=2, scheduler="none"))
+    tune(space, SearchConfig(study="far", trials=2, scheduler="none"))
     before = [trial.point for trial in TrialStore(to_path(bucket) / "far").trials()]
-    outcome = tune(space, search_config(study="far", trials=3, scheduler="none"))
+    outcome = tune(space, SearchConfig(study="far", trials=3, scheduler="none"))
     trials = TrialStore(to_path(bucket) / "far").trials()
     assert [trial.state for trial in trials] == ["COMPLETE"] * 3
     assert [trial.point for trial in trials[:2]] == before

@@ -25,7 +25,7 @@ from wml_ray.cli.main import main
 from wml_ray.cluster import trial as trial_module
 from wml_ray.config.load import load_config
 from wml_ray.errors import UserError
-from wml_ray.search.settings import search_config
+from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import DIED
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import StorageUnavailable
@@ -75,7 +75,7 @@ def finished_study(tmp_path_factory, migrated_store, ray_cluster):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workplace)
         patch.setenv("PYTHONPATH", PYTHONPATH)
-        search = search_config(study="whole", trials=2, grace_epochs=3, storage="sqlite:///optuna.db")
+        search = SearchConfig(study="whole", trials=2, grace_epochs=3, storage="sqlite:///optuna.db")
         results = [tune(small_space(), search, start_again)]
         files = {path: path.read_bytes() for path in Path("results/whole/trials").glob("*/trial.json")}
         for trials in (3, 1):
@@ -155,22 +155,22 @@ def test_two_processes_cannot_run_one_study(finished):
 )
 def test_another_space_or_config_does_not_continue_a_study(finished, other):
     with pytest.raises(UserError, match="was started with another"):
-        tune(other(), search_config(study="whole", trials=4))
+        tune(other(), SearchConfig(study="whole", trials=4))
 
 
 def test_settings_that_do_not_change_the_networks_continue_a_study(finished):
     space = small_space("run.name=moved", "scale.max_failures=1")
-    assert not tune(space, search_config(study="whole", trials=3)).trained_now
+    assert not tune(space, SearchConfig(study="whole", trials=3)).trained_now
 
 
 def test_a_study_of_another_folder_cannot_share_the_storage(finished):
-    search = search_config(study="whole", trials=1, storage="sqlite:///optuna.db")
+    search = SearchConfig(study="whole", trials=1, storage="sqlite:///optuna.db")
     with pytest.raises(UserError, match="contains another study named 'whole'"):
         tune(small_space("run.storage_path=elsewhere"), search)
 
 
 def test_the_sampler_learns_from_an_earlier_study(finished):
-    search = search_config(study="second", trials=1, scheduler="none", storage="sqlite:///second.db")
+    search = SearchConfig(study="second", trials=1, scheduler="none", storage="sqlite:///second.db")
     tune(small_space(), search, warm_start=["whole"])
     stored = optuna.load_study(study_name="second", storage="sqlite:///second.db").trials
     earlier = [trial.point for trial in TrialStore(Path("results/whole")).trials()]
@@ -180,7 +180,7 @@ def test_the_sampler_learns_from_an_earlier_study(finished):
 
 def test_an_earlier_study_that_does_not_exist_is_one_line(finished):
     with pytest.raises(UserError, match=r"holds no study|is not on"):
-        tune(small_space(), search_config(study="third", trials=1), warm_start=["never"])
+        tune(small_space(), SearchConfig(study="third", trials=1), warm_start=["never"])
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -196,7 +196,7 @@ def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(work
             os.kill(killed[0], signal.SIGKILL)
 
     start = [{"optim.learning_rate": 1e30}, {"optim.learning_rate": 0.05}]
-    search = search_config(
+    search = SearchConfig(
         study="bad", trials=4, scheduler="none", storage="sqlite:///bad.db", sampler="random", concurrent=1
     )
     result = tune(space, search, kill_trial_1, start)
@@ -236,7 +236,7 @@ def test_a_killed_trial_resumes_from_its_checkpoint(workplace):
             killed.append([entry["timestamp_ms"] for entry in study.trials[0].history])
             os.kill(killed[0], signal.SIGKILL)
 
-    tune(small_space("optim.epochs=12"), search_config(study="once", trials=1, scheduler="none"), kill_once)
+    tune(small_space("optim.epochs=12"), SearchConfig(study="once", trials=1, scheduler="none"), kill_once)
     (trial,) = TrialStore(Path("results/once")).trials()
     assert trial.state == "COMPLETE"
     assert [entry["timestamp_ms"] for entry in trial.history][:5] == killed[1]
@@ -253,7 +253,7 @@ def test_an_actor_that_dies_between_two_trials_fails_neither(workplace):
             killed.append(max(trial_processes(study, 0)))
             os.kill(killed[0], signal.SIGKILL)
 
-    tune(small_space(), search_config(study="between", trials=3, scheduler="none", concurrent=1), kill_once)
+    tune(small_space(), SearchConfig(study="between", trials=3, scheduler="none", concurrent=1), kill_once)
     assert killed
     assert [trial.state for trial in TrialStore(Path("results/between")).trials()] == ["COMPLETE"] * 3
     assert [run.info.status for run in children("between")] == ["FINISHED"] * 3
@@ -270,7 +270,7 @@ def test_unavailable_storage_of_a_trial_ends_the_study_and_fails_no_trial(workpl
 
     monkeypatch.setattr("wml_ray.cluster.tune.train_trial", train_without_storage)
     with pytest.raises(UserError, match=r"^the storage does not respond$"):
-        tune(small_space(), search_config(study="away", trials=2, scheduler="none"))
+        tune(small_space(), SearchConfig(study="away", trials=2, scheduler="none"))
     assert {trial.state for trial in TrialStore(Path("results/away")).trials()} == {"RUNNING"}
     assert {run.info.status for run in [parent("away"), *children("away")]} <= {"FAILED", "KILLED"}
 
@@ -279,7 +279,7 @@ def test_unavailable_storage_of_a_trial_ends_the_study_and_fails_no_trial(workpl
 def test_the_scheduler_stops_bad_trials_and_their_checkpoints_are_deleted(workplace):
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 0.1, 0.1, 1e-6)]
-    search = search_config(study="stops", trials=4, scheduler="median", grace_epochs=2, storage="sqlite:///stops.db")
+    search = SearchConfig(study="stops", trials=4, scheduler="median", grace_epochs=2, storage="sqlite:///stops.db")
     result = tune(
         small_space("optim.epochs=6", domains=domains), search.model_copy(update={"concurrent": 1}), None, start
     )
@@ -301,7 +301,7 @@ def test_several_objectives_with_every_sampler_and_asha(workplace, capsys, sampl
     objectives = {"val/accuracy/smallest_peer": "max", "peers/macs/tree": "min", "peers/latency_ms/peer0": "min"}
     domains = {"pruning.ratios.3": ray_tune_api.uniform(0.0, 0.3), **ALPHA}
     result = tune(
-        small_space(domains=domains, objectives=objectives), search_config(study="many", trials=3, sampler=sampler)
+        small_space(domains=domains, objectives=objectives), SearchConfig(study="many", trials=3, sampler=sampler)
     )
     complete = result.study.trials[result.study.trials["state"] == "COMPLETE"]
     assert complete[list(objectives)].notna().all(axis=None)
@@ -357,9 +357,9 @@ def start_tune():
 def test_a_second_command_is_refused_while_a_study_runs(workplace, ray_cluster):
     def again(study):
         with pytest.raises(UserError, match="in use by process"):
-            tune(small_space(), search_config(study="two", trials=1))
+            tune(small_space(), SearchConfig(study="two", trials=1))
 
-    tune(small_space(), search_config(study="two", trials=1), again)
+    tune(small_space(), SearchConfig(study="two", trials=1), again)
 
 
 def test_a_report_of_an_experiment_without_a_study_says_so(empty_workplace):
@@ -391,7 +391,7 @@ def test_a_study_in_postgresql_equals_its_trial_files_after_a_restart_of_the_dat
                 database.start()
                 restarted.append(True)
 
-        search = search_config(study="shared", trials=3, storage=database.url, scheduler="none")
+        search = SearchConfig(study="shared", trials=3, storage=database.url, scheduler="none")
         tune(small_space(), search, restart)
         assert restarted
         stored = optuna.load_study(study_name="shared", storage=database.url)
@@ -409,18 +409,18 @@ def test_a_study_in_postgresql_equals_its_trial_files_after_a_restart_of_the_dat
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_unreachable_database_ends_the_study_and_fails_no_trial(workplace, monkeypatch):
-    monkeypatch.setattr("wml_ray.search.optuna_study.STORAGE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("wml_ray.search.optuna_study.DATABASE_TIMEOUT_S", 1.0)
     # with two objectives Optuna is called only at the end of a trial
     space = small_space(objectives={**ACCURACY, "peers/macs/tree": "min"})
     with postgres() as database:
-        search = search_config(study="gone", trials=2, storage=database.url, scheduler="none", concurrent=1)
+        search = SearchConfig(study="gone", trials=2, storage=database.url, scheduler="none", concurrent=1)
 
         def kill(study):
             if study.trials[0].epochs == 2 and (database.data / "postmaster.pid").exists():
                 database.kill()
                 (database.data / "postmaster.pid").unlink()
 
-        with pytest.raises(UserError, match=r"storage .* does not respond .* run the same command again"):
+        with pytest.raises(StorageUnavailable, match=r"storage .* does not respond .* run the same command again"):
             tune(space, search, kill)
         (finished,) = TrialStore(Path("results/gone")).trials()
         assert finished.state == "COMPLETE"
@@ -442,7 +442,7 @@ def test_stopped_trials_of_two_workers_free_their_slots(workplace, ray_cluster):
     def count(study):
         running.append(study.counts()["RUNNING"])
 
-    result = tune(space, search_config(study="pairs", trials=6, reduction_factor=2), count, start)
+    result = tune(space, SearchConfig(study="pairs", trials=6, reduction_factor=2), count, start)
     assert max(running) == 1
     assert list(result.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
     for run in children("pairs")[::2]:
@@ -458,7 +458,7 @@ def test_a_killed_trial_of_two_workers_frees_their_slots_for_its_restart(workpla
             os.kill(killed[0], signal.SIGKILL)
 
     space = small_space("scale.workers=2", "optim.epochs=4")
-    result = tune(space, search_config(study="pair", trials=1, scheduler="none"), kill_once)
+    result = tune(space, SearchConfig(study="pair", trials=1, scheduler="none"), kill_once)
     assert killed
     assert list(result.study.trials["state"]) == ["COMPLETE"]
     assert steps(children("pair")[0], "train/loss") == [1, 2, 3, 4]
@@ -470,7 +470,7 @@ def test_with_test_epoch_best_the_report_has_the_metrics_of_the_best_epoch(workp
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
     start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6)]
     space = small_space("run.test_epoch=best", "optim.epochs=4", domains=domains)
-    search = search_config(study="best", trials=2, reduction_factor=2, concurrent=1)
+    search = SearchConfig(study="best", trials=2, reduction_factor=2, concurrent=1)
     trials = tune(space, search, None, start).study.trials
     assert list(trials["state"]) == ["COMPLETE", "STOPPED"]
     history = TrialStore(Path("results/best")).trials()[0].history

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from wml_ray.cli.exit_codes import OK, exit_code
+from wml_ray.cli.job import job_from_options, run_job
 from wml_ray.cli.options import parse_arguments
 from wml_ray.cli.output import configure_warnings, print_line, show_plan, show_study
+from wml_ray.cli.submit import manage_jobs, submit_job
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from wml_ray.config.load import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)  # before the slow import of torch
     from wml_ray.verbs.plan import plan
 
     show_plan(config, plan(config, options.check_data))
@@ -28,14 +31,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train_or_tune(options: argparse.Namespace) -> int:
-    from wml_ray.cli.job import job_from_options, run_job
-
     return run_job(job_from_options(options))
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from rich.console import Console
 
     from wml_ray.report.run_report import runs_table, write_comparison
@@ -61,23 +60,11 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
-def _submit(options: argparse.Namespace) -> int:
-    from wml_ray.cli.submit import submit_job
-
-    return submit_job(options)
-
-
-def _jobs(options: argparse.Namespace) -> int:
-    from wml_ray.cli.submit import manage_jobs
-
-    return manage_jobs(options)
-
-
 VERBS = {
     "plan": _plan,
     "train": _train_or_tune,
     "tune": _train_or_tune,
     "report": _report,
-    "submit": _submit,
-    "jobs": _jobs,
+    "submit": submit_job,
+    "jobs": manage_jobs,
 }

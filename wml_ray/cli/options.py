@@ -14,17 +14,11 @@ if TYPE_CHECKING:
     from wml_ray.search.settings import SearchConfig
 
 
-SEARCH_OPTIONS = (
-    *("sampler", "scheduler", "stop_metric", "grace_epochs", "reduction_factor", "concurrent", "keep_stopped"),
-    "seed",
-)
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. `key=value` may stand anywhere after the config, also after options.
 
-    `command` is the first word, `verb` the run or study it is about (`wml-ray submit tune`: submit and tune), `words`
-    the whole line.
+    `command` is the first word, `verb` is train or tune (`wml-ray submit tune`: submit and tune), `words` is the whole
+    line.
     """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else arguments
@@ -166,10 +160,9 @@ def search_settings(options: argparse.Namespace, base: Config) -> SearchConfig:
     """
     from pathlib import Path
 
-    from wml_ray.search.settings import search_config
+    from wml_ray.search.settings import SearchConfig
 
     study = options.study or f"{base.run.name}-{Path(options.space).stem}"
-    settings = {"study": study, "trials": options.trials}
-    settings["storage"] = options.storage or os.environ.get("OPTUNA_STORAGE")
-    settings |= {key: getattr(options, key) for key in SEARCH_OPTIONS}
-    return search_config(**{key: value for key, value in settings.items() if value is not None})
+    settings = {key: getattr(options, key) for key in SearchConfig.model_fields}
+    settings |= {"study": study, "storage": options.storage or os.environ.get("OPTUNA_STORAGE")}
+    return SearchConfig(**{key: value for key, value in settings.items() if value is not None})

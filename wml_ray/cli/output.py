@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(config: Config, plan: RunPlan) -> None:
+    """Print the peers, sizes, resources and state of a run."""
     from rich.console import Console
 
     from wml_ray.report.run_report import plan_table
@@ -40,6 +41,7 @@ def show_plan(config: Config, plan: RunPlan) -> None:
 
 
 def show_run(run: RunResult) -> None:
+    """Print the result of a finished run."""
     from rich.console import Console
 
     from wml_ray.report.run_report import peer_table
@@ -63,15 +65,18 @@ def show_run(run: RunResult) -> None:
 
 def show_checks(results: Iterable[CheckResult]) -> int:
     """Print each check as it ends; returns the exit code."""
+    from wml_ray.report.style import number_of
+
     failed = 0
     for result in results:
         failed += not result.passed
         print_line(f"{result.subject:<11} {'ok' if result.passed else 'NO'}  {result.text}")
-    print_line(f"{failed} check{'s' * (failed != 1)} failed" if failed else "all checks passed; nothing was started")
+    print_line(f"{number_of(failed, 'check')} failed" if failed else "all checks passed; nothing was started")
     return USER_ERROR if failed else OK
 
 
 def show_study(study: StudyRecords) -> None:
+    """Print the states of the trials and the Pareto front of a study."""
     from rich.console import Console
 
     from wml_ray.report.study_tables import front_table, trials_summary
@@ -82,6 +87,7 @@ def show_study(study: StudyRecords) -> None:
 
 
 def warn_undelivered(path: Path) -> None:
+    """Print to stderr that MLflow lacks metrics, which are in `path`."""
     print(
         f"wml-ray: MLflow cannot be reached; every metric is in {path}: run the same command again when MLflow is "
         "back, to deliver them",
@@ -90,6 +96,7 @@ def warn_undelivered(path: Path) -> None:
 
 
 def print_line(line: str) -> None:
+    """Print a line and flush it."""
     print(line, flush=True)
 
 

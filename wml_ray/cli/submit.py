@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from wml_ray.cli.exit_codes import FAILED, OK
+from wml_ray.cli.job import job_from_options
 from wml_ray.cli.output import print_line
 from wml_ray.submit.token import configure_ray
 
@@ -24,7 +25,6 @@ NUM_LISTED = 20  # newest jobs in a list
 def submit_job(options: argparse.Namespace) -> int:
     """Submit a run or study, or find the job that works on it, and follow the log unless --detach is given."""
     configure_ray()
-    from wml_ray.cli.job import job_from_options
     from wml_ray.submit.client import connect
     from wml_ray.submit.jobs import submit
 

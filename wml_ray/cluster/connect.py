@@ -1,4 +1,4 @@
-"""Connection to a Ray cluster, and the environment its workers take over from the driver."""
+"""Connection to a Ray cluster, and the environment that the driver sends to its workers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def join_cluster(verbose: bool = False) -> None:
             logging_level=logging.INFO if verbose else logging.ERROR,
             log_to_driver=verbose,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"RAY_ADDRESS: cannot connect to the Ray cluster at {address or 'this machine'} "
+            f"RAY_ADDRESS: cannot connect to the Ray cluster {f'at {address}' if address else 'on this machine'} "
             f"({one_line(error)}); check the address; with token authentication set "
             "RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
@@ -46,7 +46,7 @@ def join_cluster(verbose: bool = False) -> None:
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """Import path, credentials and lease, which a worker on any node takes over from the driver."""
+    """Import path, credentials and lease that the driver sends to its workers."""
 
     import_path: list[str]  # for the user's own backbone
     variables: dict[str, str] = field(repr=False)  # with secrets

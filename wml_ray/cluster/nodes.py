@@ -16,10 +16,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wml_ray.cluster.connect import join_cluster, with_absolute_paths
+from wml_ray.cluster.preflight import run_check
 from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_resources
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError, root_cause
+from wml_ray.report.style import number_of
 from wml_ray.storage.files import check_storage, storage_environment
 from wml_ray.storage.paths import to_path
 from wml_ray.tracking.client import check_reachable, is_local_store, tracking_environment
@@ -45,8 +47,7 @@ def connect() -> str:
     """
     join_cluster()
     total, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
-    count = f"{len(nodes)} node{'s' * (len(nodes) > 1)}"
-    return f"{count}, {total.get('CPU', 0):.0f} CPU cores, {total.get('GPU', 0):.0f} GPUs"
+    return f"{number_of(len(nodes), 'node')}, {total.get('CPU', 0):.0f} CPU cores, {total.get('GPU', 0):.0f} GPUs"
 
 
 def check_slots(config: Config, searching: bool) -> str:
@@ -82,7 +83,7 @@ def reports_of(nodes: Sequence[dict[str, Any]], marker: Path, config: Config, ur
 
 
 def report_node(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> NodeReport:
-    """Check the node this runs on: that it sees the file `marker`, reaches MLflow at `uri` and has the data.
+    """Check on this node that the file `marker` exists, MLflow at `uri` can be reached and the data is complete.
 
     `environment` holds the variables that clients of MLflow and the storage read.
     """
@@ -93,8 +94,8 @@ def report_node(marker: str, uri: str, data: dict[str, Any], environment: dict[s
     }
     if uri and not is_local_store(uri):
         checks["MLflow"] = partial(check_reachable, uri)
-    errors = {subject: error for subject, check in checks.items() if (error := _error_of(check))}
-    return NodeReport(socket.gethostname(), versions(), errors)
+    results = [run_check(subject, check) for subject, check in checks.items()]
+    return NodeReport(socket.gethostname(), versions(), {r.subject: r.text for r in results if not r.passed})
 
 
 def check_versions(reports: Sequence[NodeReport]) -> str:
@@ -144,13 +145,5 @@ def _check_marker(marker: Path) -> None:
     check_storage(marker.parent)
     if not marker.exists():
         raise UserError(
-            f"run.storage_path = '{marker.parent}' is not the folder the driver sees; give a path that all nodes share"
+            f"run.storage_path = '{marker.parent}' is not the driver's folder; give a path that all nodes share"
         )
-
-
-def _error_of(check: Callable[[], object]) -> str:
-    try:
-        check()
-    except UserError as error:
-        return str(error)
-    return ""

@@ -39,11 +39,15 @@ def require_checks(config: Config, searching: bool = False) -> None:
     Raises:
         UserError: a check failed.
     """
-    for result in _resource_checks(config, searching):
-        _require(result)
-    if others := _other_nodes(config, searching):
-        for result in _access_checks(config, searching, others):
-            _require(result)
+
+    def checks() -> Iterator[CheckResult]:
+        yield from _resource_checks(config, searching)
+        if others := _other_nodes(config, searching):
+            yield from _access_checks(config, searching, others)
+
+    for result in checks():
+        if not result.passed:
+            raise UserError(result.text)
 
 
 def run_checks(config: Config, searching: bool = False) -> Iterator[CheckResult]:
@@ -52,9 +56,10 @@ def run_checks(config: Config, searching: bool = False) -> Iterator[CheckResult]
         yield result
         if result.subject == "cluster" and not result.passed:
             return
-    yield from _access_checks(config, searching, _other_nodes(config, searching))
-    if config.data.name == "imagefolder":
-        yield _check("images", partial(_check_images, config.data))
+    for result in _access_checks(config, searching, _other_nodes(config, searching)):
+        yield result
+    if config.data.name == "imagefolder" and result.subject == "data" and result.passed:
+        yield run_check("images", partial(_check_images, config.data))
 
 
 def _needs_cluster(config: Config, searching: bool) -> bool:
@@ -63,14 +68,14 @@ def _needs_cluster(config: Config, searching: bool) -> bool:
 
 def _resource_checks(config: Config, searching: bool) -> Iterator[CheckResult]:
     if not _needs_cluster(config, searching):
-        yield _check("resources", partial(_check_this_process, config))
+        yield run_check("resources", partial(_check_this_process, config))
         return
     from wml_ray.cluster.nodes import check_slots, connect
 
-    connected = _check("cluster", connect)
+    connected = run_check("cluster", connect)
     yield connected
     if connected.passed:
-        yield _check("resources", partial(check_slots, config, searching))
+        yield run_check("resources", partial(check_slots, config, searching))
 
 
 def _access_checks(config: Config, searching: bool, others: Sequence[dict[str, Any]]) -> Iterator[CheckResult]:
@@ -86,12 +91,12 @@ def _access_checks(config: Config, searching: bool, others: Sequence[dict[str, A
         except UserError as error:
             yield CheckResult("nodes", False, str(error))
             return
-        yield _check("versions", partial(check_versions, reports))
+        yield run_check("versions", partial(check_versions, reports))
     other_hosts = any(report.host != socket.gethostname() for report in reports)
-    yield _with_reports(_check("storage", partial(_check_writable, _storage_folder(config))), reports)
-    mlflow = _check("MLflow", partial(_check_tracking, uri, other_hosts and not searching))
+    yield _with_reports(run_check("storage", partial(_check_writable, _storage_folder(config))), reports)
+    mlflow = run_check("MLflow", partial(_check_tracking, uri, other_hosts and not searching))
     yield mlflow if searching else _with_reports(mlflow, reports)  # only the driver of a study logs
-    yield _with_reports(_check("data", partial(_check_data, config.data)), reports)
+    yield _with_reports(run_check("data", partial(_check_data, config.data)), reports)
 
 
 def _with_reports(result: CheckResult, reports: Sequence[NodeReport]) -> CheckResult:
@@ -112,16 +117,12 @@ def _other_nodes(config: Config, searching: bool) -> list[dict[str, Any]]:
     return other_nodes(config, searching)
 
 
-def _check(subject: str, check: Callable[[], str]) -> CheckResult:
+def run_check(subject: str, check: Callable[[], object]) -> CheckResult:
+    """Call `check`; a UserError is a failure, the text that it returns a success."""
     try:
-        return CheckResult(subject, True, check())
+        return CheckResult(subject, True, str(check()))
     except UserError as error:
         return CheckResult(subject, False, str(error))
-
-
-def _require(result: CheckResult) -> None:
-    if not result.passed:
-        raise UserError(result.text)
 
 
 def _check_this_process(config: Config) -> str:
@@ -150,8 +151,6 @@ def _check_tracking(uri: str, other_hosts: bool) -> str:
 
 
 def _check_data(config: DataConfig) -> str:
-    if config.name == "digits":  # without the import of torch, which takes seconds
-        return "digits is part of scikit-learn, 1,797 images"
     from wml_ray.data.readers import check_dataset
 
     return f"{config.name} {check_dataset(config)}"
@@ -171,7 +170,7 @@ def _storage_folder(config: Config) -> Path:
 
 @contextmanager
 def _marker_file(folder: Path) -> Iterator[Path]:
-    """A file in the storage that other nodes must see. It is removed at the end, with the folders made for it.
+    """A file in the storage, for the checks of other nodes. It is removed at the end, with the folders made for it.
 
     Raises:
         UserError: the folder cannot be written.

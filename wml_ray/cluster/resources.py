@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
+from wml_ray.report.style import number_of
 from wml_ray.search.settings import SearchConfig
 
 AUTOSCALER_TIMEOUT_S = 30.0  # for the autoscaler's response to a request
@@ -27,8 +28,8 @@ def check_capacity(workers: int, resources: Mapping[str, float]) -> str:
         UserError: the cluster has too few slots, and no autoscaler adds them.
     """
     slots = worker_slots(resources)
-    request = f"{workers} worker{'s' * (workers > 1)} with {_in_words(resources)} each"
-    available = f"cluster has {slots} such slot{'s' * (slots != 1)}"
+    request = f"{number_of(workers, 'worker')} with {_in_words(resources)} each"
+    available = f"cluster has {number_of(slots, 'such slot')}"
     if slots >= workers:
         return f"{request}: the {available}"
     if _autoscaler_adds(workers, resources):
@@ -123,8 +124,7 @@ def _requested(group: PlacementGroup, requests: Iterable[Any]) -> bool:
 
 
 def _in_words(resources: Mapping[str, float]) -> str:
-    cores = resources["CPU"]
-    return f"{cores:.0f} CPU core{'s' * (cores != 1)}{' and a GPU' if 'GPU' in resources else ''}"
+    return f"{number_of(round(resources['CPU']), 'CPU core')}{' and a GPU' if 'GPU' in resources else ''}"
 
 
 def _resources_of_nodes() -> list[dict[str, float]]:

@@ -75,6 +75,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
         return {"trial": trial.number, "config": json.dumps(self.study.local_config(trial).model_dump(mode="json"))}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Store the objective at the end of an epoch."""
         metrics = list(self.study.space.objectives)
         if len(metrics) == 1 and metrics[0] in result and not result.get("past"):
             _, optuna_trial = self.trials[trial_id]
@@ -82,6 +83,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
                 self.optuna_study.report(optuna_trial, result[metrics[0]], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Record the end of a trial, or queue it again after a death of its process."""
         trial, optuna_trial = self.trials[trial_id]
         self.live.discard(trial_id)
         with self.pending.capture():
@@ -95,7 +97,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
             self.optuna_study.finish(optuna_trial, self.study.record(trial))
 
     def save(self, checkpoint_path: str) -> None:
-        Path(checkpoint_path).touch()  # Ray Tune requires a file; a study continues from its trial files
+        """Create the file that Ray Tune requires; a study continues from its trial files."""
+        Path(checkpoint_path).touch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # for the same reason

@@ -8,10 +8,10 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.train
@@ -35,7 +35,7 @@ from wml_ray.storage.files import read_json, write_json
 from wml_ray.storage.lease import Lease, LeaseLost
 from wml_ray.storage.retry import StorageUnavailable, retry_storage
 from wml_ray.tracking.runs import MetricLogger, TrackedRun
-from wml_ray.training.events import EpochEnd, OnEvent, StepProgress
+from wml_ray.training.events import EpochEnd, LogMetrics, OnEvent, StepProgress
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.worker import WorkerContext, run_worker
 
@@ -65,26 +65,23 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: OnEvent, lease: Le
         return _train(config, settings | {"on_event": queue.sender("on_event", acknowledge=False)}, name, lease)
 
 
-class TrialListener(Protocol):
-    """Callbacks, in the process of a trial, for its training on several workers."""
+def fit_trial(
+    config: Config,
+    log: LogMetrics,
+    on_placement: Callable[[PlacementGroup], None],
+    name: str,
+    lease: Lease | None = None,
+) -> None:
+    """Train a trial on several workers, to the end or until `log` ends it; then its slots are free.
 
-    def log(self, step: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
-        """Receive metrics. SystemExit ends the training: `ray.tune.report` raises it in a stopped trial."""
-
-    def on_placement(self, group: PlacementGroup) -> None:
-        """Receive the workers' placement group, again after each restart."""
-
-
-def fit_trial(config: Config, listener: TrialListener, name: str, lease: Lease | None = None) -> None:
-    """Train a trial on several workers, to the end or until `listener.log` ends it; then its slots are free.
-
-    `name` is that of the run in Ray Train; `lease` is on the study's folder.
+    `log` and `on_placement` are called in this process: with metrics, and with the workers' placement group after each
+    start. `name` is that of the run in Ray Train; `lease` is on the study's folder.
 
     Raises:
         Diverged, UserError: as for `fit`.
-        SystemExit: raised by `listener.log`.
+        SystemExit: raised by `log`, as by `ray.tune.report` in a stopped trial.
     """
-    with DriverQueue({"log": listener.log, "on_placement": listener.on_placement}) as queue:
+    with DriverQueue({"log": log, "on_placement": on_placement}) as queue:
         senders = {"log": queue.sender("log"), "on_placement": queue.sender("on_placement", acknowledge=False)}
         _train(config, senders, name, lease)
 
@@ -168,8 +165,8 @@ def _fit(trainer: Any) -> None:
 def train_loop_per_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on each worker: `run_worker`, then the status file.
 
-    Ray Train starts the workers again after any error. An attempt that finds a status file ends at once, as its
-    predecessor met an error that would come again.
+    Ray Train starts the workers again after any error. An attempt that finds a status file ends at once: the error of
+    the attempt before it would occur again.
     """
     environment: WorkerEnvironment = settings["worker_environment"]
     environment.apply()

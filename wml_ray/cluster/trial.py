@@ -37,7 +37,8 @@ def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment)
         config = parse_config(json.loads(settings["config"]))
         reporter = _Reporter(config.optim.epochs)
         if has_several_workers(config):
-            fit_trial(config, reporter, ray.tune.get_context().get_trial_id(), worker_environment.lease)
+            name = ray.tune.get_context().get_trial_id()
+            fit_trial(config, reporter.log, reporter.on_placement, name, worker_environment.lease)
         else:
             _train_here(config, reporter, worker_environment.lease)
     except (LeaseLost, StorageUnavailable) as error:  # all other trials would fail in the same way

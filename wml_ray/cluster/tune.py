@@ -21,10 +21,10 @@ from wml_ray.cluster.resources import has_several_workers, trial_resources
 from wml_ray.cluster.schedulers import make_scheduler, replay
 from wml_ray.cluster.searcher import PendingError, StudySearcher
 from wml_ray.cluster.trial import STOP_TIMEOUT_S, train_trial
-from wml_ray.errors import UserError
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
+from wml_ray.storage.retry import StorageUnavailable
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -46,7 +46,8 @@ def run_trials(
     `trial_function` replaces `train_trial` in the trials' actors.
 
     Raises:
-        UserError: the cluster cannot hold one trial, or Optuna's storage or that of the results does not respond.
+        UserError: the cluster cannot hold one trial.
+        StorageUnavailable: Optuna's storage or that of the results failed for too long, or the lease was lost.
     """
     _configure_output(verbose)
     while study.remaining:  # again for trials that Ray Tune ended before `scale.max_failures` deaths
@@ -112,7 +113,7 @@ class _StudyCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typ
             self._trial(trial).reason = result["failed"]
             trial.max_failures = 0  # the same error would come again
         elif "study_error" in result:
-            self.pending.set(UserError(result["study_error"]))
+            self.pending.set(StorageUnavailable(result["study_error"]))
         elif "placement_group" in result:
             self.placement_groups[trial.trial_id] = result["placement_group"]
         elif "epoch" in result:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wml_ray.report.analysis import pareto_front
-from wml_ray.report.style import count_labels, log_ticks, new_table, percent, prediction_words, short_count
+from wml_ray.report.style import count_labels, log_ticks, new_table, number_of, percent, prediction_words, short_count
 from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def trials_summary(study: StudyRecords) -> str:
     states = study.trials["state"].value_counts()
     ends = ", ".join(f"{states[state]} {words}" for state, words in STATES.items() if state in states)
     total, epochs = len(study.trials), int(study.trials["epochs"].sum())
-    return f"{_number_of(total, 'trial')}: {ends or 'none yet'}; {_number_of(epochs, 'epoch')}"
+    return f"{number_of(total, 'trial')}: {ends or 'none yet'}; {number_of(epochs, 'epoch')}"
 
 
 def front_table(study: StudyRecords, width: int = 120) -> Table:
@@ -110,7 +110,7 @@ def front_table(study: StudyRecords, width: int = 120) -> Table:
     if chosen.empty:
         table.caption = "no trial has reached the full budget yet"
     elif left_out:
-        table.caption = f"{_number_of(left_out, 'more key')} in trials.csv"
+        table.caption = f"{number_of(left_out, 'more key')} in trials.csv"
     return table
 
 
@@ -194,7 +194,3 @@ def _bottom_aligned(shown: Sequence[Column]) -> list[str]:
 
 def _short(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width // 2 - 1]}…{text[-(width // 2) :]}"
-
-
-def _number_of(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

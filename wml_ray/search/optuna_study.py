@@ -14,7 +14,7 @@ from optuna.trial import TrialState as OptunaState
 from wml_ray.errors import UserError, root_cause
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
-from wml_ray.storage.retry import retry_for
+from wml_ray.storage.retry import StorageUnavailable, retry_for
 from wml_ray.tracking.client import redacted
 from wml_ray.tracking.tags import TrialState
 
@@ -22,7 +22,7 @@ TRIAL_ATTRIBUTE = "wml_ray.trial"  # user attribute of Optuna's trials: study an
 TOKEN_ATTRIBUTE = "wml_ray.token"  # user attribute of Optuna's studies: the token of the study's folder
 STARTUP_TRIALS = 5  # random trials before TPE; half of Optuna's default, because each trial is a training
 LIAR_TRIALS = 200  # largest study with constant_liar, which rereads all trials for each suggestion
-STORAGE_TIMEOUT_S = 60.0  # how long calls are retried while the database is unreachable
+DATABASE_TIMEOUT_S = 60.0  # how long calls are retried while the database is unreachable
 _STATES = {"COMPLETE": OptunaState.COMPLETE, "STOPPED": OptunaState.PRUNED, "FAILED": OptunaState.FAIL}
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ def open_storage(url: str | None, name: str, token: str | None) -> optuna.storag
 class OptunaStudy:
     """The study in Optuna. Its calls are retried while the database is unreachable.
 
-    All methods raise UserError if the database stays unreachable for `STORAGE_TIMEOUT_S`.
+    All methods raise StorageUnavailable if the database stays unreachable for `DATABASE_TIMEOUT_S`.
     """
 
     def __init__(self, space: Space, search: SearchConfig, storage: optuna.storages.BaseStorage, started: int) -> None:
@@ -192,10 +192,10 @@ class OptunaStudy:
         )
 
     def _retry(self, call: Callable[[], T]) -> T:
-        return retry_for(call, STORAGE_TIMEOUT_S, optuna.exceptions.StorageInternalError, self._unavailable)
+        return retry_for(call, DATABASE_TIMEOUT_S, optuna.exceptions.StorageInternalError, self._unavailable)
 
-    def _unavailable(self, error: Exception) -> UserError:
-        return UserError(
+    def _unavailable(self, error: Exception) -> StorageUnavailable:
+        return StorageUnavailable(
             f"storage '{redacted(self._url)}' does not respond ({root_cause(error)}); run the same command again once "
             "it does: the study continues"
         )

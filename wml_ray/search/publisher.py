@@ -11,7 +11,7 @@ from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import read_json, write_text
 from wml_ray.storage.retry import RetryQueue
-from wml_ray.tracking.origin import dataset_splits
+from wml_ray.tracking.origin import dataset_inputs
 from wml_ray.tracking.runs import UNREACHABLE, MetricSender, TrackedRun, finish_run, open_run
 from wml_ray.tracking.tags import (
     EPOCHS_TAG,
@@ -32,12 +32,12 @@ class Publisher:
     """Sends the trials of a study to MLflow, from one thread, in order and exactly once, as children of its run."""
 
     def __init__(self, study: Study, parent: TrackedRun) -> None:
-        """Observe the study, and queue its ended trials that MLflow lacks."""
+        """Become the publisher of the study, and queue its ended trials that MLflow lacks."""
         self.study, self.parent = study, parent
         self._queue = RetryQueue(UNREACHABLE)
         self._senders: dict[int, MetricSender] = {}
         self._queued: dict[int, int] = {}  # trial -> last epoch in the queue
-        study.observers.append(self)
+        study.publisher = self
         for trial in study.trials.values():
             if trial.state != "RUNNING" and not trial.delivered:
                 self.on_end(trial)
@@ -59,7 +59,7 @@ class Publisher:
             self._put_metrics(trial.number, trial.final["epoch"], trial.final["metrics"], trial.final["timestamp_ms"])
 
     def on_end(self, trial: Trial) -> None:
-        """Queue all data of an ended trial that MLflow may lack; afterwards its file says that it is delivered."""
+        """Queue all data of an ended trial that MLflow may lack; then its file is marked as delivered."""
         config = self.study.config(trial)
         self._queue.put(partial(self._open, trial, config))
         if trial.sizes:
@@ -95,16 +95,16 @@ class Publisher:
     def _finish(self, trial: Trial, config: Config) -> None:
         folder = self.study.store.trial_folder(trial.number)
         write_text(folder / "config.yaml", config.to_yaml())
-        files, splits = [folder / "config.yaml"], []
+        files, inputs = [folder / "config.yaml"], []
         tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
         if trial.state == "COMPLETE" and (result := read_json(folder / config.run_id / RESULT)):
             files += write_files(result, folder / "report")
-            tags[NOTE_TAG], splits = peer_markdown(result), dataset_splits(result)
+            tags[NOTE_TAG], inputs = peer_markdown(result), dataset_inputs(result)
         if trial.state == "STOPPED":
             tags[REASON_TAG] = f"stopped early after epoch {trial.epochs}"
         elif trial.reason:
             tags[REASON_TAG] = trial.reason
-        finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags, splits=splits)
+        finish_run(self._senders[trial.number].tracked, _STATUS[trial.state], files, tags, inputs=inputs)
         trial.delivered = True
         self.study.store.write(trial)
         del self._senders[trial.number]

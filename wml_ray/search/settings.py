@@ -36,18 +36,17 @@ class SearchConfig(Section):
     keep_stopped: bool = Field(False, description="keep the checkpoints of trials that were stopped early")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the sampler")
 
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings.
+
+        Raises:
+            UserError: an unknown setting, or a value outside its range.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise UserError(validation_message(error, type(self).model_fields)) from None
+
     def grace(self, budget: int) -> int:
-        """`grace_epochs` of trials with a budget of so many epochs, at most the budget."""
+        """`grace_epochs`, or its default, for trials with a budget of `budget` epochs; at most the budget."""
         return min(self.grace_epochs or round(math.sqrt(budget)), budget)
-
-
-def search_config(**settings: Any) -> SearchConfig:
-    """The settings of a search by name.
-
-    Raises:
-        UserError: an unknown setting, or a value outside its range.
-    """
-    try:
-        return SearchConfig(**settings)
-    except ValidationError as error:
-        raise UserError(validation_message(error, SearchConfig.model_fields)) from None

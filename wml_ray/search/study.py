@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
-from wml_ray.search.eta import Eta
 from wml_ray.search.optuna_study import TrialRecord
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
@@ -20,17 +20,10 @@ from wml_ray.storage.lease import Lease
 from wml_ray.tracking.tags import TrialState
 from wml_ray.training.events import now_ms
 
+if TYPE_CHECKING:
+    from wml_ray.search.publisher import Publisher
+
 DIED = "its process died (killed, out of memory, or its node was lost)"
-
-
-class TrialObserver(Protocol):
-    """Called at each change of a trial, before `on_change` of the study."""
-
-    def on_start(self, trial: Trial) -> None: ...
-
-    def on_report(self, trial: Trial) -> None: ...
-
-    def on_end(self, trial: Trial) -> None: ...
 
 
 class Study:
@@ -50,11 +43,11 @@ class Study:
         self.store, self.lease = TrialStore(folder, lease), lease
         self.trials = {trial.number: trial for trial in self.store.trials()}
         self.interrupted = [trial for trial in self.trials.values() if trial.state == "RUNNING"]
-        self.observers: list[TrialObserver] = []
+        self.publisher: Publisher | None = None  # called at each change of a trial, before `on_change`
         self._on_change = on_change or (lambda study: None)
         self._started: set[int] = set()
         self._deaths: Counter[int] = Counter()
-        self._eta = Eta()
+        self._first_start: tuple[float, int] | None = None  # seconds and epochs at the first start of a trial
 
     @property
     def remaining(self) -> int:
@@ -71,10 +64,10 @@ class Study:
         """Epochs of a complete trial."""
         return self.space.base.optim.epochs
 
-    def add_trial(self, point: Mapping[str, Any], sampler_notes: dict[str, Any]) -> Trial:
+    def add_trial(self, point: Mapping[str, Any], system_attributes: dict[str, Any]) -> Trial:
         """A new trial at a point that the config accepts."""
         number = max(self.trials, default=-1) + 1
-        trial = Trial(number, dict(point), created_ms=now_ms(), sampler_notes=sampler_notes)
+        trial = Trial(number, dict(point), created_ms=now_ms(), system_attributes=system_attributes)
         self.store.write(trial)
         self.trials[trial.number] = trial
         return trial
@@ -82,9 +75,9 @@ class Study:
     def on_start(self, trial: Trial) -> None:
         """Record that a trial starts, for the first time or again."""
         self._started.add(trial.number)
-        self._eta.start(self.epochs)
-        for observer in self.observers:
-            observer.on_start(trial)
+        self._first_start = self._first_start or (time.monotonic(), self.epochs)
+        if self.publisher:
+            self.publisher.on_start(trial)
         self._on_change(self)
 
     def on_report(self, trial: Trial, report: Mapping[str, Any]) -> None:
@@ -94,8 +87,8 @@ class Study:
         if epoch > trial.epochs:
             trial.history.append({key: report[key] for key in ("epoch", "timestamp_ms", "metrics")})
         trial.final = report.get("final") or trial.final
-        for observer in self.observers:
-            observer.on_report(trial)
+        if self.publisher:
+            self.publisher.on_report(trial)
         self._on_change(self)
 
     def on_end(self, trial: Trial, end: Literal["returned", "stopped", "failed"]) -> None:
@@ -109,8 +102,8 @@ class Study:
             trial.state = "RUNNING"
             raise
         self._delete_checkpoints_if_stopped(trial)
-        for observer in self.observers:
-            observer.on_end(trial)
+        if self.publisher:
+            self.publisher.on_end(trial)
         self._on_change(self)
 
     def record_death(self, trial: Trial) -> bool:
@@ -150,7 +143,7 @@ class Study:
         if len(metrics) == 1:
             found = {entry["epoch"]: entry["metrics"].get(metrics[0]) for entry in trial.history}
             intermediate = {epoch: value for epoch, value in found.items() if value is not None}
-        return TrialRecord(self.label(trial), trial.point, trial.state, values, intermediate, trial.sampler_notes)
+        return TrialRecord(self.label(trial), trial.point, trial.state, values, intermediate, trial.system_attributes)
 
     def values(self, trial: Trial) -> list[float]:
         """The objectives of a complete trial."""
@@ -185,8 +178,18 @@ class Study:
         return {metric: (min if mode == "min" else max)(row[metric] for row in results) for metric, mode in modes}
 
     def eta_s(self) -> float | None:
-        """Seconds left; None while there is too little to estimate them from."""
-        return self._eta.seconds(self)
+        """Seconds left if coming trials are as long as the ended ones were; None before the first trial has ended."""
+        ended = [trial.epochs for trial in self.trials.values() if trial.state != "RUNNING"]
+        start_s, start_epochs = self._first_start or (0.0, self.epochs)
+        trained = self.epochs - start_epochs
+        if not ended or not trained:
+            return None
+        mean = sum(ended) / len(ended)
+        running = [trial.epochs for trial in self.trials.values() if trial.state == "RUNNING"]
+        # a trial that is longer than the mean is expected to reach the full budget
+        left = sum((mean if epochs < mean else self.budget) - epochs for epochs in running)
+        left += (self.search.trials - len(self.trials)) * mean
+        return max(left, 0.0) * (time.monotonic() - start_s) / trained
 
     def _state(self, trial: Trial, end: str) -> TrialState:
         if end == "failed" or (end == "returned" and trial.final is None):

@@ -26,10 +26,11 @@ class Trial:
     reason: str = ""  # of a failure
     created_ms: int = 0
     delivered: bool = False  # MLflow has all metrics and files
-    sampler_notes: dict[str, Any] = field(default_factory=dict)  # the sampler's attributes, such as a generation
+    system_attributes: dict[str, Any] = field(default_factory=dict)  # of the sampler, such as a generation
 
     @property
     def epochs(self) -> int:
+        """The epochs trained so far."""
         return int(self.history[-1]["epoch"]) if self.history else 0
 
     def metrics(self, epoch: int | None = None) -> dict[str, float]:
@@ -69,6 +70,7 @@ class TrialStore:
         write_json(self.trial_folder(trial.number) / "trial.json", asdict(trial))
 
     def trial_folder(self, number: int) -> Path:
+        """The folder of a trial: its file, its config and its run."""
         return self.folder / "trials" / f"{number:04d}"
 
     def delete_checkpoints(self, number: int) -> None:

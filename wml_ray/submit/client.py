@@ -37,7 +37,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     if "://" not in url:
         raise UserError(f"'{url}' is not the address of a Ray dashboard; give --address http://HOST:8265")
     os.environ[URL_VARIABLE] = url  # Ray's client prefers this variable to its argument
-    _check_reachable(url, url)
+    if url.startswith(("http://", "https://")):
+        _check_reachable(url, url)
     with cluster_errors(url):
         try:
             return JobSubmissionClient(url)
@@ -49,7 +50,10 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def _dashboard_url(cluster: str) -> str:
-    """The dashboard's URL of the cluster at RAY_ADDRESS, read from the cluster."""
+    """The dashboard's URL of the cluster at RAY_ADDRESS: its port is read from the cluster.
+
+    The cluster's own address of the dashboard may be valid on the head node only.
+    """
     if "://" in cluster:
         return cluster
     if ":" not in cluster:  # none, or "auto"
@@ -60,7 +64,7 @@ def _dashboard_url(cluster: str) -> str:
         dashboard = GcsClient(address=cluster).internal_kv_get(key, namespace, timeout=CONNECT_TIMEOUT_S)
     if not dashboard:
         raise UserError(f"the Ray cluster at RAY_ADDRESS = {cluster} runs no dashboard, which jobs need")
-    return f"http://{dashboard.decode()}"
+    return f"http://{cluster.rpartition(':')[0]}:{dashboard.decode().rpartition(':')[2]}"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The surroundings of a Ray job: its environment variables, its working directory, its end."""
+"""The environment of a Ray job: its variables, its working directory and its SIGTERM handler."""
 
 from __future__ import annotations
 

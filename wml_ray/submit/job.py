@@ -65,9 +65,9 @@ class Job:
         raw["config"] = parse_config(raw["config"])
         if raw["verb"] == "tune":
             from wml_ray.cluster.space import load_space
-            from wml_ray.search.settings import search_config
+            from wml_ray.search.settings import SearchConfig
 
-            raw["search"] = search_config(**raw["search"], storage=os.environ.get("OPTUNA_STORAGE") or None)
+            raw["search"] = SearchConfig(**raw["search"], storage=os.environ.get("OPTUNA_STORAGE") or None)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "space.py"
                 path.write_text(raw["space"])

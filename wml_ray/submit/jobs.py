@@ -20,16 +20,16 @@ from wml_ray.errors import UserError
 from wml_ray.submit.client import cluster_errors
 from wml_ray.submit.entry import SUBMITTED_FROM
 from wml_ray.submit.job import Job
-from wml_ray.submit.package import JOB_FILE, Package, passed_environment, write_package
+from wml_ray.submit.package import JOB_FILE, Package, own_backbone, passed_environment, write_package
 
-STOP_S = 30  # Ray kills a job that has not ended so long after it was stopped
-UNREACHABLE_S = 60.0  # a follower gives up after so long without the cluster
+STOP_S = 30  # from the stop of a job until Ray kills it
+UNREACHABLE_S = 60.0  # `follow_job` fails once the cluster has been unreachable for this time
 NAME_KEY, FOLDER_KEY, COMMAND_KEY = "wml_ray.job", "wml_ray.folder", "wml_ray.command"  # in a job's metadata
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job that was submitted, or `running`: the one that already worked on the same run or study."""
+    """A job that was submitted, or `running`, an earlier job that works on the same run or study."""
 
     job_id: str
     running: JobDetails | None
@@ -46,29 +46,29 @@ def submit(
         UserError: the package is too large, the image cannot run the job, or the cluster refuses it.
     """
     if image:
-        _check_image(job)
-    metadata = {NAME_KEY: job.name, FOLDER_KEY: job.folder, COMMAND_KEY: command}
+        _check_image(job, include)
+    key = f"{job.folder} (dry run)" if job.dry_run else job.folder  # a dry run and a training may run at once
+    metadata = {NAME_KEY: job.name, FOLDER_KEY: key, COMMAND_KEY: command}
     entrypoint = shlex.join(["python", "-m", "wml_ray.cli.job", job.to_json() if image else JOB_FILE])
-    with tempfile.TemporaryDirectory() as folder, cluster_errors(client.get_address()):
-        package = None
+    with tempfile.TemporaryDirectory() as folder:
+        package = None if image else write_package(job, Path(folder), include)
         while True:
-            jobs = _jobs(client)
+            jobs = list_jobs(client)
             for other in jobs:
-                if (other.metadata or {}).get(FOLDER_KEY) == job.folder and not other.status.is_terminal():
+                if (other.metadata or {}).get(FOLDER_KEY) == key and not other.status.is_terminal():
                     return Submission(str(other.submission_id), other, None, {})
-            if not image and package is None:
-                package = write_package(job, Path(folder), include)
             job_id = _free_id(job.name, jobs)
             environment = runtime_env(package, image, packages)
-            try:
-                client.submit_job(
-                    entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):  # then another process submitted it since the list was read
-                    raise
-            else:
-                return Submission(job_id, None, package, passed_environment(job))
+            with cluster_errors(client.get_address()):
+                try:
+                    client.submit_job(
+                        entrypoint=entrypoint, submission_id=job_id, runtime_env=environment, metadata=metadata
+                    )
+                except RuntimeError as error:
+                    if "already exists" not in str(error):  # then another process submitted it since the list was read
+                        raise
+                else:
+                    return Submission(job_id, None, package, passed_environment(job))
 
 
 def runtime_env(package: Package | None, image: str | None, packages: bool) -> dict[str, Any]:
@@ -88,8 +88,13 @@ def runtime_env(package: Package | None, image: str | None, packages: bool) -> d
     return settings
 
 
-def _check_image(job: Job) -> None:
-    """Raise UserError if the results would be written inside the container."""
+def _check_image(job: Job, include: Sequence[str]) -> None:
+    """Raise UserError if the results would be written inside the container, or files would have to be sent."""
+    if include or own_backbone(job.config.model.backbone):
+        raise UserError(
+            f"--image: {', '.join(include) or job.config.model.backbone} cannot be sent with an image; build it into "
+            "the image (a backbone as an installed package), or submit without --image"
+        )
     if "://" not in job.config.run.storage_path:
         raise UserError(
             f"--image: run.storage_path = {job.config.run.storage_path} would be lost with the container; give an "
@@ -104,11 +109,7 @@ def list_jobs(client: JobSubmissionClient) -> list[JobDetails]:
         UserError: the cluster cannot be reached.
     """
     with cluster_errors(client.get_address()):
-        return _jobs(client)
-
-
-def _jobs(client: JobSubmissionClient) -> list[JobDetails]:
-    jobs = [job for job in client.list_jobs() if job.submission_id]
+        jobs = [job for job in client.list_jobs() if job.submission_id]
     return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
 

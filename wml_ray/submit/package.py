@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Pat
     """
     try:
         files = {str(path.relative_to(root)): path for pattern in CODE for path in sorted(root.glob(pattern))}
-        files |= _own_backbone(job.config.model.backbone)
+        files |= own_backbone(job.config.model.backbone)
         for given in include:
             files |= _files_of(Path(given))
         size_bytes = _check_size(files)
@@ -76,7 +76,7 @@ def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Pat
     return Package(folder, len(files) + 1, size_bytes)
 
 
-def _own_backbone(backbone: str) -> dict[str, Path]:
+def own_backbone(backbone: str) -> dict[str, Path]:
     """The files of the module or package that holds a user's own backbone, unless it is installed."""
     module_name, colon, _ = backbone.partition(":")
     if not colon:
@@ -100,16 +100,13 @@ def _files_of(path: Path, name: str | None = None) -> dict[str, Path]:
     path = path.resolve(strict=True)
     if name is None:
         name = str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
-    return {str(Path(name) / file.relative_to(path)): file for file in _walk(path)}
-
-
-def _walk(path: Path) -> Iterator[Path]:
     if path.is_file():
-        yield path
-    else:
-        for child in sorted(path.iterdir()):
-            if not child.name.startswith(".") and child.name != "__pycache__":
-                yield from _walk(child)
+        return {name: path}
+    files: dict[str, Path] = {}
+    for child in sorted(path.iterdir()):
+        if not child.name.startswith(".") and child.name != "__pycache__":
+            files |= _files_of(child, str(Path(name) / child.name))
+    return files
 
 
 def _check_size(files: Mapping[str, Path]) -> int:

@@ -19,7 +19,7 @@ def ray_token() -> tuple[str, str]:
 
 
 def configure_ray() -> None:
-    """Let Ray use the token of this machine and give up soon on a wrong address. Ray reads both when it is imported."""
+    """Set Ray's variables for the token of this machine and a short connection timeout, read at its import."""
     os.environ.setdefault("RAY_py_gcs_connect_timeout_s", "8")
     if ray_token()[0]:
         os.environ.setdefault("RAY_AUTH_MODE", "token")

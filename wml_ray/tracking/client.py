@@ -90,15 +90,6 @@ def explain_connection_errors() -> Iterator[None]:
         raise
 
 
-def is_unreachable() -> bool:
-    """True if the server no longer answers."""
-    try:
-        check_reachable(tracking_uri())
-    except UserError:
-        return True
-    return False
-
-
 def _check_file(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,35 +32,27 @@ def source_tags() -> dict[str, str]:
     return tags
 
 
-@dataclass(frozen=True)
-class DatasetSplit:
-    """One split of a dataset as MLflow lists it among the inputs of a run."""
-
-    name: str
-    digest: str
-    context: str
-    source: str
-    num_images: int
-
-
-def dataset_splits(result: Mapping[str, Any]) -> list[DatasetSplit]:
-    """The splits that a finished run was trained, validated and tested on.
+def dataset_inputs(result: Mapping[str, Any]) -> list[Any]:
+    """The splits that a finished run was trained, validated and tested on, as MLflow's dataset inputs.
 
     The digest covers all that decides which images a split holds: the dataset, the seed and the sizes of the splits;
     for an image folder also its path and resolution.
     """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
     config, images = result["config"], result["images"]
     data = config["data"]
     own_folder = [data["root"], data["resolution"]] if data["name"] == "imagefolder" else []
     identity = [data["name"], config["seed"], images, *own_folder]
 
-    def digest(split: str) -> str:
-        return hashlib.sha256(json.dumps([*identity, split], sort_keys=True).encode()).hexdigest()[:8]
-
-    source = "scikit-learn" if data["name"] == "digits" else data["root"]
-    return [
-        DatasetSplit(data["name"], digest(split), context, source, images[split]) for split, context in CONTEXTS.items()
-    ]
+    source = json.dumps({"uri": "scikit-learn" if data["name"] == "digits" else data["root"]})
+    inputs = []
+    for split, context in CONTEXTS.items():
+        digest = hashlib.sha256(json.dumps([*identity, split], sort_keys=True).encode()).hexdigest()[:8]
+        profile = json.dumps({"num_rows": images[split]})
+        dataset = Dataset(data["name"], digest, "local", source, profile=profile)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+    return inputs
 
 
 def num_images(dataset_inputs: Sequence[Any], context: str) -> float:

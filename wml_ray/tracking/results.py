@@ -53,8 +53,9 @@ def finished_runs(experiment: str) -> pd.DataFrame:
             **run.data.params,
         }
         for run in runs
+        if "test/accuracy/method" in run.data.metrics  # other programs may log to the experiment too
     ]
-    rows = [{**row, "peers": _peers_of(row)} for row in rows if "test/accuracy/method" in row]
+    rows = [{**row, "peers": _peers_of(row)} for row in rows]
     if not rows:
         raise UserError(f"experiment '{experiment}' has no finished run yet; wait, or start one with wml-ray train")
     return pd.DataFrame(rows).sort_values("val/accuracy/method", ascending=False, ignore_index=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from wml_ray.errors import root_cause
 from wml_ray.storage.files import local_files
 from wml_ray.storage.retry import RetryQueue
 from wml_ray.tracking.client import client_of, redacted, tracking_uri
-from wml_ray.tracking.origin import DatasetSplit, source_tags
+from wml_ray.tracking.origin import source_tags
 from wml_ray.tracking.tags import REASON_TAG, TOKEN_TAG
 
 UNREACHABLE = "MLflow does not answer ({}); training continues and the metrics are queued"
@@ -69,9 +68,12 @@ def finish_run(
     artifacts: Sequence[Path] = (),
     tags: Mapping[str, str] | None = None,
     metrics: Mapping[str, float] | None = None,
-    splits: Sequence[DatasetSplit] = (),
+    inputs: Sequence[Any] = (),
 ) -> None:
-    """Log files, tags, metrics (at step 0) and dataset inputs, then set the status FINISHED, FAILED or KILLED."""
+    """Log files, tags, metrics and dataset inputs, then set the status FINISHED, FAILED or KILLED.
+
+    Metrics are logged at step 0, unless their value is the one that the run has.
+    """
     from mlflow.entities import Metric
 
     client = client_of(tracked.uri)
@@ -80,20 +82,12 @@ def finish_run(
     for key, value in (tags or {}).items():
         client.set_tag(tracked.run_id, key, value[:MAX_TAG])
     if metrics:
-        timestamp_ms = time.time_ns() // 1_000_000
-        entities = [Metric(key, value, timestamp_ms, 0) for key, value in metrics.items()]
-        client.log_batch(tracked.run_id, metrics=entities)
-    if splits:
-        client.log_inputs(tracked.run_id, [_dataset_input(split) for split in splits])
+        timestamp_ms, known = time.time_ns() // 1_000_000, client.get_run(tracked.run_id).data.metrics
+        changed = {key: value for key, value in metrics.items() if known.get(key) != value}
+        client.log_batch(tracked.run_id, [Metric(key, value, timestamp_ms, 0) for key, value in changed.items()])
+    if inputs:
+        client.log_inputs(tracked.run_id, inputs)
     client.set_terminated(tracked.run_id, status)
-
-
-def _dataset_input(split: DatasetSplit) -> Any:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    source, profile = json.dumps({"uri": split.source}), json.dumps({"num_rows": split.num_images})
-    dataset = Dataset(split.name, split.digest, "local", source, profile=profile)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", split.context)])
 
 
 def log_files(tracked: TrackedRun, files: Sequence[Path], folder: str | None = None) -> None:
@@ -108,18 +102,10 @@ def _log_file(client: Any, tracked: TrackedRun, path: Path, folder: str | None) 
         client.log_artifact(tracked.run_id, str(here / path.name), folder)
 
 
-def close_run(
-    tracked: TrackedRun,
-    status: str,
-    artifacts: Sequence[Path] = (),
-    reason: str = "",
-    tags: Mapping[str, str] | None = None,
-    splits: Sequence[DatasetSplit] = (),
-) -> bool:
+def close_run(tracked: TrackedRun, status: str, **details: Any) -> bool:
     """`finish_run` that never raises: False, with a warning, if MLflow does not answer."""
-    all_tags = {**(tags or {}), **({REASON_TAG: reason[:500]} if reason else {})}
     try:
-        finish_run(tracked, status, artifacts, all_tags, splits=splits)
+        finish_run(tracked, status, **details)
     except Exception as error:  # the training has ended and is on disk: a failing server must not end the process
         warnings.warn(f"cannot set the MLflow run to {status} ({root_cause(error)})", stacklevel=2)
         return False

@@ -41,7 +41,7 @@ class TrainingProgress:
         self._plain = not console.is_terminal
         self._accuracy = ""
         self._first: tuple[float, StepProgress] | None = None  # seconds and event of the first report
-        self._eta_s = 0.0
+        self._eta = ""
 
     def __enter__(self) -> TrainingProgress:
         print(run_line(self._config), flush=True)
@@ -58,15 +58,16 @@ class TrainingProgress:
             self._accuracy = f", accuracy {event.metrics['val/accuracy/method'] * 100:.1f} %"
             if self._plain:
                 text = self._text(event.epoch, event.metrics["train/loss"])
-                print(f"{self._config.run_id} {text}, ETA {_clock(self._eta_s)}", flush=True)
+                print(f"{self._config.run_id} {text}{self._eta}", flush=True)
             return
         text = self._text(event.epoch, event.loss)
-        if self._first is None:  # the ETA counts from here, because a resumed run has not just done its first steps
+        if self._first is None:  # the ETA is measured from here: a resumed run did the steps before earlier
             self._first = (time.monotonic(), event)
             self._bar.reset(self._task, description=text, completed=event.step, total=event.total_steps)
         first_s, first = self._first
         elapsed_s, steps = time.monotonic() - first_s, event.step - first.step
-        self._eta_s = elapsed_s / max(steps, 1) * (event.total_steps - event.step)
+        if steps:
+            self._eta = f", ETA {_clock(elapsed_s / steps * (event.total_steps - event.step))}"
         self._bar.update(self._task, description=text, completed=event.step)
 
     def _text(self, epoch: int, loss: float) -> str:
@@ -74,13 +75,13 @@ class TrainingProgress:
 
 
 class StudyProgress:
-    """Shows the progress of a study: a live table of its running trials, else a line a trial and one in between."""
+    """Shows the progress of a study: a live table of its running trials, else lines for ended trials and the study."""
 
     def __init__(self) -> None:
         console = Console()
         self._live = Live(console=console, transient=True, refresh_per_second=4)
         self._plain = not console.is_terminal
-        self._shown: set[int] = set()  # ended trials that had their line
+        self._shown: set[int] = set()  # ended trials whose line was printed
         self._last_line_s = 0.0
 
     def __enter__(self) -> StudyProgress:

@@ -17,9 +17,9 @@ from wml_ray.storage.files import check_storage, read_json, write_json, write_te
 from wml_ray.storage.lease import Lease, exclusive_access
 from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, redacted, tracking_uri
-from wml_ray.tracking.origin import dataset_splits
+from wml_ray.tracking.origin import dataset_inputs
 from wml_ray.tracking.runs import MetricLogger, TrackedRun, close_run, open_run
-from wml_ray.tracking.tags import NOTE_TAG, RUN_ID_TAG
+from wml_ray.tracking.tags import NOTE_TAG, REASON_TAG, RUN_ID_TAG
 from wml_ray.training.events import OnEvent
 from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
@@ -62,7 +62,7 @@ def train(config: Config, on_event: OnEvent | None = None) -> RunResult:
     `on_event` is called with each StepProgress and EpochEnd in place of the progress that is shown by default.
 
     Raises:
-        UserError: a mistake in the config or its surroundings, found before anything is written.
+        UserError: a mistake in the config, or an unusable storage, cluster, dataset or MLflow server.
         Diverged: training became non-finite; the MLflow run is FAILED and the last good checkpoint is kept.
     """
     if on_event is None:
@@ -90,7 +90,7 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
         undelivered = fit(config, tracked, on_event, lease)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        close_run(tracked, status, reason=one_line(error, limit=500))
+        close_run(tracked, status, tags={REASON_TAG: one_line(error, limit=500)})
         if isinstance(error, Diverged):
             raise Diverged(f"{error}; the last good checkpoint is kept in {folder / 'checkpoints'}") from None
         raise
@@ -124,8 +124,8 @@ def _open(config: Config, token: str) -> TrackedRun:
 def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
     """Log the artifacts and the final status; returns 0, or 1 if MLflow did not accept them."""
     files = retry_storage(lambda: write_files(result, folder / "report"), folder)
-    note, splits = {NOTE_TAG: peer_markdown(result)}, dataset_splits(result)
-    if not close_run(tracked, "FINISHED", [folder / "config.yaml", *files], tags=note, splits=splits):
+    note, inputs = {NOTE_TAG: peer_markdown(result)}, dataset_inputs(result)
+    if not close_run(tracked, "FINISHED", artifacts=[folder / "config.yaml", *files], tags=note, inputs=inputs):
         return 1
     _write_run_record(folder, tracked, delivered=True)
     return 0

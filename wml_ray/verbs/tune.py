@@ -17,7 +17,7 @@ from wml_ray.cluster.train import DELIVERY_S, INTERRUPTED_DELIVERY_S
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import with_values
 from wml_ray.data.load import load_dataset
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.report.study_page import write_study
 from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
@@ -30,10 +30,10 @@ from wml_ray.storage.files import check_storage, read_json, write_json, write_te
 from wml_ray.storage.lease import exclusive_access
 from wml_ray.storage.paths import to_path
 from wml_ray.storage.retry import retry_storage
-from wml_ray.tracking.client import check_reachable, explain_connection_errors, is_unreachable, tracking_uri
+from wml_ray.tracking.client import check_reachable, explain_connection_errors, tracking_uri
 from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
-from wml_ray.tracking.tags import KIND_TAG, NOTE_TAG, STUDY_TAG
+from wml_ray.tracking.tags import BEST_TRIAL_TAG, KIND_TAG, NOTE_TAG, REASON_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.verbs.progress import StudyProgress
 
@@ -150,7 +150,7 @@ def _close_interrupted(study: Study, publisher: Publisher, error: BaseException)
     publisher.interrupt()
     publisher.close(INTERRUPTED_DELIVERY_S)
     status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-    close_run(publisher.parent, status, reason=str(error).partition("\n")[0] or type(error).__name__)
+    close_run(publisher.parent, status, tags={REASON_TAG: one_line(error, limit=500)})
     study.delete_stopped_checkpoints()
 
 
@@ -166,16 +166,15 @@ def _conclude(study: Study, publisher: Publisher, trained_now: bool) -> StudyRes
         files = [study.folder / "config.yaml"]
         write_text(files[0], study.config(best).to_yaml())
     try:
-        records = load_study(study.search.study, parent.run_id)
-        report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
-        log_files(parent, report, "report")
-        tags = {"wml_ray.best_trial": str(best.number) if best else "none", NOTE_TAG: front_markdown(records)}
-        best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
-        finish_run(parent, "FINISHED", files, tags, best_values)
-    except Exception as error:
-        if isinstance(error, UserError) or is_unreachable():  # MLflow stopped responding after `close`
-            return StudyResult(None, study.folder, files, parent, 1, trained_now)
-        raise
+        with explain_connection_errors():
+            records = load_study(study.search.study, parent.run_id)
+            report = retry_storage(lambda: write_study(records, study.folder / "report"), study.folder)
+            log_files(parent, report, "report")
+            tags = {BEST_TRIAL_TAG: str(best.number) if best else "none", NOTE_TAG: front_markdown(records)}
+            best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
+            finish_run(parent, "FINISHED", files, tags, best_values)
+    except UserError:  # MLflow stopped responding after `close`
+        return StudyResult(None, study.folder, files, parent, 1, trained_now)
     return StudyResult(records, study.folder, [*files, *report], parent, 0, trained_now)
 
 
