@@ -1,4 +1,4 @@
-"""The errors that end a command with one line, and functions that turn any error into one line."""
+"""The errors that end a command with one line, and functions for the text of messages."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def shortened(value: object, limit: int = 200) -> str:
     """A value as text of at most `limit` characters, for a message; a longer text ends in "…"."""
     text = str(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def number_of(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless it is 1."""
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from wml_ray.cli.exit_codes import OK, USER_ERROR
+from wml_ray.errors import number_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,8 +66,6 @@ def show_run(run: RunResult) -> None:
 
 def show_checks(results: Iterable[CheckResult]) -> int:
     """Print each check as it ends; returns the exit code."""
-    from wml_ray.report.style import number_of
-
     failed = 0
     for result in results:
         failed += not result.passed

@@ -20,8 +20,7 @@ from wml_ray.cluster.preflight import run_check
 from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_resources
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.readers import check_dataset
-from wml_ray.errors import UserError, root_cause
-from wml_ray.report.style import number_of
+from wml_ray.errors import UserError, number_of, root_cause
 from wml_ray.storage.files import check_storage, storage_environment
 from wml_ray.storage.paths import to_path
 from wml_ray.tracking.client import check_reachable, is_local_store, tracking_environment

@@ -14,8 +14,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError
-from wml_ray.report.style import number_of
+from wml_ray.errors import UserError, number_of
 from wml_ray.search.settings import SearchConfig
 
 AUTOSCALER_TIMEOUT_S = 30.0  # for the autoscaler's response to a request

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from wml_ray.errors import number_of
 from wml_ray.report.analysis import pareto_front
-from wml_ray.report.style import count_labels, log_ticks, new_table, number_of, percent, prediction_words, short_count
+from wml_ray.report.style import count_labels, log_ticks, new_table, percent, prediction_words, short_count
 from wml_ray.tracking.results import StudyRecords
 
 if TYPE_CHECKING:

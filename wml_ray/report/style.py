@@ -119,8 +119,3 @@ def short_count(value: float) -> str:
         if value >= size:
             return f"{value / size:.{max(0, 3 - len(str(int(value / size))))}f}{unit}"
     return f"{value:.0f}"
-
-
-def number_of(number: int, noun: str) -> str:
-    """A number and its noun, in the plural unless it is 1."""
-    return f"{number} {noun}{'s' * (number != 1)}"
