@@ -39,7 +39,9 @@ def test_a_loaded_tree_equals_the_saved_one_and_a_peer_its_path_through_the_tree
     with torch.no_grad():
         logits_MBK = tree(images)
         for index in range(4):
-            assert torch.equal(load_peer(str(saved), index)(images), logits_MBK[index])
+            peer = load_peer(str(saved), index)
+            assert not peer.training
+            assert torch.equal(peer(images), logits_MBK[index])
     with pytest.raises(UserError, match="no peer 4; give a number from 0 to 3"):
         load_peer(str(saved), 4)
 

@@ -44,7 +44,7 @@ def load_peer(folder: str | Path, index: int) -> nn.Module:
     tree = load_tree(folder)
     if not 0 <= index < tree.num_peers:
         raise UserError(f"{folder} has no peer {index}; give a number from 0 to {tree.num_peers - 1}")
-    return tree.peer(index)
+    return tree.peer(index).eval()
 
 
 def build_tree(config: Config, spec: ImageSpec) -> PeerTree:
