@@ -170,7 +170,7 @@ def test_a_run_waits_for_room_on_a_full_disk_and_ends_with_one_line_if_there_is_
         assert waited == ["checkpoints", "result.json"]  # of epoch 2, and at the end
         assert steps(only_run(), "train/loss") == [1, 2]
     else:
-        assert re.search("^wml-ray: .* cannot be written .No space left.*; name a folder that can$", done.stderr, re.M)
+        assert re.search("^wml-ray: .* cannot be written .*No space left.*; name a folder that can$", done.stderr, re.M)
         assert "run the same command again when it works: it resumes from the newest checkpoint" in done.stdout
 
 
