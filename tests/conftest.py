@@ -17,6 +17,7 @@ torch.set_num_threads(1)  # small networks gain nothing from a second thread, an
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One xdist group a file, so that its servers start once, and one for all users of the shared Ray cluster.
 

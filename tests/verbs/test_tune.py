@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import pandas as pd
+import psutil
 import pytest
 from family import tiny_config, write_study
 from postgres import postgres
@@ -214,14 +216,12 @@ def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(work
 
 
 def trial_processes(study, number):
-    """Ids of the processes whose working directory is that of a trial."""
+    """Ids of the processes below this one whose working directory is that of a trial."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"trial-{number:04d}-" in os.readlink(folder / "cwd"):
-                found.append(int(folder.name))
-        except OSError:
-            continue
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if f"trial-{number:04d}-" in process.cwd():
+                found.append(process.pid)
     return found
 
 
