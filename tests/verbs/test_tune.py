@@ -433,18 +433,18 @@ def test_an_unreachable_database_ends_the_study_and_fails_no_trial(workplace, mo
 
 
 def test_stopped_trials_of_two_workers_free_their_slots(workplace, ray_cluster):
-    """Six trials on two cores, each with both; every second one is stopped early."""
+    """Four trials on two cores, each with both; every second one is stopped early."""
     domains = {"optim.learning_rate": ray_tune_api.choice([0.1, 1e-6])}
-    start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6, 0.1, 1e-6, 0.1, 1e-6)]
+    start = [{"optim.learning_rate": rate} for rate in (0.1, 1e-6, 0.1, 1e-6)]
     space = small_space("scale.workers=2", "optim.epochs=4", domains=domains)
     running = []
 
     def count(study):
         running.append(study.counts()["RUNNING"])
 
-    result = tune(space, SearchConfig(study="pairs", trials=6, reduction_factor=2), count, start)
+    result = tune(space, SearchConfig(study="pairs", trials=4, reduction_factor=2), count, start)
     assert max(running) == 1
-    assert list(result.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 3
+    assert list(result.study.trials["state"]) == ["COMPLETE", "STOPPED"] * 2
     for run in children("pairs")[::2]:
         assert steps(run, "train/loss") == [1, 2, 3, 4]
 
