@@ -17,19 +17,9 @@ torch.set_num_threads(1)  # small networks gain nothing from a second thread, an
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One xdist group a file, so that its servers start once, and one for all users of the shared Ray cluster.
-
-    Groups with slow tests come first: at the end both processes have short ones left.
-    """
-    slow = set()
-    for item in items:
-        group = "ray_cluster" if "ray_cluster" in getattr(item, "fixturenames", ()) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
-        if any(item.get_closest_marker(tier) for tier in ("core", "slow", "nightly")):
-            slow.add(group)
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] not in slow)
+    """Slow tests first: at the end both processes have short ones left."""
+    items.sort(key=lambda item: not any(item.get_closest_marker(tier) for tier in ("core", "slow", "nightly")))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
