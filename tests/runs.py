@@ -10,6 +10,8 @@ from pathlib import Path
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from wml_ray.checkpoints.store import Checkpoints
+
 TESTS = Path(__file__).parent
 
 
@@ -55,3 +57,16 @@ def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
+
+
+def interrupt_training(config, timeout_s):
+    """Start `wml-ray train` of this config, and press Ctrl-C after its first epoch."""
+    Path("config.yaml").write_text(config.to_yaml())
+    process = start_training()
+    wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=timeout_s)
+    assert process.returncode == 1
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert only_run().info.status == "KILLED"

@@ -10,10 +10,9 @@ import pytest
 import ray
 from family import tiny_config
 from mlflow import MlflowClient
-from runs import assert_bit_equal, ignore, only_run, start_training, steps, wait_for_epoch
+from runs import assert_bit_equal, ignore, interrupt_training, only_run, steps
 from servers import Server, guarded
 
-from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cluster.messages import DriverQueue
 from wml_ray.errors import Diverged, UserError
 from wml_ray.training.events import EpochEnd
@@ -128,15 +127,7 @@ def test_a_sender_waits_until_its_own_message_is_processed_or_refused():
 
 def test_ctrl_c_during_training_on_workers_prints_how_to_continue(workplace):
     config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "optim.epochs=400")
-    (workplace / "config.yaml").write_text(config.to_yaml())
-    process = start_training()
-    wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=90)
-    assert process.returncode == 1
-    assert "the same command continues" in errors
-    assert "Traceback" not in errors
-    assert only_run().info.status == "KILLED"
+    interrupt_training(config, timeout_s=90)
 
 
 def test_a_run_continues_with_another_number_of_workers(workplace):

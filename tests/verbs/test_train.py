@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from family import tiny_config
-from runs import assert_bit_equal, client, ignore, only_run, start_training, steps, wait_for_epoch
+from runs import assert_bit_equal, client, ignore, interrupt_training, only_run, start_training, steps, wait_for_epoch
 
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
@@ -110,15 +110,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
 @pytest.mark.slow
 def test_after_ctrl_c_the_same_command_continues(workplace):
     config = tiny_config("optim.epochs=40", "data.batch_size=32")
-    (workplace / "config.yaml").write_text(config.to_yaml())
-    process = start_training()
-    wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "the same command continues" in errors
-    assert "Traceback" not in errors
-    assert only_run().info.status == "KILLED"
+    interrupt_training(config, timeout_s=60)
     assert start_training().wait(120) == 0
     assert only_run().info.status == "FINISHED"
     assert steps(only_run(), "train/loss") == list(range(1, 41))
