@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ class StepContext(NamedTuple):
     epoch: int  # epochs done
     total_epochs: int
     learning_rate: float
+
+    def ramp(self, share: float) -> float:
+        """exp(-5 (1 - e / R)^2) at epoch e, with R = `share` of all epochs; 1 from R on (Laine & Aila, ICLR 2017)."""
+        epochs = share * self.total_epochs
+        return math.exp(-5.0 * (1.0 - self.epoch / epochs) ** 2) if self.epoch < epochs else 1.0
 
 
 class NonFinite(ArithmeticError):
