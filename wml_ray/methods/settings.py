@@ -23,7 +23,7 @@ class WmlConfig(Section):
     alpha: Share = Field(0.5, description="weight of mutual learning against the labels in Eq. 1")
     balance: Literal["peer", "paper"] = Field(
         "paper",
-        description="weight of a peer's label loss: `paper` is (1 - alpha) omega_i as in Eq. 1; `peer` is M times that, "
+        description="weight of each label loss: `paper` is (1 - alpha) omega_i, as in Eq. 1; `peer` is M times that, "
         "so that alpha and the learning rate mean the same for any number of peers",
     )
     weigh_labels: bool = Field(
