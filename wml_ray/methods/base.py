@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.costs import example
+from wml_ray.networks.features import Features
+from wml_ray.networks.peer_tree import PeerTree, in_mode
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.settings import Section
 
@@ -98,3 +101,10 @@ class Method(nn.Module):
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, without those of the tree."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tree.")}
+
+    @staticmethod
+    @torch.no_grad()
+    def shapes(tree: PeerTree, spec: ImageSpec) -> Features:
+        """The features of one black image in evaluation mode: the widths and sizes for modules of a method."""
+        with in_mode(tree, training=False):
+            return tree.features(example(tree, spec))
