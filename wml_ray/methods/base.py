@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -24,6 +24,16 @@ class StepContext(NamedTuple):
     epoch: int  # epochs done
     total_epochs: int
     learning_rate: float
+
+
+class Teacher(Protocol):
+    """A frozen network of P peers, for inputs normalised as those of the run; no gradient flows into or through it.
+
+    It is no module: no state dict, optimiser, DistributedDataParallel or `train()` reaches it.
+    """
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, ...) inputs to logits (P, B, K)."""
 
 
 class NonFinite(ArithmeticError):
@@ -92,3 +102,13 @@ class Method(nn.Module):
     def own_state(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, without those of the tree."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tree.")}
+
+
+class TaughtMethod(Method):
+    """A method with a frozen teacher. Its `forward` may ask the teacher in training mode only."""
+
+    teacher: Teacher
+
+    def __init__(self, tree: PeerTree, settings: Section, spec: ImageSpec, teacher: Teacher) -> None:
+        super().__init__(tree, settings, spec)
+        self.teacher = teacher

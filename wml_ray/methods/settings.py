@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from wml_ray.settings import Count, NonNegative, Positive, Section, Share
+from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-MethodName = Literal["wml", "dml"]
+MethodName = Literal["wml", "dml", "kd"]
+TEACHER_METHODS = ("kd",)
+"""The methods with a frozen teacher."""
 
 
 class MethodConfig(Section):
     """The choice of the method."""
 
     name: MethodName = Field("wml", description="method of training; its settings are in the section of its name")
+
+
+class TeacherConfig(Section):
+    """The frozen teacher of a method of `TEACHER_METHODS`; no other method reads it."""
+
+    run: Text | None = Field(
+        None, description="finished run that teaches: its folder or address, or its run id below `run.storage_path`"
+    )
+    peer: CountOrZero | None = Field(0, description="peer of `teacher.run` that teaches; null is the mean of all")
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None, description="your own network as the teacher: `package.module:function` that returns it"
+    )
+
+    @property
+    def run_id(self) -> str | None:
+        """The last part of `run`, which is the same wherever the run is moved."""
+        return self.run and self.run.rstrip("/").rpartition("/")[2]
+
+    def check(self, method: str) -> None:
+        """Check that a method which needs a teacher has one.
+
+        Raises:
+            ValueError: it has none or two.
+        """
+        if method not in TEACHER_METHODS:
+            return
+        if self.run is None and self.function is None:
+            raise ValueError(
+                f"method.name = {method} needs a teacher: set teacher.run to the folder or id of a finished run, or "
+                "teacher.function to package.module:function"
+            )
+        if self.run is not None and self.function is not None:
+            raise ValueError("teacher.run and teacher.function are both set; set one to null")
 
 
 class WmlConfig(Section):
@@ -50,3 +85,16 @@ class DmlConfig(Section):
 
     temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")
+
+
+class KdConfig(Section):
+    """Knowledge distillation from a frozen teacher."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.9, description="weight of the divergence from the teacher; labels 1 - alpha")
+
+
+def unused_sections(method: str) -> set[str]:
+    """The sections that have no effect with this method: those of other methods, and `teacher` where it has none."""
+    others: set[str] = set(get_args(MethodName)) - {method}
+    return others if method in TEACHER_METHODS else others | {"teacher"}
