@@ -12,7 +12,16 @@ import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.errors import shortened
-from wml_ray.methods.settings import DmlConfig, MethodConfig, MethodName, WmlConfig
+from wml_ray.methods.settings import (
+    ClIlrConfig,
+    DmlConfig,
+    IndependentConfig,
+    KdclConfig,
+    MethodConfig,
+    MethodName,
+    PeerToPeerConfig,
+    WmlConfig,
+)
 from wml_ray.settings import (
     MAX_INTEGER,
     NAME,
@@ -229,7 +238,11 @@ class Config(Section):
     pruning: PruningConfig = PruningConfig()
     method: MethodConfig = MethodConfig()
     wml: WmlConfig = WmlConfig()
+    independent: IndependentConfig = IndependentConfig()
     dml: DmlConfig = DmlConfig()
+    cl_ilr: ClIlrConfig = ClIlrConfig()
+    kdcl: KdclConfig = KdclConfig()
+    peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()

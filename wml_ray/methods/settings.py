@@ -8,7 +8,7 @@ from pydantic import Field
 
 from wml_ray.settings import Count, NonNegative, Positive, Section, Share
 
-MethodName = Literal["wml", "dml"]
+MethodName = Literal["wml", "independent", "dml", "cl_ilr", "kdcl", "peer_to_peer"]
 
 
 class MethodConfig(Section):
@@ -45,8 +45,34 @@ class WmlConfig(Section):
     stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
 
 
+class IndependentConfig(Section):
+    """Independent training: nothing to set."""
+
+
 class DmlConfig(Section):
     """Deep Mutual Learning."""
 
     temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")
+
+
+class ClIlrConfig(Section):
+    """Collaborative learning with intermediate-level representation sharing."""
+
+    temperature: Positive = Field(2.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of the other peers; labels 1 - alpha")
+
+
+class KdclConfig(Section):
+    """Online Knowledge Distillation via Collaborative Learning."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of all peers; labels 1 - alpha")
+
+
+class PeerToPeerConfig(Section):
+    """A teacher, peer 0, trained beside students that also learn from each other."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
+    teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
+    mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")
