@@ -13,9 +13,13 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.errors import shortened
 from wml_ray.methods.settings import (
+    ClIlrConfig,
     DmlConfig,
+    IndependentConfig,
+    KdclConfig,
     KdConfig,
     MethodConfig,
+    PeerToPeerConfig,
     TeacherConfig,
     WmlConfig,
     unused_sections,
@@ -237,8 +241,12 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     teacher: TeacherConfig = TeacherConfig()
     wml: WmlConfig = WmlConfig()
+    independent: IndependentConfig = IndependentConfig()
     dml: DmlConfig = DmlConfig()
+    cl_ilr: ClIlrConfig = ClIlrConfig()
+    kdcl: KdclConfig = KdclConfig()
     kd: KdConfig = KdConfig()
+    peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()

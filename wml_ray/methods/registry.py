@@ -5,14 +5,26 @@ from __future__ import annotations
 import torch
 
 from wml_ray.methods.base import Method, TaughtMethod, Teacher
+from wml_ray.methods.cl_ilr import ClIlr
 from wml_ray.methods.dml import Dml
+from wml_ray.methods.independent import Independent
 from wml_ray.methods.kd import Kd
+from wml_ray.methods.kdcl import Kdcl
+from wml_ray.methods.peer_to_peer import PeerToPeer
 from wml_ray.methods.wml import Wml
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.settings import Section
 
-METHODS: dict[str, type[Method]] = {"wml": Wml, "dml": Dml, "kd": Kd}
+METHODS: dict[str, type[Method]] = {
+    "wml": Wml,
+    "independent": Independent,
+    "dml": Dml,
+    "cl_ilr": ClIlr,
+    "kdcl": Kdcl,
+    "kd": Kd,
+    "peer_to_peer": PeerToPeer,
+}
 
 
 def build(

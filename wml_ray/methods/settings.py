@@ -8,7 +8,7 @@ from pydantic import Field
 
 from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-MethodName = Literal["wml", "dml", "kd"]
+MethodName = Literal["wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"]
 TEACHER_METHODS = ("kd",)
 """The methods with a frozen teacher."""
 
@@ -52,6 +52,12 @@ class TeacherConfig(Section):
             raise ValueError("teacher.run and teacher.function are both set; set one to null")
 
 
+def unused_sections(method: str) -> set[str]:
+    """The sections that have no effect with this method: those of other methods, and `teacher` where it has none."""
+    others: set[str] = set(get_args(MethodName)) - {method}
+    return others if method in TEACHER_METHODS else others | {"teacher"}
+
+
 class WmlConfig(Section):
     """Weighted Mutual Learning: Eq. 1, and how omega is learned by Eqs. 5 and 7."""
 
@@ -80,11 +86,29 @@ class WmlConfig(Section):
     stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
 
 
+class IndependentConfig(Section):
+    """Independent training: nothing to set."""
+
+
 class DmlConfig(Section):
     """Deep Mutual Learning."""
 
     temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")
+
+
+class ClIlrConfig(Section):
+    """Collaborative learning with intermediate-level representation sharing."""
+
+    temperature: Positive = Field(2.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of the other peers; labels 1 - alpha")
+
+
+class KdclConfig(Section):
+    """Online Knowledge Distillation via Collaborative Learning."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of all peers; labels 1 - alpha")
 
 
 class KdConfig(Section):
@@ -94,7 +118,9 @@ class KdConfig(Section):
     alpha: Share = Field(0.9, description="weight of the divergence from the teacher; labels 1 - alpha")
 
 
-def unused_sections(method: str) -> set[str]:
-    """The sections that have no effect with this method: those of other methods, and `teacher` where it has none."""
-    others: set[str] = set(get_args(MethodName)) - {method}
-    return others if method in TEACHER_METHODS else others | {"teacher"}
+class PeerToPeerConfig(Section):
+    """A teacher, peer 0, trained beside students that also learn from each other."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
+    teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
+    mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")
