@@ -85,6 +85,14 @@ def kdcl(method, outputs, targets, context):
     return total
 
 
+def kd(method, outputs, targets, context):
+    settings, total = method.settings, 0.0
+    for student in outputs["logits_MBK"]:
+        total = total + (1 - settings.alpha) * cross_entropy(student, targets)
+        total = total + settings.alpha * divergence(student, outputs["teacher_BK"], settings.temperature)
+    return total
+
+
 def peer_to_peer(method, outputs, targets, context):
     teacher, *students = list(outputs["logits_MBK"])
     settings = method.settings
@@ -104,6 +112,7 @@ TWINS = {
     "dml": dml,
     "cl_ilr": cl_ilr,
     "kdcl": kdcl,
+    "kd": kd,
     "peer_to_peer": peer_to_peer,
 }
 """By method; the twins of `wml` are in tests/reference.py, as Eq. 5 needs them too."""

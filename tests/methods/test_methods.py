@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from family import SPEC, batch, pruned_tree
+from family import SPEC, batch, pruned_tree, some_teacher
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
@@ -18,7 +18,7 @@ FIRST_STEP = StepContext(step=0, epoch=0, total_epochs=10, learning_rate=0.1)
 
 
 def method_of(name, settings=None):
-    return build(name, pruned_tree(), settings or getattr(Config(), name), SPEC, seed=0)
+    return build(name, pruned_tree(), settings or getattr(Config(), name), SPEC, 0, some_teacher())
 
 
 def test_every_method_of_the_config_is_built():

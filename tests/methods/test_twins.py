@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from family import SPEC, batch, pruned_tree
+from family import SPEC, batch, pruned_tree, some_teacher
 from methods import slow_methods
 
 from wml_ray.config.schema import Config
@@ -21,6 +21,8 @@ CASES = [
     ("cl_ilr", {"temperature": 3.0, "alpha": 0.8}),
     ("kdcl", {}),
     ("kdcl", {"temperature": 1.5, "alpha": 0.2}),
+    ("kd", {}),
+    ("kd", {"temperature": 1.0, "alpha": 0.3}),
     ("peer_to_peer", {}),
     ("peer_to_peer", {"temperature": 1.0, "teacher_weight": 0.7, "mutual_weight": 0.3}),
 ]
@@ -31,7 +33,7 @@ IMAGES = 5
 
 def method_of(name, settings):
     section = getattr(Config(), name)
-    return build(name, pruned_tree(), type(section)(**{**section.model_dump(), **settings}), SPEC, seed=0)
+    return build(name, pruned_tree(), type(section)(**{**section.model_dump(), **settings}), SPEC, 0, some_teacher())
 
 
 def outputs_of(method):

@@ -18,7 +18,6 @@ from wml_ray.data.readers import image_spec
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, root_cause, shortened
 from wml_ray.networks.backbones import import_function, named_stages
-from wml_ray.networks.costs import example
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.storage.files import read_json
@@ -39,7 +38,7 @@ class FrozenTeacher:
         self.channels = channels
         self.record = {**source, "digest": _digest(tree)}
         """As the student's checkpoints keep it, in JSON."""
-        self._scale = self._shift = torch.zeros(())
+        self._scale, self._shift = torch.ones(()), torch.zeros(())
 
     def __str__(self) -> str:
         if "function" in self.record:
@@ -71,8 +70,8 @@ class FrozenTeacher:
 def load_teacher(config: Config, dataset: Dataset | None = None) -> FrozenTeacher | None:
     """The teacher of the config's method, for the inputs of `dataset`; None where the method has none.
 
-    Without a dataset it is on the CPU, and has only shapes and tensors: its outputs are not those of any image. A run's
-    tree is rebuilt from its checkpoint of the epoch it was tested at, whose files are checked by digest.
+    Without a dataset it is on the CPU, for inputs normalised as its own. A run's tree is rebuilt from the checkpoint of
+    the epoch it was tested at, whose files are checked by digest.
 
     Raises:
         StorageUnavailable: the storage failed for ten minutes.
@@ -196,12 +195,9 @@ def _from_function(config: Config, spec: ImageSpec) -> tuple[FrozenTeacher, Stat
         network = import_function(name, "teacher.function")(spec)
     stages = {"network": network} if isinstance(network, nn.Module) else named_stages(network)
     if not stages:
-        raise UserError(
-            f"teacher.function = '{name}' must return a torch.nn.Module, or a list or dict of them, its stages"
-        )
+        raise UserError(f"teacher.function = '{name}' must return a torch.nn.Module, or a list or dict of its stages")
     teacher = FrozenTeacher(_chain(stages), {"function": name})
-    with torch.no_grad():
-        shape = tuple(teacher.tree(example(teacher.tree, spec)).shape)
+    shape = tuple(teacher.logits(torch.zeros(1, *spec.shape)).shape)
     if shape != (1, 1, spec.num_classes):
         raise UserError(
             f"teacher.function = '{name}' gives outputs of shape {shape[1:]} for an image; they must be logits of "
