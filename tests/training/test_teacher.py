@@ -85,7 +85,7 @@ def test_nothing_that_a_training_does_to_its_method_reaches_the_teacher(teacher_
     before = {name: tensor.clone() for name, tensor in teacher.tree.state_dict().items()}
     start = initial_checkpoint(config, dataset)
     method = build_method(config, dataset.spec, start.metadata["channels"], teacher).train()
-    inputs, targets = next(dataset.train_batches(0, WorkerRank()))
+    inputs, _ = next(dataset.train_batches(0, WorkerRank()))
     outputs = method(inputs)
     nn.functional.mse_loss(outputs["logits_MBK"][0], outputs["teacher_BK"]).backward()
     assert not any(module.training for module in teacher.tree.modules())
