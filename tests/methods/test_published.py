@@ -1,4 +1,4 @@
-"""Losses of the methods' public code, reproduced on the same inputs; published_losses.json says how they were obtained."""
+"""Losses of the methods' public code on the same inputs; published_losses.json says how they were obtained."""
 
 import json
 import math
