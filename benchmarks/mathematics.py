@@ -6,6 +6,7 @@ import torch
 from timing import interleaved_medians_s
 from torch import Tensor
 
+from wml_ray.methods.base import StepContext
 from wml_ray.methods.hypergradient import weight_gradient
 from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
 from wml_ray.methods.settings import WmlConfig
@@ -16,6 +17,7 @@ from wml_ray.networks.spec import ImageSpec
 SPEC = ImageSpec(3, 32, 10)
 BATCH = 64
 SAME_POINT, EXACT, GAMMA = WmlConfig(unroll="same_point"), WmlConfig(unroll="exact"), 0.1
+STEP = StepContext(step=0, epoch=0, total_epochs=1, learning_rate=GAMMA)
 
 
 def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 16)) -> dict[str, dict[str, float]]:
@@ -38,8 +40,8 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
 
     return interleaved_medians_s(
         {
-            "same_point": lambda: weight_gradient(tree, inner, outer, weights_M, SAME_POINT, GAMMA),
-            "exact": lambda: weight_gradient(tree, inner, outer, weights_M, EXACT, GAMMA),
+            "same_point": lambda: weight_gradient(tree, inner, outer, weights_M, SAME_POINT, STEP),
+            "exact": lambda: weight_gradient(tree, inner, outer, weights_M, EXACT, STEP),
             "backward_passes": lambda: by_backward_passes(tree, inner, outer, weights_M),
             "training_step": training_step,
         },

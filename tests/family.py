@@ -8,6 +8,7 @@ from torch import nn
 from wml_ray.checkpoints.checkpoint import Checkpoint
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config, PruningConfig
+from wml_ray.methods.base import StepContext
 from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
@@ -40,6 +41,11 @@ def batch(images: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tup
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(images, *SPEC.shape, generator=generator, dtype=dtype)
     return inputs, torch.randint(SPEC.num_classes, (images,), generator=generator)
+
+
+def at_rate(learning_rate: float) -> StepContext:
+    """The first step of a run at this learning rate."""
+    return StepContext(step=0, epoch=0, total_epochs=1, learning_rate=learning_rate)
 
 
 def pruned_tree(ratios: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4), seed: int = 0) -> PeerTree:

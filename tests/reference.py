@@ -1,4 +1,4 @@
-"""Slow twins: Eq. 1 and DML by pairwise loops, Eq. 5 by autograd through the SGD step."""
+"""Slow twins: Eq. 1 and divergences by pairwise loops, Eq. 5 by autograd through the SGD step."""
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,24 @@ def kl(student, teacher, temperature, direction, stop_gradient_teacher):
 
 
 def inner_loss(
-    logits, targets, weights, alpha, temperature=1.0, kl_direction="teacher_to_student", stop_gradient_teacher=False
+    logits,
+    targets,
+    weights,
+    alpha,
+    temperature=1.0,
+    kl_direction="teacher_to_student",
+    stop_gradient_teacher=False,
+    balance="paper",
+    weigh_labels=True,
+    kl_share=1.0,
 ):
-    total = 0.0
+    total, peers = 0.0, len(logits)
     for i, student in enumerate(logits):
-        total = total + (1 - alpha) * weights[i] * F.cross_entropy(student, targets)
+        label_weight = (weights[i] if weigh_labels else 1 / peers) * (peers if balance == "peer" else 1)
+        total = total + (1 - alpha) * label_weight * F.cross_entropy(student, targets)
         for j, teacher in enumerate(logits):
             divergence = kl(student, teacher, temperature, kl_direction, stop_gradient_teacher)
-            total = total + alpha * weights[j] * divergence
+            total = total + kl_share * alpha * weights[j] * divergence
     return total
 
 
@@ -42,16 +52,6 @@ def divergences_from_others(logits, temperature):
     return divergences
 
 
-def dml_loss(logits, targets, temperature, weight):
-    """sum_i [CE(z_i, y) + w mean_{j != i} KL_T(z_i <- z_j)]."""
-    total = 0.0
-    for student, divergence in zip(logits, divergences_from_others(logits, temperature), strict=True):
-        for image, label in enumerate(targets):
-            total = total - student[image].softmax(-1)[label].log() / len(targets)
-        total = total + weight * divergence
-    return total
-
-
 def ensemble_loss(logits, targets, weights):
     return F.cross_entropy(sum(w * z for w, z in zip(weights, logits, strict=True)), targets)
 
@@ -61,8 +61,12 @@ def forward(model, parameters, inputs):
     return list(functional_call(model, {**parameters, **buffers}, (inputs,)))
 
 
-def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, unroll_learning_rate, **kl_options):
-    """d/domega of L2(omega, theta - gamma dL1/dtheta); each loss is the mean over the workers' shards."""
+def unrolled_gradient(
+    model, inner_shards, outer_shards, weights, alpha, unroll_learning_rate, scales=None, **kl_options
+):
+    """d/domega of L2(omega, theta - gamma D dL1/dtheta), D = `scales` by name or 1; each loss is the mean over the
+    workers' shards.
+    """
     parameters = dict(model.named_parameters())
     weights = weights.clone().requires_grad_()
     images = sum(len(y) for _, y in inner_shards)
@@ -71,7 +75,8 @@ def unrolled_gradient(model, inner_shards, outer_shards, weights, alpha, unroll_
         for x, y in inner_shards
     )
     gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
-    stepped = {name: p - unroll_learning_rate * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+    sizes = {name: unroll_learning_rate * (scales[name] if scales else 1) for name in parameters}
+    stepped = {name: p - sizes[name] * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
     images = sum(len(y) for _, y in outer_shards)
     outer = sum(ensemble_loss(forward(model, stepped, x), y, weights) * len(y) / images for x, y in outer_shards)
     return torch.autograd.grad(outer, weights)[0]

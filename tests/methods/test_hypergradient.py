@@ -4,16 +4,18 @@ import pytest
 import reference
 import torch
 import workers
-from family import SPEC, batch, pruned_tree, stages
+from family import SPEC, at_rate, batch, pruned_tree, stages
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from wml_ray.methods.base import StepContext
 from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
 from wml_ray.methods.losses import ensemble_loss, peer_losses
 from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
+from wml_ray.networks.trunk_gradient import divide_shared_gradients
 
 OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 EXACT, SAME_POINT = WmlConfig(alpha=0.4, unroll="exact"), WmlConfig(alpha=0.4, unroll="same_point")
@@ -22,13 +24,16 @@ OPTIONS = [
     {"temperature": 2.0, "kl_direction": "student_to_teacher"},
     {"stop_gradient_teacher": True},
     {"stop_gradient_teacher": True, "kl_direction": "student_to_teacher"},
+    {"balance": "peer"},
+    {"balance": "peer", "weigh_labels": False},
+    {"weigh_labels": False, "stop_gradient_teacher": True},
 ]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_exact_gradient_equals_autograd_through_the_sgd_step(options):
     tree, inner, outer = pruned_tree(), batch(8, 1), batch(6, 2)
-    ours = weight_gradient(tree, inner, outer, OMEGA, EXACT.model_copy(update=options), 0.3)
+    ours = weight_gradient(tree, inner, outer, OMEGA, EXACT.model_copy(update=options), at_rate(0.3))
     twin = reference.unrolled_gradient(tree, [inner], [outer], OMEGA, 0.4, 0.3, **options)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
 
@@ -42,15 +47,33 @@ def test_same_point_gradient_is_equation_5_by_backward_passes():
     for i, loss in enumerate(peer_losses(functional_forward(tree, parameters, x), y, SAME_POINT)):
         slopes = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, materialize_grads=True)
         expected.append(direct[i] - 0.3 * sum((a * b).sum() for a, b in zip(v, slopes, strict=True)))
-    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, SAME_POINT, 0.3)
+    ours = weight_gradient(tree, (x, y), (outer_x, outer_y), OMEGA, SAME_POINT, at_rate(0.3))
     torch.testing.assert_close(ours, torch.stack(expected), rtol=1e-11, atol=1e-13)
+
+
+def test_divided_trunk_gradients_divide_the_step_and_the_inner_products():
+    tree, inner, outer = pruned_tree(), batch(8, 1), batch(6, 2)
+    scales = {name: 1 / len(tree.peers_through(name)) for name, _ in tree.named_parameters()}
+    twin = reference.unrolled_gradient(tree, [inner], [outer], OMEGA, 0.4, 0.3, scales)
+    divide_shared_gradients(tree)
+    ours = weight_gradient(tree, inner, outer, OMEGA, EXACT, at_rate(0.3))
+    torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
+
+
+def test_the_ramp_of_the_kl_term_enters_the_gradient():
+    tree, inner, outer = pruned_tree(), batch(8, 1), batch(6, 2)
+    early = StepContext(step=3, epoch=1, total_epochs=10, learning_rate=0.3)
+    ours = weight_gradient(tree, inner, outer, OMEGA, EXACT.model_copy(update={"ramp": 0.4}), early)
+    share = math.exp(-5 * (1 - 1 / 4) ** 2)
+    twin = reference.unrolled_gradient(tree, [inner], [outer], OMEGA, 0.4, 0.3, kl_share=share)
+    torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_keeps_buffers_gradients_parameters_and_mode(training):
     tree = pruned_tree().train(training)
     before = {name: tensor.clone() for name, tensor in tree.state_dict().items()}
-    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, EXACT, 0.3)
+    weight_gradient(tree, batch(8, 1), batch(6, 2), OMEGA, EXACT, at_rate(0.3))
     assert all(tensor.equal(before[name]) for name, tensor in tree.state_dict().items())
     assert all(p.grad is None for p in tree.parameters())
     assert tree.training is training
@@ -65,7 +88,7 @@ def test_dropout_draws_the_same_masks_in_both_inner_passes():
     omega = torch.ones(1, dtype=torch.float64)
     inner, outer = batch(8, 1), batch(6, 2)
     torch.manual_seed(7)
-    ours = weight_gradient(tree, inner, outer, omega, WmlConfig(alpha=0.0, unroll="exact"), 0.3)
+    ours = weight_gradient(tree, inner, outer, omega, WmlConfig(alpha=0.0, unroll="exact"), at_rate(0.3))
     torch.manual_seed(7)
     twin = reference.unrolled_gradient(tree, [inner], [outer], omega, 0.0, 0.3)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
@@ -82,16 +105,16 @@ def test_a_list_of_logits_serves_as_well_as_a_stack():
 
     torch.manual_seed(0)
     pair, omega = Pair().double(), torch.tensor([0.3, 0.7], dtype=torch.float64)
-    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), 0.1)
+    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), at_rate(0.1))
     twin = reference.unrolled_gradient(pair, [batch(8, 1)], [batch(6, 2)], omega, 0.5, 0.1)
     torch.testing.assert_close(ours, twin, rtol=1e-11, atol=1e-13)
 
 
 def test_float32_is_close_to_float64():
     tree, inner, outer = pruned_tree(), batch(32, 1), batch(32, 2)
-    exact = weight_gradient(tree, inner, outer, OMEGA, EXACT, 0.3)
+    exact = weight_gradient(tree, inner, outer, OMEGA, EXACT, at_rate(0.3))
     single_batches = (inner[0].float(), inner[1]), (outer[0].float(), outer[1])
-    single = weight_gradient(tree.float(), *single_batches, OMEGA, EXACT, 0.3)
+    single = weight_gradient(tree.float(), *single_batches, OMEGA, EXACT, at_rate(0.3))
     torch.testing.assert_close(single, exact, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +126,7 @@ def test_equal_peers_keep_equal_weights_to_the_bit():
         for twin in copies[1:]:
             twin.load_state_dict(copies[0].state_dict())
     omega = torch.full((4,), 0.25, dtype=torch.float64)
-    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), 0.1)
+    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), at_rate(0.1))
     updated = log_mirror_descent(omega.log(), gradient, 1.0)
     assert updated.eq(updated[0]).all()
 
@@ -117,7 +140,9 @@ def _shards(rank):
 
 def _gradients(rank):
     inner, outer = _shards(rank)
-    return [weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, 0.3) for settings in (EXACT, SAME_POINT)]
+    return [
+        weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, at_rate(0.3)) for settings in (EXACT, SAME_POINT)
+    ]
 
 
 def test_two_workers_agree_to_the_bit_and_with_autograd_over_both_shares(tmp_path):
@@ -133,7 +158,7 @@ def _synchronised_gradient(rank):
     tree = pruned_tree()
     convert_sync_batchnorm(tree)
     inner, outer = _shards(rank)
-    gradient = weight_gradient(tree, inner, outer, OMEGA, EXACT, 0.3)
+    gradient = weight_gradient(tree, inner, outer, OMEGA, EXACT, at_rate(0.3))
     tree(inner[0])
     return gradient, dict(tree.named_buffers())
 

@@ -17,6 +17,9 @@ OPTIONS = [
 ]
 
 
+BALANCES = [{"balance": balance, "weigh_labels": weigh} for balance in ("paper", "peer") for weigh in (True, False)]
+
+
 def family(num_peers=4, images=6, classes=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num_peers, images, classes, dtype=torch.float64, generator=generator)
@@ -44,6 +47,25 @@ def test_peer_losses_are_the_derivative_of_the_inner_loss_by_omega(options):
     torch.testing.assert_close(
         peer_losses(logits, targets, WmlConfig(alpha=0.4, **options)), derivative, rtol=1e-11, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("options", BALANCES, ids=str)
+def test_balanced_losses_and_their_derivative_by_omega_equal_the_twin(options):
+    logits, targets, weights = family()
+    settings = WmlConfig(alpha=0.3, **options)
+    twin = reference.inner_loss(logits, targets, weights, 0.3, kl_share=0.4, **options)
+    torch.testing.assert_close(inner_loss(logits, targets, weights, settings, 0.4), twin, rtol=1e-12, atol=1e-13)
+    derivative = torch.autograd.grad(twin, weights)[0]
+    torch.testing.assert_close(peer_losses(logits, targets, settings, 0.4), derivative, rtol=1e-11, atol=1e-12)
+
+
+def test_the_balanced_loss_is_equation_1_at_another_alpha_times_a_constant():
+    logits, targets, weights = family()
+    alpha, peers = 0.3, len(logits)
+    factor = alpha + peers * (1 - alpha)
+    balanced = inner_loss(logits, targets, weights, WmlConfig(alpha=alpha, balance="peer"))
+    paper = inner_loss(logits, targets, weights, WmlConfig(alpha=alpha / factor, balance="paper"))
+    torch.testing.assert_close(balanced, factor * paper, rtol=1e-12, atol=1e-13)
 
 
 def test_ensemble_loss_equals_its_twin():

@@ -8,9 +8,8 @@ from family import SPEC, batch, pruned_tree, some_teacher
 from methods import slow_methods
 
 from wml_ray.config.schema import Config
-from wml_ray.methods.base import Method, StepContext
+from wml_ray.methods.base import StepContext
 from wml_ray.methods.registry import METHODS, build
-from wml_ray.settings import Section
 
 CASES = [
     ("independent", {}),
@@ -69,8 +68,7 @@ def test_every_method_but_wml_has_a_twin_and_a_case():
 
 
 def test_the_ramp_rises_from_exp_minus_5_to_1_and_stays_there():
-    method = Method(pruned_tree(), Section(), SPEC)
-    values = [method.ramp(StepContext(0, epoch, 10, 0.1), share=0.4) for epoch in range(11)]
+    values = [StepContext(0, epoch, 10, 0.1).ramp(0.4) for epoch in range(11)]
     assert values[0] == math.exp(-5)
     assert math.isclose(values[2], math.exp(-1.25))
     assert values[:5] == sorted(set(values[:5]))

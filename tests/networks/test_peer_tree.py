@@ -3,6 +3,7 @@ from family import SPEC, batch, pruned_tree
 from torch import nn
 
 from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.trunk_gradient import divide_shared_gradients
 
 
 class Counting(nn.Linear):
@@ -47,3 +48,15 @@ def test_peers_through_a_module_are_those_whose_path_has_it():
             assert tree.peers_through(name) == {peer for peer in range(4) if name in tree.path(peer)}
     assert tree.peers_through("stages.stage1.1.inner.0.0.weight") == {2, 3}
     assert SPEC.num_classes == tree.peer(0)[-1][-1].out_features
+
+
+def test_divided_gradients_are_the_mean_over_the_peers_below_each_copy():
+    tree, (inputs, _) = pruned_tree(), batch(4)
+    tree(inputs).square().sum().backward()
+    sums = {name: parameter.grad.clone() for name, parameter in tree.named_parameters()}
+    tree.zero_grad()
+    for _ in range(2):  # a second call changes nothing
+        divide_shared_gradients(tree)
+    tree(inputs).square().sum().backward()
+    for name, parameter in tree.named_parameters():
+        torch.testing.assert_close(parameter.grad, sums[name] / len(tree.peers_through(name)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family import batch, pruned_tree, tiny_config
+from family import at_rate, batch, pruned_tree, tiny_config
 from runs import ignore, only_run
 
 from wml_ray.methods.hypergradient import weight_gradient
@@ -18,9 +18,9 @@ OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
     inner, outer = batch(8, 1), batch(6, 2)
     settings = WmlConfig(alpha=0.4, unroll=unroll)
-    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, 0.3)
+    expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, at_rate(0.3))
     moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
-    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), settings, 0.3)
+    found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), settings, at_rate(0.3))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-10)
 
 

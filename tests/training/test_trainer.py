@@ -97,6 +97,27 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(method, precision, monkeypatch):
+    """Two epochs on digits with peers of different widths. What counts is the label loss: a ramp may raise the sum."""
+    options = ["optim.epochs=2", "optim.learning_rate=0.03", f"method.name={method}", f"optim.precision={precision}"]
+    trainer, losses = trainer_of(tiny_config(*options)), []
+    widths = {trainer.tree.get_submodule(trainer.tree.path(peer)[-2])[0].out_channels for peer in range(4)}
+    assert len(widths) > 1
+
+    monkeypatch.setattr("wml_ray.training.trainer.PROGRESS_INTERVAL_S", 0.0)  # an event a step
+
+    def check_gradients(event):
+        assert all(parameter.grad.isfinite().all() for parameter in trainer.method.parameters())
+        if isinstance(event, EpochEnd):
+            assert all(math.isfinite(value) for value in event.metrics.values())
+            losses.append(event.metrics.get("train/loss_labels", event.metrics["train/loss"]))
+
+    trainer.fit(check_gradients)
+    assert losses[1] < losses[0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resumed_trainer_ends_bit_equal(method, teacher_run):
     options = ["optim.name=adamw", "optim.learning_rate=0.003", *taught_by(teacher_run, method)]

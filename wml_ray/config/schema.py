@@ -96,6 +96,9 @@ class ModelConfig(Section):
         min_length=1,
         description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M",
     )
+    trunk_gradient: Literal["sum", "mean"] = Field(
+        "sum", description="gradient of a shared copy: the sum of its peers' gradients, or their mean"
+    )
 
     @model_validator(mode="after")
     def _sharing_is_a_tree(self) -> ModelConfig:

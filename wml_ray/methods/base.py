@@ -26,6 +26,11 @@ class StepContext(NamedTuple):
     total_epochs: int
     learning_rate: float
 
+    def ramp(self, share: float) -> float:
+        """exp(-5 (1 - e / R)^2) at epoch e, with R = `share` of all epochs; 1 from R on (Laine & Aila, ICLR 2017)."""
+        epochs = share * self.total_epochs
+        return math.exp(-5.0 * (1.0 - self.epoch / epochs) ** 2) if self.epoch < epochs else 1.0
+
 
 class Teacher(Protocol):
     """A frozen network of P peers, for inputs normalised as those of the run; no gradient flows into or through it.
@@ -92,14 +97,6 @@ class Method(nn.Module):
     def metric_names(num_peers: int) -> tuple[str, ...]:
         """Names of `metrics`, known without a run."""
         return ()
-
-    def ramp(self, context: StepContext, share: float) -> float:
-        """exp(-5 (1 - e / R)^2) at e epochs done, where R is `share` of all epochs; 1 from R on.
-
-        The weight of distillation in ONE, OKDDip, PCL and FFL (R = 80 of 300 epochs there): from e^-5 = 0.0067 to 1.
-        """
-        end = share * context.total_epochs
-        return 1.0 if context.epoch >= end else math.exp(-5.0 * (1.0 - context.epoch / end) ** 2)
 
     def after_step(self, context: StepContext, batch: Batch, outer_batch: Batch | None) -> None:
         """Called after each optimiser step with the batch it was taken on.

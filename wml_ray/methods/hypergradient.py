@@ -7,10 +7,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from wml_ray.distributed import mean_over_workers, means_in_rank_order
-from wml_ray.methods.base import Batch
+from wml_ray.methods.base import Batch, StepContext
 from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
 from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import functional_forward
+from wml_ray.networks.trunk_gradient import gradient_scales
 
 
 def weight_gradient(
@@ -19,32 +20,37 @@ def weight_gradient(
     outer_batch: Batch,
     weights_M: Tensor,
     settings: WmlConfig,
-    learning_rate: float,
+    context: StepContext,
 ) -> Tensor:
     """g of Eq. 5, shape (M,): g_i = dL2/domega_i - gamma <dL2/dtheta, dL_a,i/dtheta> over all parameters.
 
     `model` gives M logits, (M, B, K) or M times (B, K); the batches are (inputs, targets) pairs, on a worker its own
-    share of them. gamma is `settings.unroll_learning_rate`, or `learning_rate` where that is None. dL2/dtheta is taken
-    at theta - gamma dL1/dtheta if `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta -
-    gamma dL1/dtheta). "same_point" takes it at theta, which saves one forward and backward pass.
-    All M inner products are the tangent of L_a along v = dL2/dtheta, one forward-mode pass. When torch.distributed
-    is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M numbers are reduced,
-    and every worker returns the same bits. The model keeps its parameters, gradients, mode and buffers.
+    share of them. gamma is `settings.unroll_learning_rate`, or the current learning rate where that is None; it is
+    divided by the number of peers of a copy where gradients are (`trunk_gradient`). dL2/dtheta is taken at theta -
+    gamma dL1/dtheta if `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta - gamma
+    dL1/dtheta). "same_point" takes it at theta, which saves one forward and backward pass.
+    All M inner products are the tangent of L_a along gamma v, v = dL2/dtheta, one forward-mode pass. When
+    torch.distributed is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M
+    numbers are reduced, and every worker returns the same bits. The model keeps its parameters, gradients, mode and
+    buffers.
 
     Raises:
         ValueError: shapes do not fit.
     """
     (inner_inputs, inner_targets), (outer_inputs, outer_targets) = inner_batch, outer_batch
-    gamma = learning_rate if settings.unroll_learning_rate is None else settings.unroll_learning_rate
+    gamma = context.learning_rate if settings.unroll_learning_rate is None else settings.unroll_learning_rate
+    kl_share = context.ramp(settings.ramp)
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    step_sizes = {name: gamma * scale for name, scale in gradient_scales(model, theta).items()}
 
     with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
         outer_theta = theta
         if settings.unroll == "exact":
             leaves = _leaves(theta)
-            loss = inner_loss(functional_forward(model, leaves, inner_inputs), inner_targets, weights_M, settings)
+            logits = functional_forward(model, leaves, inner_inputs)
+            loss = inner_loss(logits, inner_targets, weights_M, settings, kl_share)
             descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
-            outer_theta = {name: theta[name] - gamma * g for name, g in zip(theta, descent, strict=True)}
+            outer_theta = {name: theta[name] - step_sizes[name] * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
         loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
@@ -52,14 +58,16 @@ def weight_gradient(
         v = mean_over_workers(v, outer_targets)
     # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
     with torch.no_grad(), forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(theta[name], t) for name, t in zip(theta, v, strict=True)}
-        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, settings)
+        duals = {
+            name: forward_ad.make_dual(theta[name], step_sizes[name] * t) for name, t in zip(theta, v, strict=True)
+        }
+        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, settings, kl_share)
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)
     tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
     direct_M, tangent_M = means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
-    return direct_M - gamma * tangent_M
+    return direct_M - tangent_M
 
 
 def log_mirror_descent(log_weights_M: Tensor, gradient_M: Tensor, step_size: float) -> Tensor:

@@ -5,8 +5,6 @@ The paper's variants with learned weights of the teacher (MinLogit, Linear, Gene
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from wml_ray.methods.base import Method, Outputs, StepContext
@@ -17,7 +15,7 @@ from wml_ray.methods.settings import KdclConfig
 class Kdcl(Method):
     """sum_i [(1-a) CE(z_i, y) + a KL_T(z_i <- mean_j z_j)], without gradient into the mean."""
 
-    own_views: ClassVar[bool] = True
+    own_views = True
     settings: KdclConfig
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ from torch import Tensor
 from wml_ray.methods.settings import WmlConfig
 
 
-def peer_losses(logits_MBK: Tensor, targets_B: Tensor, settings: WmlConfig) -> Tensor:
-    """L_a of Eq. 5, shape (M,), in nats a sample: dL1/domega_i = (1-alpha) CE(z_i, y) + alpha sum_j KL(z_j, z_i).
+def peer_losses(logits_MBK: Tensor, targets_B: Tensor, settings: WmlConfig, kl_share: float = 1.0) -> Tensor:
+    """L_a of Eq. 5, shape (M,), in nats a sample: dL1/domega_i = lambda CE(z_i, y) + alpha r sum_j KL(z_j, z_i).
 
     Peer i is the teacher of every peer j. KL is summed over classes, averaged over B, taken of outputs softened by
-    the temperature and multiplied by its square.
+    the temperature and multiplied by its square. lambda is `label_weight`, or 0 if omega does not weigh the labels; r
+    is `kl_share`.
 
     Raises:
         ValueError: shapes do not fit.
@@ -25,23 +26,36 @@ def peer_losses(logits_MBK: Tensor, targets_B: Tensor, settings: WmlConfig) -> T
     _check_shapes(logits_MBK, targets_B)
     logits_MBK = at_least_float32(logits_MBK)
     losses_M = logits_MBK.new_zeros(len(logits_MBK))
-    if settings.alpha < 1.0:
-        losses_M = (1.0 - settings.alpha) * cross_entropies(logits_MBK, targets_B)
-    if settings.alpha > 0.0:
-        losses_M = losses_M + settings.alpha * _teaching_losses(logits_MBK, settings)
+    if settings.alpha < 1.0 and settings.weigh_labels:
+        losses_M = label_weight(settings, len(logits_MBK)) * cross_entropies(logits_MBK, targets_B)
+    if settings.alpha > 0.0 and kl_share > 0.0:
+        losses_M = losses_M + kl_share * settings.alpha * _teaching_losses(logits_MBK, settings)
     return losses_M
 
 
-def inner_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, settings: WmlConfig) -> Tensor:
-    """L1 of Eq. 1, shape (), in nats a sample: (1-alpha) sum_i omega_i CE(z_i, y) + alpha sum_ij omega_j KL(z_i, z_j).
+def inner_loss(
+    logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor, settings: WmlConfig, kl_share: float = 1.0
+) -> Tensor:
+    """L1, shape (), in nats a sample: lambda sum_i omega_i CE(z_i, y) + alpha r sum_ij omega_j KL(z_i, z_j).
 
-    L1 is linear in omega, so it is omega . L_a. The KL term costs O(M B K).
+    With `balance = paper` and r = `kl_share` = 1 this is Eq. 1, lambda = 1 - alpha. `balance = peer` takes lambda =
+    M (1 - alpha): it is Eq. 1 at alpha / c, times c = M (1 - alpha) + alpha. Without `weigh_labels` each label term
+    counts 1 / M instead of omega_i. L1 is affine in omega, with slope L_a. The KL term costs O(M B K).
 
     Raises:
         ValueError: shapes do not fit.
     """
-    losses_M = peer_losses(logits_MBK, targets_B, settings)
-    return torch.dot(_weights_like(weights_M, losses_M), losses_M)
+    losses_M = peer_losses(logits_MBK, targets_B, settings, kl_share)
+    loss = torch.dot(_weights_like(weights_M, losses_M), losses_M)
+    if settings.alpha < 1.0 and not settings.weigh_labels:
+        labels_M = cross_entropies(at_least_float32(logits_MBK), targets_B)
+        loss = loss + label_weight(settings, len(logits_MBK)) * labels_M.mean()
+    return loss
+
+
+def label_weight(settings: WmlConfig, num_peers: int) -> float:
+    """lambda, the weight of the label terms: 1 - alpha as in Eq. 1, or M times that with `balance = peer`."""
+    return (1.0 - settings.alpha) * (num_peers if settings.balance == "peer" else 1)
 
 
 def ensemble_loss(logits_MBK: Tensor, targets_B: Tensor, weights_M: Tensor) -> Tensor:

@@ -62,6 +62,18 @@ class WmlConfig(Section):
     """Weighted Mutual Learning: Eq. 1, and how omega is learned by Eqs. 5 and 7."""
 
     alpha: Share = Field(0.5, description="weight of mutual learning against the labels in Eq. 1")
+    balance: Literal["peer", "paper"] = Field(
+        "paper",
+        description="weight of each label loss: `paper` is (1 - alpha) omega_i, as in Eq. 1; `peer` is M times that, "
+        "so that alpha and the learning rate mean the same for any number of peers",
+    )
+    weigh_labels: bool = Field(
+        True,
+        description="weigh each peer's label loss by omega, as in Eq. 1; false: only teachers and ensemble",
+    )
+    ramp: Share = Field(
+        0.0, description="share of the epochs in which the weight of the KL term rises to alpha; 0 starts at alpha"
+    )
     weights: Literal["learned", "fixed"] = Field(
         "learned", description="learn the peer weights omega by Eqs. 5 and 7, or keep them equal"
     )

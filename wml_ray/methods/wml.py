@@ -38,8 +38,9 @@ class Wml(Method):
         return self.log_weights_M.exp()
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
-        """Eq. 1."""
-        return {"inner": inner_loss(outputs["logits_MBK"], targets_B, self.weights_M, self.settings)}
+        """Eq. 1, or its balanced form."""
+        kl_share = context.ramp(self.settings.ramp)
+        return {"inner": inner_loss(outputs["logits_MBK"], targets_B, self.weights_M, self.settings, kl_share)}
 
     def predictions(self, outputs: Outputs) -> dict[str, Tensor]:
         """The weighted ensemble, sum_i omega_i z_i."""
@@ -61,9 +62,7 @@ class Wml(Method):
         """Eqs. 5 and 7 where an outer batch is given. Always in float32: a tangent in 16 bits is mostly noise."""
         if outer_batch is None:
             return
-        gradient_M = weight_gradient(
-            self.tree, batch, outer_batch, self.weights_M, self.settings, context.learning_rate
-        )
+        gradient_M = weight_gradient(self.tree, batch, outer_batch, self.weights_M, self.settings, context)
         self.log_weights_M.copy_(log_mirror_descent(self.log_weights_M, gradient_M, self.settings.mirror_step_size))
         if not self.log_weights_M.isfinite().all():
             bad = [index for index, g in enumerate(gradient_M.tolist()) if not math.isfinite(g)]

@@ -27,6 +27,7 @@ class PeerTree(nn.Module):
         """
         super().__init__()
         self.sharing = tuple(sharing)
+        self.divides_gradients = False  # set by trunk_gradient.divide_shared_gradients
         networks = [build() for _ in range(self.num_peers)]
         names = list(networks[0])
         if len(names) != len(self.sharing):

@@ -21,6 +21,7 @@ from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.networks.trunk_gradient import divide_shared_gradients
 from wml_ray.pruning.prune import prune
 from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.files import storage_error
@@ -107,6 +108,8 @@ def build_method(
 
 
 def _method_on(tree: PeerTree, config: Config, spec: ImageSpec, teacher: Teacher | None) -> Method:
+    if config.model.trunk_gradient == "mean":
+        divide_shared_gradients(tree)
     return build(config.method.name, tree, config.method_settings, spec, seed_for(config.seed, "method"), teacher)
 
 
