@@ -94,6 +94,19 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "shared"
 
 
+@pytest.fixture(scope="session")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the tiny family, trained independently for one epoch."""
+    from family import tiny_config
+
+    from wml_ray.training.worker import WorkerContext, run_worker
+
+    storage = tmp_path_factory.mktemp("teachers")
+    config = tiny_config("method.name=independent", "optim.epochs=1", f"run.storage_path={storage}")
+    run_worker(config, WorkerContext())
+    return config.run_folder
+
+
 @pytest.fixture
 def seeded() -> None:
     torch.manual_seed(0)

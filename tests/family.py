@@ -9,9 +9,11 @@ from wml_ray.checkpoints.checkpoint import Checkpoint
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config, PruningConfig
 from wml_ray.methods.base import StepContext
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
+from wml_ray.training.teacher import FrozenTeacher
 
 SCORES = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
 SPEC = ImageSpec(1, 8, 10)
@@ -68,6 +70,17 @@ def tiny_config(*overrides: str) -> Config:
         "optim": {"epochs": 3},
     }
     return parse_config(raw, overrides)
+
+
+def taught_by(folder: Path, method: str) -> list[str]:
+    """The overrides that choose a method, with the finished run in `folder` as its teacher if it needs one."""
+    chosen = [f"method.name={method}"]
+    return [*chosen, f"teacher.run={folder}"] if method in TEACHER_METHODS else chosen
+
+
+def some_teacher() -> FrozenTeacher:
+    """A teacher of four peers in float64."""
+    return FrozenTeacher(pruned_tree(seed=1), {})
 
 
 def write_study(folder: Path, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Slow twins: Eq. 1 and DML by pairwise loops, Eq. 5 by autograd through the SGD step."""
+"""Slow twins: Eq. 1 and divergences by pairwise loops, Eq. 5 by autograd through the SGD step."""
 
 import torch
 import torch.nn.functional as F
@@ -50,16 +50,6 @@ def divergences_from_others(logits, temperature):
                     total = total + p[image, label] * (p[image, label] / q[image, label]).log()
         divergences.append(temperature**2 * total / len(student) / max(len(logits) - 1, 1))
     return divergences
-
-
-def dml_loss(logits, targets, temperature, weight):
-    """sum_i [CE(z_i, y) + w mean_{j != i} KL_T(z_i <- z_j)]."""
-    total = 0.0
-    for student, divergence in zip(logits, divergences_from_others(logits, temperature), strict=True):
-        for image, label in enumerate(targets):
-            total = total - student[image].softmax(-1)[label].log() / len(targets)
-        total = total + weight * divergence
-    return total
 
 
 def ensemble_loss(logits, targets, weights):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import workers
-from family import tiny_config
+from family import taught_by, tiny_config
 
 from wml_ray.config.schema import OptimConfig
 from wml_ray.data.load import load_dataset
@@ -15,13 +15,14 @@ from wml_ray.methods.registry import METHODS
 from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.training.optimizer import learning_rate
 from wml_ray.training.start import build_method, initial_checkpoint
+from wml_ray.training.teacher import load_teacher
 from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS, Trainer
 
 
 def trainer_of(config, worker=None):
     dataset = load_dataset(config)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.metadata["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"], load_teacher(config, dataset))
     trainer = Trainer(config, method, dataset, torch.device("cpu"), worker)
     trainer.load_state(start.model, start.state)
     return trainer
@@ -96,9 +97,30 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_trainer_ends_bit_equal(method):
-    options = ["optim.name=adamw", "optim.learning_rate=0.003", f"method.name={method}"]
+def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(method, precision, monkeypatch):
+    """Two epochs on digits with peers of different widths. What counts is the label loss: a ramp may raise the sum."""
+    options = ["optim.epochs=2", "optim.learning_rate=0.03", f"method.name={method}", f"optim.precision={precision}"]
+    trainer, losses = trainer_of(tiny_config(*options)), []
+    widths = {trainer.tree.get_submodule(trainer.tree.path(peer)[-2])[0].out_channels for peer in range(4)}
+    assert len(widths) > 1
+
+    monkeypatch.setattr("wml_ray.training.trainer.PROGRESS_INTERVAL_S", 0.0)  # an event a step
+
+    def check_gradients(event):
+        assert all(parameter.grad.isfinite().all() for parameter in trainer.method.parameters())
+        if isinstance(event, EpochEnd):
+            assert all(math.isfinite(value) for value in event.metrics.values())
+            losses.append(event.metrics.get("train/loss_labels", event.metrics["train/loss"]))
+
+    trainer.fit(check_gradients)
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_trainer_ends_bit_equal(method, teacher_run):
+    options = ["optim.name=adamw", "optim.learning_rate=0.003", *taught_by(teacher_run, method)]
     whole, _ = fitted(*options)
     half, saved = trainer_of(tiny_config(*options)), {}
 
@@ -126,12 +148,12 @@ class ThreeTerms(Dml):
 
 
 @pytest.mark.parametrize("method", [*METHODS, "three terms"])
-def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal(method, monkeypatch):
+def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal(method, teacher_run, monkeypatch):
     """Also where outer batches were drawn before, and in the terms of the loss."""
     if method == "three terms":
         method = "dml"
         monkeypatch.setitem(METHODS, method, ThreeTerms)
-    options = ["data.batch_size=32", "optim.epochs=1", f"method.name={method}"]
+    options = ["data.batch_size=32", "optim.epochs=1", *taught_by(teacher_run, method)]
     whole, ends = fitted(*options)
     cut, saved, events = trainer_of(tiny_config(*options)), {}, []
 

@@ -34,6 +34,8 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     device = "one GPU each" if config.scale.gpu else "CPU"
     print_line(f"images      {plan.images}, {config.data.batch_size} a step, {config.optim.epochs} epochs")
     print_line(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}")
+    if plan.teacher:
+        print_line(f"teacher     {plan.teacher}")
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")
     print_line(f"memory      about {plan.memory_bytes / 2**20:,.0f} MiB a worker")
     print_line(f"resources   {where}, {device}")

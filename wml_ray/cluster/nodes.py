@@ -18,11 +18,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from wml_ray.cluster.connect import join_cluster, with_absolute_paths
 from wml_ray.cluster.preflight import run_check
 from wml_ray.cluster.resources import check_capacity, slots_of_node, trial_resources, worker_resources
-from wml_ray.config.schema import Config, DataConfig
+from wml_ray.config.load import parse_config
+from wml_ray.config.schema import Config
 from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError, number_of, root_cause
 from wml_ray.storage.files import check_storage, storage_environment
 from wml_ray.storage.paths import to_path
+from wml_ray.storage.runs import RESULT, find_run
 from wml_ray.tracking.client import check_reachable, is_local_store, tracking_environment
 
 REPORT_TIMEOUT_S = 120.0  # for a node's report: it starts a process that imports torch
@@ -31,7 +33,7 @@ PACKAGES = ("ray", "torch", "torchvision", "torch-pruning", "safetensors", "mlfl
 
 @dataclass(frozen=True)
 class NodeReport:
-    """The checks of one node: its versions, and the errors by subject (storage, MLflow, data)."""
+    """The checks of one node: its versions, and the errors by subject (storage, MLflow, data, teacher)."""
 
     host: str
     versions: dict[str, str]
@@ -72,27 +74,30 @@ def reports_of(nodes: Sequence[dict[str, Any]], marker: Path, config: Config, ur
     Raises:
         UserError: a node cannot run the task.
     """
-    data, environment = with_absolute_paths(config)["data"], tracking_environment() | storage_environment()
+    settings, environment = with_absolute_paths(config), tracking_environment() | storage_environment()
     pending = []
     for node in nodes:
         on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(num_cpus=0, scheduling_strategy=on_node, max_retries=0)(report_node)
-        pending.append((node["NodeManagerHostname"], task.remote(str(marker), uri, data, environment)))
+        pending.append((node["NodeManagerHostname"], task.remote(str(marker), uri, settings, environment)))
     return [_wait_for_report(host, future) for host, future in pending]
 
 
-def report_node(marker: str, uri: str, data: dict[str, Any], environment: dict[str, str]) -> NodeReport:
-    """Check on this node that the file `marker` exists, MLflow at `uri` can be reached and the data is complete.
+def report_node(marker: str, uri: str, settings: dict[str, Any], environment: dict[str, str]) -> NodeReport:
+    """Check on this node the file `marker`, MLflow at `uri`, and the data and the teacher of the config `settings`.
 
     `environment` holds the variables that clients of MLflow and the storage read.
     """
     os.environ.update(environment)
+    config = parse_config(settings)
     checks: dict[str, Callable[[], object]] = {
         "storage": partial(_check_marker, to_path(marker)),
-        "data": partial(check_dataset, DataConfig.model_validate(data)),
+        "data": partial(check_dataset, config.data),
     }
     if uri and not is_local_store(uri):
         checks["MLflow"] = partial(check_reachable, uri)
+    if config.teacher.run and "teacher" not in config.unused_sections:
+        checks["teacher"] = partial(_check_run, config.teacher.run, config.run.storage_path)
     results = [run_check(subject, check) for subject, check in checks.items()]
     return NodeReport(socket.gethostname(), versions(), {r.subject: r.text for r in results if not r.passed})
 
@@ -138,6 +143,12 @@ def _wait_for_report(host: str, future: Any) -> NodeReport:
             f"node {host} cannot run a worker ({root_cause(error)}); install the same requirements.lock on every "
             "node, or submit with --packages"
         ) from None
+
+
+def _check_run(run: str, storage_path: str) -> None:
+    folder = find_run(run, storage_path)
+    if folder is None or not (folder / RESULT).exists():
+        raise UserError(f"teacher.run = '{run}' is not there; give a path that all nodes share")
 
 
 def _check_marker(marker: Path) -> None:

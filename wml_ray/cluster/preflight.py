@@ -1,6 +1,6 @@
-"""Checks before a run or a study: its resources, storage, MLflow server and data, here and on the other nodes.
+"""Checks before a run or a study: resources, storage, MLflow server, data and teacher, here and on the other nodes.
 
-Checks of this process alone import neither Ray nor torch, unless they need a GPU or read images.
+Checks of this process alone import neither Ray nor torch, unless they need a GPU, read images or load a teacher.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def require_checks(config: Config, searching: bool = False) -> None:
         yield from _resource_checks(config, searching)
         if others := _other_nodes(config, searching):
             yield from _access_checks(config, searching, others)
+        elif "teacher" not in config.unused_sections:
+            yield run_check("teacher", partial(_check_teacher, config))
 
     for result in checks():
         if not result.passed:
@@ -79,7 +81,7 @@ def _resource_checks(config: Config, searching: bool) -> Iterator[CheckResult]:
 
 
 def _access_checks(config: Config, searching: bool, others: Sequence[dict[str, Any]]) -> Iterator[CheckResult]:
-    """Storage, MLflow and data, on this node and on the others that may run a worker; and that versions agree."""
+    """Storage, MLflow, data and teacher, on this node and on the others that may run a worker; and equal versions."""
     uri = tracking_uri()
     reports: list[NodeReport] = []
     if others:
@@ -97,6 +99,8 @@ def _access_checks(config: Config, searching: bool, others: Sequence[dict[str, A
     mlflow = run_check("MLflow", partial(_check_tracking, uri, other_hosts and not searching))
     yield mlflow if searching else _with_reports(mlflow, reports)  # only the driver of a study logs
     yield _with_reports(run_check("data", partial(_check_data, config.data)), reports)
+    if "teacher" not in config.unused_sections:
+        yield _with_reports(run_check("teacher", partial(_check_teacher, config)), reports)
 
 
 def _with_reports(result: CheckResult, reports: Sequence[NodeReport]) -> CheckResult:
@@ -154,6 +158,12 @@ def _check_data(config: DataConfig) -> str:
     from wml_ray.data.readers import check_dataset
 
     return f"{config.name} {check_dataset(config)}"
+
+
+def _check_teacher(config: Config) -> str:
+    from wml_ray.training.teacher import check_teacher
+
+    return check_teacher(config)
 
 
 def _check_images(config: DataConfig) -> str:

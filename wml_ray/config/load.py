@@ -20,7 +20,7 @@ from wml_ray.storage.paths import is_remote, to_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides. The module of a user's own backbone may be beside the file.
+    """Read a YAML file and apply `key=value` overrides. The modules of a user's own functions may be beside the file.
 
     Raises:
         UserError: no such file, an unknown protocol, not YAML, an unknown key, or a value outside its range.
@@ -37,7 +37,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"config file {name} contains a {type(raw).__name__}, not keys such as `seed: 0`")
     config = parse_config(raw, overrides)
-    if ":" in config.model.backbone and not is_remote(file):
+    if config.user_functions and not is_remote(file):
         sys.path.append(str(Path(path).resolve().parent))
     return config
 

@@ -6,13 +6,24 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.errors import shortened
-from wml_ray.methods.settings import DmlConfig, MethodConfig, MethodName, WmlConfig
+from wml_ray.methods.settings import (
+    ClIlrConfig,
+    DmlConfig,
+    IndependentConfig,
+    KdclConfig,
+    KdConfig,
+    MethodConfig,
+    PeerToPeerConfig,
+    TeacherConfig,
+    WmlConfig,
+    unused_sections,
+)
 from wml_ray.settings import (
     MAX_INTEGER,
     NAME,
@@ -231,8 +242,14 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     pruning: PruningConfig = PruningConfig()
     method: MethodConfig = MethodConfig()
+    teacher: TeacherConfig = TeacherConfig()
     wml: WmlConfig = WmlConfig()
+    independent: IndependentConfig = IndependentConfig()
     dml: DmlConfig = DmlConfig()
+    cl_ilr: ClIlrConfig = ClIlrConfig()
+    kdcl: KdclConfig = KdclConfig()
+    kd: KdConfig = KdConfig()
+    peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()
@@ -247,6 +264,7 @@ class Config(Section):
             )
         if self.optim.precision == "float16" and not self.scale.gpu:
             raise ValueError("optim.precision = float16 needs scale.gpu = true; on a CPU use bfloat16 or float32")
+        self.teacher.check(self.method.name)
         return self
 
     @property
@@ -258,10 +276,12 @@ class Config(Section):
     def run_id(self) -> str:
         """Name of the run: dataset, backbone, and a hash of everything that determines its result.
 
-        Storage, data folder, number of workers and the sections of other methods do not enter, so a run may move or
-        scale and still find its own checkpoint.
+        Storage, data folder, number of workers and unused sections do not enter, so a run may move or scale and still
+        find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too.
         """
-        dump = self.model_dump(mode="json", exclude=self.other_methods)
+        dump = self.model_dump(mode="json", exclude=self.unused_sections)
+        if "teacher" in dump:
+            dump["teacher"]["run"] = self.teacher.run_id
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for key in ("root", "download", "loader_workers"):
@@ -280,8 +300,8 @@ class Config(Section):
         return dict(_flatten("", self.dump()))
 
     def dump(self) -> dict[str, Any]:
-        """The config as JSON types, without sections of other methods that are at their defaults."""
-        unused = {name for name in self.other_methods if getattr(self, name) == type(getattr(self, name))()}
+        """The config as JSON types, without unused sections that are at their defaults."""
+        unused = {name for name in self.unused_sections if getattr(self, name) == type(getattr(self, name))()}
         return self.model_dump(mode="json", exclude=unused)
 
     def to_yaml(self) -> str:
@@ -295,9 +315,15 @@ class Config(Section):
         return section
 
     @property
-    def other_methods(self) -> set[str]:
-        """The methods that are not chosen, which are the names of their sections."""
-        return set(get_args(MethodName)) - {self.method.name}
+    def user_functions(self) -> dict[str, str]:
+        """The keys that name a user's own `package.module:function`, and these names."""
+        functions = {"model.backbone": self.model.backbone, "teacher.function": self.teacher.function or ""}
+        return {key: name for key, name in functions.items() if ":" in name}
+
+    @property
+    def unused_sections(self) -> set[str]:
+        """The sections that have no effect with the chosen method."""
+        return unused_sections(self.method.name)
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,11 +17,11 @@ NOT_SHOWN = ("data.name", "data.root", "data.download", "data.loader_workers", "
 def run_title(config: Config) -> str:
     """Dataset, backbone and the values that differ from the defaults: `digits-resnet20 alpha=0.3 seed=1`.
 
-    The method and its settings come first and the seed last, as MLflow cuts the end of a title in its tables. Settings
-    of other methods are left out.
+    The method and its settings come first and the seed last, as MLflow cuts the end of a title in its tables. Unused
+    sections are left out.
     """
     defaults = _values(Config(), left_out=set())
-    values = _values(config, left_out=config.other_methods)
+    values = _values(config, left_out=config.unused_sections)
     changed = {key: value for key, value in values.items() if value != defaults[key]}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)
@@ -41,13 +41,15 @@ def _values(config: Config, left_out: set[str]) -> dict[str, Any]:
             values |= {f"{section}.{key}": value for key, value in dump[section].items()}
         else:
             values[section] = dump[section]
+    if "teacher" in dump:
+        values["teacher.run"] = config.teacher.run_id
     return values
 
 
 def _short(key: str, last_words: Counter[str]) -> str:
-    """The last word of a key; the section for `name`, the whole key if another one ends with the same word."""
+    """The last word of a key; the section for `name` and `run`, the whole key if another ends with the same word."""
     section, _, last = key.rpartition(".")
-    if last == "name":
+    if last in ("name", "run"):
         return section
     return last if last_words[last] == 1 else key
 

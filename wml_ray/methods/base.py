@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,21 @@ class StepContext(NamedTuple):
         """exp(-5 (1 - e / R)^2) at epoch e, with R = `share` of all epochs; 1 from R on (Laine & Aila, ICLR 2017)."""
         epochs = share * self.total_epochs
         return math.exp(-5.0 * (1.0 - self.epoch / epochs) ** 2) if self.epoch < epochs else 1.0
+
+
+class Teacher(Protocol):
+    """A frozen network of P peers, for inputs normalised as those of the run; no gradient flows into or through it.
+
+    It is no module: no state dict, optimiser, DistributedDataParallel or `train()` reaches it.
+    """
+
+    tree: PeerTree
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, ...) inputs to logits (P, B, K)."""
+
+    def features(self, inputs: Tensor) -> Features:
+        """(B, ...) inputs to the features of the teacher's tree."""
 
 
 class NonFinite(ArithmeticError):
@@ -108,3 +123,19 @@ class Method(nn.Module):
         """The features of one black image in evaluation mode: the widths and sizes for modules of a method."""
         with in_mode(tree, training=False):
             return tree.features(example(tree, spec))
+
+
+class TaughtMethod(Method):
+    """A method with a frozen teacher. Its `forward` may ask the teacher in training mode only."""
+
+    needs_features: ClassVar[bool] = False
+    """The teacher is one network of several stages, for its maps and its feature."""
+
+    starts_as_teacher: ClassVar[bool] = False
+    """The teacher is the whole tree of an independent run of the same family, and the peers start with its tensors."""
+
+    teacher: Teacher
+
+    def __init__(self, tree: PeerTree, settings: Section, spec: ImageSpec, teacher: Teacher) -> None:
+        super().__init__(tree, settings, spec)
+        self.teacher = teacher

@@ -89,6 +89,19 @@ def cross_entropies(logits_MBK: Tensor, targets_B: Tensor) -> Tensor:
     return losses_MB.view(num_peers, -1).mean(1)
 
 
+def divergences(logits_MBK: Tensor, teachers: Tensor, temperature: float) -> Tensor:
+    """KL_T(z_i <- t_i) of each student i, shape (M,), in nats a sample.
+
+    `teachers` is logits (B, K) of one teacher of all students, or (M, B, K). Gradient flows into them: a caller that
+    does not want it detaches them.
+    """
+    log_q_MBK = torch.log_softmax(logits_MBK / temperature, dim=-1)
+    log_p = torch.log_softmax(teachers / temperature, dim=-1)
+    divergence_MBK = log_p.exp() * (log_p - log_q_MBK)
+    losses_M: Tensor = temperature**2 * divergence_MBK.sum(-1).flatten(1).mean(1)
+    return losses_M
+
+
 def divergences_from_others(logits_MBK: Tensor, temperature: float) -> Tensor:
     """mean_{j != i} KL_T(z_i <- z_j) of each student i, shape (M,), in nats a sample; zero for a single peer.
 

@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from wml_ray.settings import Count, NonNegative, Positive, Section, Share
+from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-MethodName = Literal["wml", "dml"]
+MethodName = Literal["wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"]
+TEACHER_METHODS = ("kd",)
+"""The methods with a frozen teacher."""
 
 
 class MethodConfig(Section):
     """The choice of the method."""
 
     name: MethodName = Field("wml", description="method of training; its settings are in the section of its name")
+
+
+class TeacherConfig(Section):
+    """The frozen teacher of a method of `TEACHER_METHODS`; no other method reads it."""
+
+    run: Text | None = Field(
+        None, description="finished run that teaches: its folder or address, or its run id below `run.storage_path`"
+    )
+    peer: CountOrZero | None = Field(0, description="peer of `teacher.run` that teaches; null is the mean of all")
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None, description="your own network as the teacher: `package.module:function` that returns it"
+    )
+
+    @property
+    def run_id(self) -> str | None:
+        """The last part of `run`, which is the same wherever the run is moved."""
+        return self.run and self.run.rstrip("/").rpartition("/")[2]
+
+    def check(self, method: str) -> None:
+        """Check that a method which needs a teacher has one.
+
+        Raises:
+            ValueError: it has none or two.
+        """
+        if method not in TEACHER_METHODS:
+            return
+        if self.run is None and self.function is None:
+            raise ValueError(
+                f"method.name = {method} needs a teacher: set teacher.run to the folder or id of a finished run, or "
+                "teacher.function to package.module:function"
+            )
+        if self.run is not None and self.function is not None:
+            raise ValueError("teacher.run and teacher.function are both set; set one to null")
+
+
+def unused_sections(method: str) -> set[str]:
+    """The sections that have no effect with this method: those of other methods, and `teacher` where it has none."""
+    others: set[str] = set(get_args(MethodName)) - {method}
+    return others if method in TEACHER_METHODS else others | {"teacher"}
 
 
 class WmlConfig(Section):
@@ -57,8 +98,41 @@ class WmlConfig(Section):
     stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
 
 
+class IndependentConfig(Section):
+    """Independent training: nothing to set."""
+
+
 class DmlConfig(Section):
     """Deep Mutual Learning."""
 
     temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")
+
+
+class ClIlrConfig(Section):
+    """Collaborative learning with intermediate-level representation sharing."""
+
+    temperature: Positive = Field(2.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of the other peers; labels 1 - alpha")
+
+
+class KdclConfig(Section):
+    """Online Knowledge Distillation via Collaborative Learning."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.5, description="weight of the divergence from the mean of all peers; labels 1 - alpha")
+
+
+class KdConfig(Section):
+    """Knowledge distillation from a frozen teacher."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    alpha: Share = Field(0.9, description="weight of the divergence from the teacher; labels 1 - alpha")
+
+
+class PeerToPeerConfig(Section):
+    """A teacher, peer 0, trained beside students that also learn from each other."""
+
+    temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
+    teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
+    mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")

@@ -34,8 +34,10 @@ def build_stages(name: str, spec: ImageSpec) -> Stages:
     return BACKBONES[name](spec)
 
 
-def import_backbone(name: str) -> Callable[[ImageSpec], Any]:
+def import_function(name: str, key: str) -> Callable[[ImageSpec], Any]:
     """The function of a user's `package.module:function`, also found in the current directory.
+
+    `key` is the config key that names it.
 
     Raises:
         UserError: it cannot be imported.
@@ -47,18 +49,25 @@ def import_backbone(name: str) -> Callable[[ImageSpec], Any]:
         return cast("Callable[[ImageSpec], Any]", getattr(importlib.import_module(module_name), function_name))
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"model.backbone = '{name}' cannot be imported: {error}; its module must be beside the config file, in the "
+            f"{key} = '{name}' cannot be imported: {error}; its module must be beside the config file, in the "
             "current directory or on PYTHONPATH"
         ) from error
 
 
-def _user_stages(name: str, spec: ImageSpec) -> Stages:
-    stages = import_backbone(name)(spec)
+def named_stages(stages: Any) -> Stages | None:
+    """A list or dict of modules as a dict; None for anything else."""
     if isinstance(stages, (list, tuple)):
         stages = {f"stage{index}": stage for index, stage in enumerate(stages)}
     if not isinstance(stages, Mapping) or not all(isinstance(stage, nn.Module) for stage in stages.values()):
-        raise UserError(f"model.backbone = '{name}' must return a list or dict of torch.nn.Module, one a stage")
+        return None
     return dict(stages)
+
+
+def _user_stages(name: str, spec: ImageSpec) -> Stages:
+    stages = named_stages(import_function(name, "model.backbone")(spec))
+    if stages is None:
+        raise UserError(f"model.backbone = '{name}' must return a list or dict of torch.nn.Module, one a stage")
+    return stages
 
 
 BACKBONES: dict[str, Callable[[ImageSpec], Stages]] = {

@@ -11,6 +11,7 @@ from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import read_json, write_text
 from wml_ray.storage.retry import RetryQueue
+from wml_ray.storage.runs import RESULT
 from wml_ray.tracking.origin import dataset_inputs
 from wml_ray.tracking.runs import UNREACHABLE, MetricSender, TrackedRun, finish_run, open_run
 from wml_ray.tracking.tags import (
@@ -23,7 +24,6 @@ from wml_ray.tracking.tags import (
     TRIAL_TAG,
     TrialState,
 )
-from wml_ray.training.result import RESULT
 
 _STATUS: dict[TrialState, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -15,7 +15,7 @@ from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError, one_line
-from wml_ray.methods.settings import MethodName
+from wml_ray.methods.settings import unused_sections
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
 from wml_ray.search.settings import SearchConfig
 from wml_ray.training.evaluation import metric_names
@@ -131,7 +131,7 @@ def check_space(space: Space, where: str) -> None:
     """
     for key, domain in space.domains.items():
         _check_domain(space.base, key, domain, where)
-        if key.partition(".")[0] in set(get_args(MethodName)) - set(space.methods()):
+        if all(key.partition(".")[0] in unused_sections(method) for method in space.methods()):
             raise UserError(
                 f"{where}: '{key}' has no effect with method.name = {' or '.join(space.methods())}; leave it out, or "
                 "search method.name too"

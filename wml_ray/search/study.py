@@ -17,6 +17,7 @@ from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
 from wml_ray.search.trials import Trial, TrialStore
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.runs import absolute_run
 from wml_ray.tracking.tags import TrialState
 from wml_ray.training.events import now_ms
 
@@ -129,6 +130,8 @@ class Study:
             "data.root": str(Path(config.data.root).resolve()),
             "scale.cpus_per_worker": config.scale.cpus_per_worker or 1,  # as in `trial_resources`
         }
+        if config.teacher.run and "teacher" not in config.unused_sections:
+            values["teacher.run"] = absolute_run(config.teacher.run, config.run.storage_path)
         return with_values(config, values)
 
     def label(self, trial: Trial) -> str:

@@ -20,7 +20,7 @@ from wml_ray.errors import UserError
 from wml_ray.submit.client import cluster_errors
 from wml_ray.submit.entry import SUBMITTED_FROM
 from wml_ray.submit.job import Job
-from wml_ray.submit.package import JOB_FILE, Package, own_backbone, passed_environment, write_package
+from wml_ray.submit.package import JOB_FILE, Package, own_modules, passed_environment, write_package
 
 STOP_S = 30  # from the stop of a job until Ray kills it
 UNREACHABLE_S = 60.0  # `follow_job` fails once the cluster has been unreachable for this time
@@ -90,10 +90,11 @@ def runtime_env(package: Package | None, image: str | None, packages: bool) -> d
 
 def _check_image(job: Job, include: Sequence[str]) -> None:
     """Raise UserError if the results would be written inside the container, or files would have to be sent."""
-    if include or own_backbone(job.config.model.backbone):
+    functions = job.config.user_functions
+    if include or own_modules(functions):
         raise UserError(
-            f"--image: {', '.join(include) or job.config.model.backbone} cannot be sent with an image; build it into "
-            "the image (a backbone as an installed package), or submit without --image"
+            f"--image: {', '.join(include or functions.values())} cannot be sent with an image; build it into "
+            "the image (a function in an installed package), or submit without --image"
         )
     if "://" not in job.config.run.storage_path:
         raise UserError(

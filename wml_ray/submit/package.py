@@ -49,7 +49,7 @@ def passed_environment(job: Job) -> dict[str, str]:
 
 
 def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Path = ROOT) -> Package:
-    """Copy the code under `root`, the user's own backbone and the paths of `include` to `folder`, and add job.json.
+    """Copy the code under `root`, the user's own functions and the paths of `include` to `folder`, and add job.json.
 
     A path of `include` keeps its name relative to the current directory, or only its last part if it is elsewhere.
 
@@ -58,7 +58,7 @@ def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Pat
     """
     try:
         files = {str(path.relative_to(root)): path for pattern in CODE for path in sorted(root.glob(pattern))}
-        files |= own_backbone(job.config.model.backbone)
+        files |= own_modules(job.config.user_functions)
         for given in include:
             files |= _files_of(Path(given))
         size_bytes = _check_size(files)
@@ -76,14 +76,22 @@ def write_package(job: Job, folder: Path, include: Sequence[str] = (), root: Pat
     return Package(folder, len(files) + 1, size_bytes)
 
 
-def own_backbone(backbone: str) -> dict[str, Path]:
-    """The files of the module or package that holds a user's own backbone, unless it is installed."""
-    module_name, colon, _ = backbone.partition(":")
-    if not colon:
-        return {}
-    from wml_ray.networks.backbones import import_backbone
+def own_modules(functions: Mapping[str, str]) -> dict[str, Path]:
+    """The files of the modules or packages that hold a user's own functions, by config key, unless installed.
 
-    import_backbone(backbone)
+    Raises:
+        UserError: one cannot be imported.
+    """
+    files: dict[str, Path] = {}
+    for key, name in functions.items():
+        from wml_ray.networks.backbones import import_function
+
+        import_function(name, key)
+        files |= _own_files(name.partition(":")[0])
+    return files
+
+
+def _own_files(module_name: str) -> dict[str, Path]:
     parts = module_name.split(".")
     for depth in range(1, len(parts) + 1):
         file = sys.modules[".".join(parts[:depth])].__file__

@@ -7,12 +7,11 @@ from typing import Any
 
 from wml_ray.config.schema import Config
 from wml_ray.storage.files import read_json
+from wml_ray.storage.runs import RESULT
 from wml_ray.training.evaluation import prediction_names
 from wml_ray.training.events import LogMetrics, now_ms
 from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
-
-RESULT = "result.json"
 
 
 def stored_result(config: Config) -> dict[str, Any] | None:

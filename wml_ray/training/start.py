@@ -16,7 +16,7 @@ from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError
-from wml_ray.methods.base import Method
+from wml_ray.methods.base import Method, Teacher
 from wml_ray.methods.registry import METHODS, build
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
@@ -28,6 +28,7 @@ from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import below, initial_state, named_parameters
+from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
@@ -39,11 +40,12 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
     `num_workers` is the largest number of workers the run may have.
 
     Raises:
-        UserError: backbone, sharing, ratios or data are wrong, the folder cannot be written, or there are checkpoints
-            and none can be used.
+        UserError: backbone, sharing, ratios, data or teacher are wrong, the teacher has changed since the run began,
+            the folder cannot be written, or there are checkpoints and none can be used.
     """
+    teacher = load_teacher(config)
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
-        newest = checkpoints.latest(partial(check_checkpoint, config))
+        newest = checkpoints.latest(partial(check_checkpoint, config, teacher=teacher))
         if newest is None:
             if checkpoints.epochs():
                 raise UserError(
@@ -61,7 +63,12 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
 
 
 def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
-    """Epoch 0: the tree as initialised and pruned, and the method's own tensors."""
+    """Epoch 0: the tree as initialised and pruned, and the method's own tensors.
+
+    Raises:
+        UserError: backbone, sharing, ratios or teacher are wrong.
+    """
+    teacher = load_teacher(config, dataset)
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
     batches = dataset.saliency_batches(config.pruning.saliency_images)
@@ -86,20 +93,24 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "metrics": {},
         "history": [],
     }
-    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec)), metadata)
+    if teacher:
+        metadata["teacher"] = teacher.record
+    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec, teacher)), metadata)
 
 
-def build_method(config: Config, spec: ImageSpec, channels: Mapping[str, Sequence[int]]) -> Method:
+def build_method(
+    config: Config, spec: ImageSpec, channels: Mapping[str, Sequence[int]], teacher: Teacher | None = None
+) -> Method:
     """The config's method on a tree of these channel widths, both with their initial tensors."""
     tree = build_tree(config, spec)
     apply_channel_widths(tree, channels)
-    return _method_on(tree, config, spec)
+    return _method_on(tree, config, spec, teacher)
 
 
-def _method_on(tree: PeerTree, config: Config, spec: ImageSpec) -> Method:
+def _method_on(tree: PeerTree, config: Config, spec: ImageSpec, teacher: Teacher | None) -> Method:
     if config.model.trunk_gradient == "mean":
         divide_shared_gradients(tree)
-    return build(config.method.name, tree, config.method_settings, spec, seed_for(config.seed, "method"))
+    return build(config.method.name, tree, config.method_settings, spec, seed_for(config.seed, "method"), teacher)
 
 
 def epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
@@ -112,18 +123,20 @@ def mid_epoch_checkpoints(config: Config, lease: Lease | None) -> Checkpoints:
     return Checkpoints(config.run_folder / "checkpoints" / "partial", 1, lease, keep_damaged=False)
 
 
-def check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
-    """Check that the run of `config` can be resumed from a checkpoint.
+def check_checkpoint(config: Config, checkpoint: Checkpoint, teacher: FrozenTeacher | None = None) -> None:
+    """Check that the run of `config` can be resumed from a checkpoint, with its method's teacher.
 
     Raises:
         DamagedCheckpoint: it is of another run, or its tensors do not fit the network, the method or the optimiser.
+        UserError: the teacher has changed since the run began.
     """
     name = f"of epoch {checkpoint.epoch}"
     own_config, spec = config_and_spec(checkpoint, name)
     run_ids = {str(checkpoint.metadata.get("run_id")), own_config.run_id}
     if run_ids != {config.run_id}:
         raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")
-    method = _method_on(rebuild_tree(checkpoint, name), config, spec)
+    check_same_teacher(checkpoint, teacher)
+    method = _method_on(rebuild_tree(checkpoint, name), config, spec, teacher)
     state, parameters = checkpoint.state, named_parameters(method)
     misfits = [
         key for key, tensor in initial_state(method).items() if key not in state or state[key].shape != tensor.shape
@@ -139,5 +152,5 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint) -> None:
 def starting_point(config: Config, lease: Lease | None, mid_epoch: Checkpoints) -> tuple[int, bool]:
     """Epochs done in the newest checkpoint, and whether a checkpoint of the middle of the next epoch continues it."""
     newest = load_or_create_checkpoint(config, lease=lease)
-    further = mid_epoch.latest(partial(check_checkpoint, config))
+    further = mid_epoch.latest(partial(check_checkpoint, config, teacher=load_teacher(config)))
     return newest.epoch, further is not None and further.metadata["history"] == newest.metadata["history"]

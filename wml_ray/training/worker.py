@@ -18,9 +18,11 @@ from wml_ray.distributed import WorkerRank, broadcast_from_rank_0
 from wml_ray.storage.files import write_json
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
+from wml_ray.storage.runs import RESULT
 from wml_ray.training.events import EpochEnd, LogMetrics, MidEpochState, OnEvent, Preempted, StepProgress, now_ms
-from wml_ray.training.result import RESULT, log_history, summary, with_smallest_peer
+from wml_ray.training.result import log_history, summary, with_smallest_peer
 from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
+from wml_ray.training.teacher import check_same_teacher, load_teacher
 from wml_ray.training.trainer import Trainer
 
 
@@ -47,6 +49,7 @@ def run_worker(config: Config, context: WorkerContext) -> dict[str, Any] | None:
         Diverged: training turned non-finite; the last good checkpoint stays.
         LeaseLost: another process has taken the run over.
         StorageUnavailable: the storage failed for ten minutes.
+        UserError: the teacher cannot be used, or has changed since the run began.
     """
     with (
         closing(epoch_checkpoints(config, context.lease)) as checkpoints,
@@ -66,7 +69,9 @@ class _WorkerRun:
         epoch, in_mid_epoch = broadcast_from_rank_0(lambda: starting_point(config, checkpoints.lease, mid_epoch))
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
         dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
-        method = build_method(config, dataset.spec, start.metadata["channels"])
+        teacher = load_teacher(config, dataset)
+        check_same_teacher(start, teacher)
+        method = build_method(config, dataset.spec, start.metadata["channels"], teacher)
         self.trainer = Trainer(config, method, dataset, context.device, context.worker)
         self.trainer.load_state(start.model, start.state)
         self.metadata = dict(start.metadata)

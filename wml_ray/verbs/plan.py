@@ -20,6 +20,7 @@ from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
 from wml_ray.training.result import stored_result
 from wml_ray.training.start import build_method, initial_checkpoint
+from wml_ray.training.teacher import check_teacher, load_teacher
 from wml_ray.training.trainer import check_batch_shares
 
 
@@ -32,6 +33,7 @@ class RunPlan:
     memory_bytes: int  # estimated peak of one worker's training step
     state: str
     images: str
+    teacher: str  # empty where the method has none
 
 
 def plan(config: Config, check_data: bool = False) -> RunPlan:
@@ -41,18 +43,19 @@ def plan(config: Config, check_data: bool = False) -> RunPlan:
     The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
 
     Raises:
-        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage.
+        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage or teacher.
     """
     check_storage(config.run_folder)
+    teacher = check_teacher(config)
     skipped = undecodable_images(config.data, check_data, show_progress=check_data)
     dataset, images = _data_or_noise(config, skipped)
     start = initial_checkpoint(config, dataset)
-    method = build_method(config, dataset.spec, start.metadata["channels"])
+    method = build_method(config, dataset.spec, start.metadata["channels"], load_teacher(config, dataset))
     fewest, most = config.scale.worker_range
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)
-    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images)
+    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images, teacher)
 
 
 def _state(config: Config) -> str:

@@ -7,17 +7,20 @@ import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from wml_ray.cluster.connect import join_cluster
-from wml_ray.cluster.preflight import CheckResult, require_checks, run_checks
+from wml_ray.cluster.preflight import CheckResult, require_checks, run_check, run_checks
 from wml_ray.cluster.train import DELIVERY_S, INTERRUPTED_DELIVERY_S
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import with_values
+from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError, one_line
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.report.study_page import write_study
 from wml_ray.report.study_tables import front_markdown
 from wml_ray.search.optuna_study import TrialRecord, open_storage
@@ -35,6 +38,7 @@ from wml_ray.tracking.results import StudyRecords, complete_trials, load_study
 from wml_ray.tracking.runs import TrackedRun, close_run, finish_run, log_files, open_run
 from wml_ray.tracking.tags import BEST_TRIAL_TAG, KIND_TAG, NOTE_TAG, REASON_TAG, STUDY_TAG
 from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.teacher import check_teacher
 from wml_ray.verbs.progress import StudyProgress
 
 STUDY_FILE = "study.json"
@@ -91,6 +95,7 @@ def tune(
         if study.remaining:
             join_cluster(verbose)
             require_checks(space.base, searching=True)
+            check_teachers(space)
             check_ratios(space)
         if not stored:
             write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
@@ -113,15 +118,28 @@ def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
     """
     check_stop_metric(search, space)
     yield from run_checks(space.base, searching=True)
-    try:
-        check_ratios(space)
-        yield CheckResult("pruning", True, "every ratio of the space can be reached")
-    except UserError as error:
-        yield CheckResult("pruning", False, str(error))
+    yield from (run_check("teacher", partial(check_teacher, config)) for config in _with_other_teachers(space))
+    yield run_check("pruning", partial(check_ratios, space))
 
 
-def check_ratios(space: Space) -> None:
-    """Prune each network of the space once at both ends of the ratios' range.
+def check_teachers(space: Space) -> None:
+    """Check the teacher of each method of the space; that of the base config's method is one of `require_checks`.
+
+    Raises:
+        UserError: a teacher cannot be used.
+    """
+    for config in _with_other_teachers(space):
+        check_teacher(config)
+
+
+def _with_other_teachers(space: Space) -> list[Config]:
+    """The base config with each other method of the space that has a teacher."""
+    methods = [method for method in space.methods() if method in TEACHER_METHODS and method != space.base.method.name]
+    return [with_values(space.base, {"method.name": method}) for method in methods]
+
+
+def check_ratios(space: Space) -> str:
+    """Prune each network of the space once at both ends of the ratios' range; returns the result in words.
 
     Raises:
         UserError: a ratio of the space cannot be reached by a network of the space.
@@ -143,6 +161,7 @@ def check_ratios(space: Space) -> None:
         dataset = load_dataset(space.base)
         for network, values in product(product(*networks), ratios):
             initial_checkpoint(with_values(space.base, {**dict(network), **values}), dataset)
+    return "every ratio of the space can be reached"
 
 
 def _close_interrupted(study: Study, publisher: Publisher, error: BaseException) -> None:
