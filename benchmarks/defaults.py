@@ -48,7 +48,6 @@ DATA = {
     "fashion": {
         "name": "fashion_mnist",
         "root": "/usr/share/datasets/fashion-mnist",
-        "train_images": 6000,
         "validation_fraction": 0.05,
         "crop_padding": 1,
         "flip": True,
@@ -70,22 +69,27 @@ class Cell:
     sharing: tuple[int, ...] = (1, 1, 2, 4, 4)
     ratios: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     unit: str = "channels"
+    images: int = 6000  # of Fashion-MNIST
 
     @property
     def name(self) -> str:
         """Its name in the table."""
         tree = "separate" if self.sharing[0] > 1 else "tree"
-        return f"{self.data}, {self.epochs} epochs, M = {self.sharing[-1]} {tree}, -{self.ratios[-1]:.0%} {self.unit}"
+        images = f" {self.images:,} images" if self.data == "fashion" else ""
+        family = f"M = {self.sharing[-1]} {tree}, -{self.ratios[-1]:.0%} {self.unit}"
+        return f"{self.data}{images}, {self.epochs} epochs, {family}"
 
     def config(self, overrides: str, seed: int) -> Config:
         """The config of one run."""
-        raw = {
+        raw: dict[str, Any] = {
             "seed": seed,
             "data": DATA[self.data] | {"batch_size": 64},
             "model": {"backbone": "defaults:resnet8", "sharing": list(self.sharing)},
             "pruning": {"ratios": list(self.ratios), "unit": self.unit},
             "optim": {"epochs": self.epochs},
         }
+        if self.data == "fashion":
+            raw["data"]["train_images"] = self.images
         return parse_config(raw, overrides.split())
 
 
@@ -111,41 +115,66 @@ def settings(**changed: object) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-NONE = {"alpha": 0}
 VARIANTS = {
-    BASELINE: settings(**NONE),
-    "none, lr 0.05": settings(**NONE, optim__learning_rate=0.05),
-    "none, lr 0.2": settings(**NONE, optim__learning_rate=0.2),
-    "none, mean trunk": settings(**NONE, model__trunk_gradient="mean"),
-    "Eq. 1, alpha 0.5": settings(
-        balance="paper", alpha=0.5, temperature=1, stop_gradient_teacher="false", weights="learned"
-    ),
-    "alpha 0.1": settings(alpha=0.1),
-    "alpha 0.2": settings(alpha=0.2),
-    "alpha 0.3": settings(),
-    "alpha 0.5": settings(alpha=0.5),
-    "alpha 0.7": settings(alpha=0.7),
-    "alpha 0.3, tau 1": settings(temperature=1),
-    "alpha 0.5, tau 1": settings(alpha=0.5, temperature=1),
-    "alpha 0.5, tau 2": settings(alpha=0.5, temperature=2),
-    "alpha 0.3, tau 4": settings(temperature=4),
-    "alpha 0.3, not detached": settings(stop_gradient_teacher="false"),
-    "alpha 0.3, reverse KL": settings(kl_direction="student_to_teacher"),
-    "alpha 0.3, ramp 0.3": settings(ramp=0.3),
-    "alpha 0.5, ramp 0.3": settings(alpha=0.5, ramp=0.3),
-    "alpha 0.3, mean trunk": settings(model__trunk_gradient="mean"),
-    "alpha 0.3, learned": settings(weights="learned"),
-    "alpha 0.3, learned, labels not weighed": settings(weights="learned", weigh_labels="false"),
+    f"{name}{f', lr {rate}' if rate != 0.1 else ''}": settings(**changed, optim__learning_rate=rate)
+    for rate in (0.1, 0.2, 0.4)
+    for name, changed in {
+        BASELINE: {"alpha": 0},
+        "none, mean trunk": {"alpha": 0, "model__trunk_gradient": "mean"},
+        "alpha 0.1": {"alpha": 0.1},
+        "alpha 0.2": {"alpha": 0.2},
+        "alpha 0.3": {},
+        "alpha 0.5": {"alpha": 0.5},
+        "alpha 0.2, tau 1": {"alpha": 0.2, "temperature": 1},
+        "alpha 0.3, tau 1": {"temperature": 1},
+        "alpha 0.5, tau 1": {"alpha": 0.5, "temperature": 1},
+        "alpha 0.3, tau 2": {"temperature": 2},
+        "alpha 0.3, not detached": {"stop_gradient_teacher": "false"},
+        "alpha 0.3, reverse KL": {"kl_direction": "student_to_teacher"},
+        "alpha 0.3, ramp 0.3": {"ramp": 0.3},
+        "alpha 0.5, ramp 0.3": {"alpha": 0.5, "ramp": 0.3},
+        "alpha 0.3, mean trunk": {"model__trunk_gradient": "mean"},
+        "alpha 0.3, learned": {"weights": "learned"},
+        "alpha 0.3, learned, labels not weighed": {"weights": "learned", "weigh_labels": "false"},
+        "Eq. 1, alpha 0.5": {
+            "balance": "paper",
+            "alpha": 0.5,
+            "temperature": 1,
+            "stop_gradient_teacher": "false",
+            "weights": "learned",
+        },
+    }.items()
 }
 
 TREE_4, TREE_2, TREE_8 = (1, 1, 2, 4, 4), (1, 1, 2, 2, 2), (1, 1, 4, 8, 8)
 MILD_4, MILD_2, MILD_8 = (0.0, 0.2, 0.4, 0.6), (0.0, 0.5), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6)
-EXTREME_4, EXTREME_2 = (0.0, 0.5, 0.75, 0.9), (0.0, 0.9)
-EXTREME_8 = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
-SCREEN = Cell("fashion", 10)
+# A shared copy keeps what its whole peer needs, so a tree cannot lose 0.9 of a peer's MACs; separate networks can.
+DEEP_4, DEEP_2, DEEP_8 = (0.0, 0.4, 0.6, 0.7), (0.0, 0.7), (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7)
+EXTREME_4, EXTREME_2, EXTREME_8 = (0.0, 0.5, 0.75, 0.9), (0.0, 0.9), (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
+SCREEN, LONG, FEW = Cell("fashion", 10), Cell("fashion", 30), Cell("fashion", 30, images=2000)
+DIGITS = [
+    Cell("digits", epochs, *family)
+    for epochs in (10, 30)
+    for family in (
+        (TREE_4, MILD_4),
+        (TREE_4, DEEP_4),
+        ((4,) * 5, MILD_4),
+        ((4,) * 5, EXTREME_4, "macs"),
+        (TREE_2, MILD_2),
+        (TREE_2, DEEP_2),
+        ((2,) * 5, MILD_2),
+        ((2,) * 5, EXTREME_2, "macs"),
+        (TREE_8, MILD_8),
+        (TREE_8, DEEP_8),
+        ((8,) * 5, MILD_8),
+        ((8,) * 5, EXTREME_8, "macs"),
+    )
+]
 PLAN: list[tuple[Cell, tuple[str, ...], tuple[int, ...]]] = [
-    (SCREEN, (BASELINE, "alpha 0.3", "alpha 0.5", "alpha 0.3, ramp 0.3", "alpha 0.3, mean trunk"), (0, 1)),
-    (SCREEN, tuple(VARIANTS), (0, 1)),
+    (FEW, ("alpha 0.3, learned, labels not weighed", "none, lr 0.2"), (0, 1)),
+    *((cell, (BASELINE, "alpha 0.3"), (0, 1, 2)) for cell in DIGITS[:8]),
+    (FEW, (BASELINE, "alpha 0.2", "alpha 0.3", "alpha 0.3, tau 1", "alpha 0.3, learned"), (0, 1, 2)),
+    *((cell, (BASELINE, "alpha 0.3"), (0, 1, 2)) for cell in DIGITS),
 ]
 
 
