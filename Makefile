@@ -10,7 +10,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # one test at a time to whichever process is free; groups of xdist 3.8 have no effect under pytest 9.2
-PYTEST := $(BIN)/pytest -n 2 --dist load --maxschedchunk 1
+PARALLEL := $(BIN)/pytest -n 2 --dist load --maxschedchunk 1
+# Slow tests start clusters, servers and workers, each of which uses both cores.
+SERIAL := $(BIN)/pytest --durations=20
 
 .PHONY: quickstart install test test-all test-nightly lint types docs bench lock
 
@@ -33,13 +35,16 @@ install: .venv/installed
 	@touch $@
 
 test: install
-	$(PYTEST) -m "core or not (slow or nightly)"
+	$(PARALLEL) -m "not (core or slow or nightly)"
+	$(SERIAL) -m core
 
 test-all: install
-	$(PYTEST) -m "not nightly"
+	$(PARALLEL) -m "not (core or slow or nightly)"
+	$(SERIAL) -m "(core or slow) and not nightly"
 
 test-nightly: install
-	WML_TEST_OUTAGE_S=60 $(PYTEST)
+	$(PARALLEL) -m "not (core or slow or nightly)"
+	WML_TEST_OUTAGE_S=60 $(SERIAL) -m "core or slow or nightly"
 
 lint: install
 	$(BIN)/ruff check .

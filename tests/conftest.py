@@ -18,8 +18,6 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: at the end both processes have short ones left."""
-    items.sort(key=lambda item: not any(item.get_closest_marker(tier) for tier in ("core", "slow", "nightly")))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

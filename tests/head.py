@@ -11,6 +11,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+from deadline import DEADLINE_S
 from servers import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ class Head:
         return {**mine, "HOME": str(self.home), "PATH": path, "OMP_NUM_THREADS": "1", **more}
 
     def wait(self):
-        deadline_s, refusal = time.monotonic() + 120, ""
+        deadline_s, refusal = time.monotonic() + DEADLINE_S, ""
         while "no job 'nobody'" not in refusal:
             assert self.process.poll() is None, (self.folder / "head.log").read_text()
             assert time.monotonic() < deadline_s, refusal
@@ -77,7 +78,7 @@ class Head:
 
     def run(self, *words, folder=None, **variables):
         process = self.start(*words, folder=folder, **variables)
-        out, errors = process.communicate(timeout=150)
+        out, errors = process.communicate(timeout=DEADLINE_S)
         return subprocess.CompletedProcess(words, process.returncode, out, errors)
 
     @contextmanager

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from deadline import DEADLINE_S
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -51,7 +52,7 @@ def start_training():
     )
 
 
-def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
+def wait_for_epoch(checkpoints, epoch, process, timeout_s=DEADLINE_S):
     deadline_s = time.monotonic() + timeout_s
     while not checkpoints.epochs() or checkpoints.epochs()[-1] < epoch:
         assert process.poll() is None, process.stderr.read()
@@ -59,13 +60,13 @@ def wait_for_epoch(checkpoints, epoch, process, timeout_s=90):
         time.sleep(0.005)
 
 
-def interrupt_training(config, timeout_s):
+def interrupt_training(config):
     """Start `wml-ray train` of this config, and press Ctrl-C after its first epoch."""
     Path("config.yaml").write_text(config.to_yaml())
     process = start_training()
     wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=timeout_s)
+    _, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 1
     assert "the same command continues" in errors
     assert "Traceback" not in errors

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from deadline import DEADLINE_S
 
 OUTAGE_S = float(os.environ.get("WML_TEST_OUTAGE_S", "8"))  # of a server in the tests that wait for its return
 
@@ -57,7 +58,7 @@ class Server:
         command += ["--workers", "1", "--backend-store-uri", self.store]
         return [*command, "--artifacts-destination", str(folder / "artifacts")]
 
-    def wait(self, timeout_s=90):
+    def wait(self, timeout_s=DEADLINE_S):
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             try:
@@ -119,7 +120,7 @@ class ObjectStore(Server):
     def command(self):
         return [sys.executable, str(Path(__file__).with_name("s3.py")), str(self.port), str(self.folder / "refuse")]
 
-    def wait(self, timeout_s=90):
+    def wait(self, timeout_s=DEADLINE_S):
         super().wait(timeout_s)
         urllib.request.urlopen(urllib.request.Request(f"{self.uri}/runs", method="PUT"), timeout=5).close()
 

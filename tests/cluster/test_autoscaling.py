@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from autoscaler import autoscaling_cluster
+from deadline import DEADLINE_S
 from family import tiny_config, write_study
 
 from wml_ray.search.trials import TrialStore
@@ -38,9 +39,9 @@ def test_a_study_scales_a_cluster_up_from_zero_nodes_and_down_again(workplace):
         dry = [*command, "--dry-run", "scale.workers=3"]
         too_large = subprocess.Popen(dry, env=environment, stdout=subprocess.PIPE, text=True)
         done = subprocess.run(
-            [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=300
+            [*command, "--scheduler", "none"], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
         )
-        refusal, _ = too_large.communicate(timeout=120)
+        refusal, _ = too_large.communicate(timeout=DEADLINE_S)
         assert too_large.returncode == 2
         counts = []
         deadline_s = time.monotonic() + 90
@@ -61,7 +62,7 @@ def test_a_trial_that_fits_no_node_is_an_error_before_the_first(workplace):
     write_study(workplace, tiny_config("scale.cpus_per_worker=64"))
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 2
     assert (
         "with 64 CPU cores each does not fit: this cluster has 0 such slots, and no autoscaler that adds the rest"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from deadline import DEADLINE_S
 from family import tiny_config, write_study
 from head import Head
 from mlflow import MlflowClient
@@ -42,7 +43,6 @@ pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-WITHIN_S = 180
 METRICS = ("train/loss", "val/accuracy/peer3", "weights/peer0")
 
 
@@ -105,7 +105,7 @@ def start(*words, **environment):
     )
 
 
-def ended(process, timeout_s=WITHIN_S):
+def ended(process, timeout_s=DEADLINE_S):
     """Output of a process, after it ended with exit code 0."""
     out, errors = process.communicate(timeout=timeout_s)
     assert process.returncode == 0, out + errors
@@ -113,7 +113,7 @@ def ended(process, timeout_s=WITHIN_S):
 
 
 def wait_until(true, process):
-    deadline_s = time.monotonic() + WITHIN_S
+    deadline_s = time.monotonic() + DEADLINE_S
     while not true():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline_s
@@ -189,7 +189,7 @@ def test_a_job_continues_after_the_death_of_its_driver_and_of_its_head(server, w
             text=True,
         )
         wait_until(reached(done_before + 2), process)
-    out, errors = process.communicate(timeout=WITHIN_S)
+    out, errors = process.communicate(timeout=DEADLINE_S)
     assert f"job         {name}-2 on" in out
     assert process.returncode == 2
     assert f"checkpoints and results stay in {config.run_folder}" in errors
@@ -300,11 +300,11 @@ def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(work
             for trial in trials:
                 trial.start()
             for _ in trials:
-                assert logging.acquire(timeout=WITHIN_S)
+                assert logging.acquire(timeout=DEADLINE_S)
             database.kill()
             database.start()
             for trial in trials:
-                trial.join(WITHIN_S)
+                trial.join(DEADLINE_S)
             assert [trial.exitcode for trial in trials] == [0] * 8
             assert logged("eight") == {f"trial {number}": whole(50) for number in range(8)}
         finally:
@@ -314,16 +314,16 @@ def test_eight_trials_that_log_at_once_to_mlflow_on_postgresql_lose_nothing(work
 def log_a_trial(number, together, logging):
     """Log as a training process does. All eight create the experiment and log at the same time."""
     check_reachable(tracking_uri())
-    together.wait(WITHIN_S)
+    together.wait(DEADLINE_S)
     tracked = open_run("eight", f"trial {number}", f"token {number}", {"seed": number})
     tracker = MetricLogger(tracked)
     for step in range(1, 51):
         tracker.log(step, dict.fromkeys(METRICS, step / (number + 1)), step)
     logging.release()
-    assert tracker.close(WITHIN_S) == 0
+    assert tracker.close(DEADLINE_S) == 0
     last = RetryQueue(UNREACHABLE)
     last.put(lambda: finish_run(tracked, "FINISHED"))
-    assert last.close(WITHIN_S) == 0
+    assert last.close(DEADLINE_S) == 0
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -388,7 +388,7 @@ def start_again(server):
 @pytest.mark.nightly
 def test_a_soak_of_a_minute_loses_nothing_and_logs_nothing_twice():
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--minutes", "1", "--seed", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {line.rpartition(" ")[0].strip(): line.rpartition(" ")[2] for line in done.stdout.splitlines()}
     assert sum(int(rows[f"{target}s killed"]) for target in ("trial", "driver", "server")) > 1, done.stdout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from deadline import DEADLINE_S
 from family import tiny_config, write_study
 from nodes import ENVIRONMENT, nodes
 from servers import free_port
@@ -22,7 +23,7 @@ TESTS = Path(__file__).parents[1]
 def dry_run(environment, *words):
     """Exit status, and the verdict and text of each check by its subject."""
     command = [sys.executable, "-m", "wml_ray", *words, "--dry-run"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     lines = [line.split(maxsplit=2) for line in done.stdout.splitlines()[:-1]]
     return done.returncode, {subject: (verdict, text) for subject, verdict, text in lines}
 
@@ -86,7 +87,7 @@ def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(empty_workplace
         "assert main(['train', 'c.yaml', '--dry-run']) == 0\n"
         "assert not {'torch', 'ray', 'mlflow', 'sklearn'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     assert os.listdir() == ["c.yaml"]
 

@@ -127,7 +127,7 @@ def test_a_sender_waits_until_its_own_message_is_processed_or_refused():
 
 def test_ctrl_c_during_training_on_workers_prints_how_to_continue(workplace):
     config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "optim.epochs=400")
-    interrupt_training(config, timeout_s=90)
+    interrupt_training(config)
 
 
 def test_a_run_continues_with_another_number_of_workers(workplace):

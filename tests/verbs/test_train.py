@@ -110,7 +110,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
 @pytest.mark.slow
 def test_after_ctrl_c_the_same_command_continues(workplace):
     config = tiny_config("optim.epochs=40", "data.batch_size=32")
-    interrupt_training(config, timeout_s=60)
+    interrupt_training(config)
     assert start_training().wait(120) == 0
     assert only_run().info.status == "FINISHED"
     assert steps(only_run(), "train/loss") == list(range(1, 41))

@@ -17,6 +17,7 @@ import optuna
 import pandas as pd
 import psutil
 import pytest
+from deadline import DEADLINE_S
 from family import tiny_config, write_study
 from postgres import postgres
 from ray import tune as ray_tune_api
@@ -331,7 +332,7 @@ def test_the_same_command_continues_a_study_whose_driver_was_killed(workplace):
         before[int(condition[:4])] = [entry["timestamp_ms"] for entry in plan["history"]]
     finished = [trial for trial in TrialStore(folder.parent).trials() if trial.state == "COMPLETE"]
     process = start_tune()
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, errors
     assert "4 trials: 4 complete" in out
     assert finished

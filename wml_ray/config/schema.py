@@ -14,12 +14,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from wml_ray.errors import shortened
 from wml_ray.methods.settings import (
     ClIlrConfig,
+    CtslMktConfig,
     DmlConfig,
+    FitnetsConfig,
     IndependentConfig,
     KdclConfig,
     KdConfig,
     MethodConfig,
     PeerToPeerConfig,
+    RkdConfig,
     TeacherConfig,
     WmlConfig,
     is_own_method,
@@ -251,6 +254,9 @@ class Config(Section):
     kdcl: KdclConfig = KdclConfig()
     kd: KdConfig = KdConfig()
     peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
+    rkd: RkdConfig = RkdConfig()
+    fitnets: FitnetsConfig = FitnetsConfig()
+    ctsl_mkt: CtslMktConfig = CtslMktConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.costs import example
+from wml_ray.networks.features import Features
+from wml_ray.networks.peer_tree import PeerTree, in_mode
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.settings import Section
 
@@ -38,8 +41,13 @@ class Teacher(Protocol):
     It is no module: no state dict, optimiser, DistributedDataParallel or `train()` reaches it.
     """
 
+    tree: PeerTree
+
     def logits(self, inputs: Tensor) -> Tensor:
         """(B, ...) inputs to logits (P, B, K)."""
+
+    def features(self, inputs: Tensor) -> Features:
+        """(B, ...) inputs to the features of the teacher's tree."""
 
 
 class NonFinite(ArithmeticError):
@@ -112,9 +120,22 @@ class Method(nn.Module):
         """Parameters and buffers by name, without those of the tree."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tree.")}
 
+    @staticmethod
+    @torch.no_grad()
+    def shapes(tree: PeerTree, spec: ImageSpec) -> Features:
+        """The features of one black image in evaluation mode: the widths and sizes for modules of a method."""
+        with in_mode(tree, training=False):
+            return tree.features(example(tree, spec))
+
 
 class TaughtMethod(Method):
     """A method with a frozen teacher. Its `forward` may ask the teacher in training mode only."""
+
+    needs_features: ClassVar[bool] = False
+    """The teacher is one network of several stages, for its maps and its feature."""
+
+    starts_as_teacher: ClassVar[bool] = False
+    """The teacher is the whole tree of an independent run of the same family, and the peers start with its tensors."""
 
     teacher: Teacher
 

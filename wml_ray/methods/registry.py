@@ -11,11 +11,14 @@ from pydantic import ValidationError
 from wml_ray.errors import UserError, shortened
 from wml_ray.methods.base import Method, TaughtMethod, Teacher
 from wml_ray.methods.cl_ilr import ClIlr
+from wml_ray.methods.ctsl_mkt import CtslMkt
 from wml_ray.methods.dml import Dml
+from wml_ray.methods.fitnets import Fitnets
 from wml_ray.methods.independent import Independent
 from wml_ray.methods.kd import Kd
 from wml_ray.methods.kdcl import Kdcl
 from wml_ray.methods.peer_to_peer import PeerToPeer
+from wml_ray.methods.rkd import Rkd
 from wml_ray.methods.wml import Wml
 from wml_ray.networks.backbones import import_function
 from wml_ray.networks.peer_tree import PeerTree
@@ -30,6 +33,9 @@ METHODS: dict[str, type[Method]] = {
     "kdcl": Kdcl,
     "kd": Kd,
     "peer_to_peer": PeerToPeer,
+    "rkd": Rkd,
+    "fitnets": Fitnets,
+    "ctsl_mkt": CtslMkt,
 }
 
 

@@ -11,8 +11,11 @@ from pydantic import AfterValidator, Field
 from wml_ray.errors import shortened
 from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-METHOD_NAMES = ("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer")
-TEACHER_METHODS = ("kd",)
+METHOD_NAMES = (
+    *("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"),
+    *("rkd", "fitnets", "ctsl_mkt"),
+)
+TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
 
 
@@ -167,3 +170,29 @@ class PeerToPeerConfig(Section):
     temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
     teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
     mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")
+
+
+class RkdConfig(Section):
+    """Relational knowledge distillation from a frozen teacher."""
+
+    distance_weight: NonNegative = Field(25.0, description="weight a of the distances between images")
+    angle_weight: NonNegative = Field(50.0, description="weight b of the angles between images")
+
+
+class FitnetsConfig(Section):
+    """Hints from a frozen teacher."""
+
+    weight: NonNegative = Field(1.0, description="weight w of the error of the maps against the labels")
+    stage: CountOrZero | None = Field(
+        None,
+        description="stage, counted from 0, whose maps imitate the teacher's; null is the last before the head",
+    )
+
+
+class CtslMktConfig(Section):
+    """Mutual learning of relations and logits beside self-learning from an independent run."""
+
+    mutual_weight: NonNegative = Field(1.0, description="weight b of relations and divergences between the peers")
+    angle_weight: NonNegative = Field(2.0, description="weight a of the angles in the relations; distances have 1")
+    self_weight: NonNegative = Field(1.0, description="weight c of the divergence from the peer as the run began")
+    temperature: Positive = Field(4.0, description="temperature T of that divergence (multiplied by T squared)")

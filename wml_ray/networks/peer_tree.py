@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from wml_ray.errors import UserError
+from wml_ray.networks.features import Features, pooled_and_logits
 
 
 class PeerTree(nn.Module):
@@ -47,23 +48,43 @@ class PeerTree(nn.Module):
         """The number of peers M."""
         return self.sharing[-1]
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, ...) inputs to logits_MBK."""
-        return torch.stack(self.logits(inputs))
+    @property
+    def shared_stages(self) -> int:
+        """Number of stages, from the first on, whose only copy all peers run through; the last stage does not count."""
+        return sum(copies == 1 for copies in self.sharing[:-1])
 
-    def logits(self, inputs: Tensor) -> list[Tensor]:
+    def copy_of(self, stage: int, peer: int) -> int:
+        """The copy of stage number `stage` that peer `peer` runs through."""
+        return peer * self.sharing[stage] // self.num_peers
+
+    def forward(self, inputs: Tensor, own_views: bool = False) -> Tensor:
+        """(B, ...) inputs to logits_MBK.
+
+        With `own_views`, peer i runs on part i of (M * B, ...) inputs, and a copy once on the parts of all its peers.
+        """
+        return torch.stack(self.logits(inputs, own_views))
+
+    def logits(self, inputs: Tensor, own_views: bool = False) -> list[Tensor]:
         """The M peers' logits, (B, K) each, before they are stacked."""
         features = [inputs]
         for copies in self._copies():
-            features = [stage(features[k * len(features) // len(copies)]) for k, stage in enumerate(copies)]
+            features = _run(copies, features, own_views)
         return features
+
+    def features(self, inputs: Tensor, own_views: bool = False) -> Features:
+        """The logits of `forward`, equal to the bit, with the maps and the peers' features that they are made from."""
+        *body, heads = self._copies()
+        features, maps = [inputs], []
+        for copies in body:
+            features = _run(copies, features, own_views)
+            maps.append(features)
+        entering = _forked(features, len(heads), own_views)
+        pooled, logits = zip(*map(pooled_and_logits, heads, entering), strict=True)
+        return Features(maps, list(pooled), torch.stack(logits))
 
     def path(self, peer: int) -> list[str]:
         """Names of the copies peer `peer` runs through, from the stem to the head."""
-        return [
-            f"stages.{name}.{peer * copies // self.num_peers}"
-            for name, copies in zip(self.stages, self.sharing, strict=True)
-        ]
+        return [f"stages.{name}.{self.copy_of(stage, peer)}" for stage, name in enumerate(self.stages)]
 
     def peers_through(self, module_name: str) -> frozenset[int]:
         """Peers that run through the copy that holds the submodule or parameter `module_name`."""
@@ -78,6 +99,18 @@ class PeerTree(nn.Module):
 
     def _copies(self) -> list[nn.ModuleList]:
         return list(self.stages.values())  # type: ignore[arg-type]
+
+
+def _run(copies: nn.ModuleList, features: Sequence[Tensor], own_views: bool) -> list[Tensor]:
+    return [stage(tensor) for stage, tensor in zip(copies, _forked(features, len(copies), own_views), strict=True)]
+
+
+def _forked(features: Sequence[Tensor], copies: int, own_views: bool) -> list[Tensor]:
+    """The input of each of the `copies` of a stage, from the outputs of the stage before."""
+    children = copies // len(features)
+    if own_views:
+        return [view for tensor in features for view in tensor.chunk(children)]
+    return [tensor for tensor in features for _ in range(children)]
 
 
 @contextmanager

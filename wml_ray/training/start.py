@@ -23,12 +23,12 @@ from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.networks.trunk_gradient import divide_shared_gradients
 from wml_ray.pruning.prune import prune
-from wml_ray.pruning.widths import apply_channel_widths
+from wml_ray.pruning.widths import ChannelWidths, apply_channel_widths
 from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import below, initial_state, named_parameters
-from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher
+from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher, starting_tree
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
@@ -71,11 +71,12 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     teacher = load_teacher(config, dataset)
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
-    batches = dataset.saliency_batches(config.pruning.saliency_images)
-    threads = min(training_threads(config), torch.get_num_threads())
-    with torch.random.fork_rng(devices=[]), torch_threads(threads):
-        torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
-        channels = prune(tree, config.pruning, dataset.spec, batches)
+    if start := starting_tree(config, teacher):
+        channels = start.channels
+        apply_channel_widths(tree, channels)
+        tree.load_state_dict(start.tree.state_dict())
+    else:
+        channels = _prune(tree, config, dataset)
     metadata = {
         "format": 1,
         "run_id": config.run_id,
@@ -96,6 +97,14 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     if teacher:
         metadata["teacher"] = teacher.record
     return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec, teacher)), metadata)
+
+
+def _prune(tree: PeerTree, config: Config, dataset: Dataset) -> ChannelWidths:
+    batches = dataset.saliency_batches(config.pruning.saliency_images)
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
+        torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
+        return prune(tree, config.pruning, dataset.spec, batches)
 
 
 def build_method(
