@@ -25,6 +25,7 @@ from wml_ray.methods.settings import (
     RkdConfig,
     TeacherConfig,
     WmlConfig,
+    is_own_method,
     unused_sections,
 )
 from wml_ray.settings import (
@@ -288,6 +289,8 @@ class Config(Section):
         dump = self.model_dump(mode="json", exclude=self.unused_sections)
         if "teacher" in dump:
             dump["teacher"]["run"] = self.teacher.run_id
+        if not is_own_method(self.method.name):
+            del dump["method"]["settings"]
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for key in ("root", "download", "loader_workers"):
@@ -308,22 +311,31 @@ class Config(Section):
     def dump(self) -> dict[str, Any]:
         """The config as JSON types, without unused sections that are at their defaults."""
         unused = {name for name in self.unused_sections if getattr(self, name) == type(getattr(self, name))()}
-        return self.model_dump(mode="json", exclude=unused)
+        dump = self.model_dump(mode="json", exclude=unused)
+        if not self.method.settings:
+            del dump["method"]["settings"]
+        return dump
 
     def to_yaml(self) -> str:
         """The config as YAML, as `dump` gives it."""
         return str(yaml.safe_dump(self.dump(), sort_keys=False))
 
     @property
-    def method_settings(self) -> Section:
-        """The section of the chosen method."""
+    def method_settings(self) -> Section | dict[str, Any]:
+        """The section of the chosen method; of a user's own, `method.settings`, which its class validates."""
+        if is_own_method(self.method.name):
+            return self.method.settings
         section: Section = getattr(self, self.method.name)
         return section
 
     @property
     def user_functions(self) -> dict[str, str]:
-        """The keys that name a user's own `package.module:function`, and these names."""
-        functions = {"model.backbone": self.model.backbone, "teacher.function": self.teacher.function or ""}
+        """The keys that name a user's own `package.module:function` or `package.module:Class`, and these names."""
+        functions = {
+            "model.backbone": self.model.backbone,
+            "method.name": self.method.name,
+            "teacher.function": self.teacher.function or "",
+        }
         return {key: name for key, name in functions.items() if ":" in name}
 
     @property

@@ -17,7 +17,7 @@ from wml_ray.data.load import load_dataset
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError
 from wml_ray.methods.base import Method, Teacher
-from wml_ray.methods.registry import METHODS, build
+from wml_ray.methods.registry import build, method_class
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
@@ -81,7 +81,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "format": 1,
         "run_id": config.run_id,
         "config": config.dump(),
-        "selects": METHODS[config.method.name].selects,
+        "selects": method_class(config.method.name).selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
         "skipped_images": list(dataset.skipped),
