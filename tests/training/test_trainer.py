@@ -104,7 +104,8 @@ def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(
 ):
     """Two epochs on digits with peers of different widths. What counts is the label loss: a ramp may raise the sum."""
     options = ["optim.epochs=2", "optim.learning_rate=0.03", f"optim.precision={precision}"]
-    trainer, losses = trainer_of(tiny_config(*options, *taught_by(teacher_run, method))), []
+    options += taught_by(teacher_run, method)
+    trainer, losses = trainer_of(tiny_config(*options)), []
     widths = {trainer.tree.get_submodule(trainer.tree.path(peer)[-2])[0].out_channels for peer in range(4)}
     assert len(widths) > 1
 

@@ -286,7 +286,7 @@ class Config(Section):
         Storage, data folder, number of workers and unused sections do not enter, so a run may move or scale and still
         find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too.
         """
-        dump = self.model_dump(mode="json", exclude=self.unused_sections)
+        dump = self.model_dump(mode="json", exclude=unused_sections(self.method.name))
         if "teacher" in dump:
             dump["teacher"]["run"] = self.teacher.run_id
         if not is_own_method(self.method.name):
@@ -310,7 +310,8 @@ class Config(Section):
 
     def dump(self) -> dict[str, Any]:
         """The config as JSON types, without unused sections that are at their defaults."""
-        unused = {name for name in self.unused_sections if getattr(self, name) == type(getattr(self, name))()}
+        sections = unused_sections(self.method.name)
+        unused = {name for name in sections if getattr(self, name) == type(getattr(self, name))()}
         dump = self.model_dump(mode="json", exclude=unused)
         if not self.method.settings:
             del dump["method"]["settings"]
@@ -337,11 +338,6 @@ class Config(Section):
             "teacher.function": self.teacher.function or "",
         }
         return {key: name for key, name in functions.items() if ":" in name}
-
-    @property
-    def unused_sections(self) -> set[str]:
-        """The sections that have no effect with the chosen method."""
-        return unused_sections(self.method.name)
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

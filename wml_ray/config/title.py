@@ -7,7 +7,7 @@ from typing import Any
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import shortened
-from wml_ray.methods.settings import is_own_method
+from wml_ray.methods.settings import is_own_method, unused_sections
 
 MAX_TITLE = 200
 LAST_SECTIONS = ("model", "optim", "data", "seed")
@@ -22,7 +22,7 @@ def run_title(config: Config) -> str:
     sections are left out.
     """
     defaults = _values(Config(), left_out=set())
-    values = _values(config, left_out=config.unused_sections)
+    values = _values(config, left_out=unused_sections(config.method.name))
     changed = {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)

@@ -11,10 +11,7 @@ from pydantic import AfterValidator, Field
 from wml_ray.errors import shortened
 from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-METHOD_NAMES = (
-    *("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"),
-    *("rkd", "fitnets", "ctsl_mkt"),
-)
+METHOD_NAMES = ("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer", "rkd", "fitnets", "ctsl_mkt")
 TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
 

@@ -19,6 +19,7 @@ from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, root_cause, shortened
 from wml_ray.methods.base import TaughtMethod
 from wml_ray.methods.registry import METHODS
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.networks.backbones import import_function, named_stages
 from wml_ray.networks.features import Features
 from wml_ray.networks.peer_tree import PeerTree
@@ -90,7 +91,7 @@ def load_teacher(config: Config, dataset: Dataset | None = None) -> FrozenTeache
         UserError: there is no such run, peer or function; the run has not finished, its files are damaged, its images
             have another size or other classes, or its splits are others.
     """
-    if "teacher" in config.unused_sections:
+    if config.method.name not in TEACHER_METHODS:
         return None
     spec = dataset.spec if dataset else image_spec(config.data)
     _check_use(config)
@@ -106,7 +107,7 @@ def check_teacher(config: Config) -> str:
     Raises:
         UserError: as `load_teacher`, or its storage does not respond, which is not retried.
     """
-    if config.teacher.run and "teacher" not in config.unused_sections:
+    if config.teacher.run and config.method.name in TEACHER_METHODS:
         try:
             folder = find_run(config.teacher.run, config.run.storage_path)
             if folder:
