@@ -118,8 +118,8 @@ def _add_submit(verbs: Any) -> None:
     for parser in (_add_train(works), _add_tune(works)):
         parser.description = (
             f"{text}. Sent are wml_ray/, jobs/, tune_spaces/, the config with all overrides, the space, the start "
-            "points, and the modules or packages of a backbone, method or teacher of your own; any other file that the job needs is sent "
-            "with --include."
+            "points, and the modules or packages of a backbone, method or teacher of your own; any other file that the "
+            "job needs is sent with --include."
         )
         environment = parser.add_mutually_exclusive_group()
         environment.add_argument("--image", metavar="IMAGE", help="run in this image, which holds the repository")
