@@ -53,6 +53,7 @@ def refusal(tmp_path, monkeypatch, capfd):
     [
         (["sead=1"], ["'sead'", "did you mean 'seed'"]),
         (["wml.alfa=0.3"], ["'wml.alfa'", "did you mean 'wml.alpha'"]),
+        (["peer_to_per.alpha=0.3"], ["did you mean 'peer_to_peer."]),
         (["wlm.alpha=0.3"], ["'wlm.alpha'", "did you mean 'wml.alpha'"]),
         (["wml.x=red"], ["'wml.x'", "allowed", "wml.alpha", "wml.mirror_step_size"]),
         (["wml.alpha.deep=1"], ["'wml.alpha.deep'"]),
