@@ -163,3 +163,25 @@ def test_every_key_is_in_the_table_with_its_meaning():
     rows = {line.split("`")[1]: line for line in describe_keys().splitlines()[2:]}
     assert rows.keys() == known_keys().keys()
     assert all(field.description and field.description in rows[key] for key, field in known_keys().items())
+
+
+def test_a_method_with_a_teacher_needs_one_teacher():
+    with pytest.raises(UserError, match=r"method.name = kd needs a teacher: set teacher.run to the folder or id"):
+        parse_config({}, ["method.name=kd"])
+    with pytest.raises(UserError, match=r"teacher.run and teacher.function are both set; set one to null"):
+        parse_config({}, ["method.name=kd", "teacher.run=x", "teacher.function=a:b"])
+    with pytest.raises(UserError, match=r"teacher.function = 'abc'"):
+        parse_config({}, ["teacher.function=abc"])
+
+
+def test_the_run_id_follows_the_teacher_and_not_its_place():
+    def run_id(*overrides):
+        return parse_config({}, ["method.name=kd", *overrides]).run_id
+
+    taught = run_id("teacher.run=digits-0a1b")
+    assert taught == run_id("teacher.run=results/wml/digits-0a1b") == run_id("teacher.run=s3://a/b/digits-0a1b/")
+    others = [["teacher.run=digits-0a1c"], ["teacher.run=digits-0a1b", "teacher.peer=1"], ["teacher.function=a:b"]]
+    assert len({taught, *(run_id(*overrides) for overrides in others)}) == 4
+    assert parse_config({}, ["teacher.run=x"]).run_id == parse_config({}).run_id
+    assert "teacher" not in parse_config({}).dump()
+    assert parse_config({}, ["method.name=kd", "teacher.run=a/b"]).dump()["teacher"]["run"] == "a/b"

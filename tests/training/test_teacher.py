@@ -24,6 +24,7 @@ from wml_ray.training.events import EpochEnd
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import load_teacher
 from wml_ray.training.worker import WorkerContext, run_worker
+from wml_ray.verbs.plan import plan
 
 
 def student_of(folder, *overrides):
@@ -177,6 +178,17 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_training(case, teache
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert main(["plan", str(tmp_path / "c.yaml")]) == 2
     assert str(caught.value) in capsys.readouterr().err
+
+
+def test_the_estimate_of_memory_counts_the_teacher(teacher_run):
+    def memory(*overrides):
+        return plan(tiny_config(*overrides)).memory_bytes
+
+    tree = load_tree(teacher_run / "checkpoints/epoch-0001")
+    (one, everyone) = (memory(*taught_by(teacher_run, "kd"), f"teacher.peer={peer}") for peer in (0, "null"))
+    sizes = [sum(4 * p.numel() for p in network.parameters()) for network in (tree.peer(0), tree)]
+    assert one - memory("method.name=independent") == sizes[0]
+    assert everyone - one == sizes[1] - sizes[0]
 
 
 def test_plan_and_dry_run_name_the_teacher(teacher_run, workplace, capsys):
