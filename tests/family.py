@@ -74,13 +74,19 @@ def tiny_config(*overrides: str) -> Config:
 
 def taught_by(folder: Path, method: str) -> list[str]:
     """The overrides that choose a method, with the finished run in `folder` as its teacher if it needs one."""
-    chosen = [f"method.name={method}"]
-    return [*chosen, f"teacher.run={folder}"] if method in TEACHER_METHODS else chosen
+    overrides = [f"method.name={method}"]
+    if method in TEACHER_METHODS:
+        overrides += [f"teacher.run={folder}", f"teacher.peer={'null' if method == 'ctsl_mkt' else 0}"]
+    return overrides
 
 
-def some_teacher() -> FrozenTeacher:
-    """A teacher of four peers in float64."""
-    return FrozenTeacher(pruned_tree(seed=1), {})
+def teacher_for(method: str) -> FrozenTeacher:
+    """A teacher in float64: four peers as those of `pruned_tree` where the method starts as them, else one network."""
+    tree = pruned_tree(seed=1)
+    if method != "ctsl_mkt":
+        peer = dict(zip(tree.stages, tree.peer(1), strict=True))
+        tree = PeerTree(lambda: peer, [1] * len(peer))
+    return FrozenTeacher(tree, {})
 
 
 def write_study(folder: Path, config: Config) -> None:

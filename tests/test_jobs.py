@@ -85,10 +85,11 @@ def test_the_pruned_rows_are_peers_with_the_published_shares_removed():
         assert all(f"({share:.1%})".replace("%", " %") in comment for share in removed[1:])
 
 
-def test_an_own_backbone_is_found_beside_its_config_and_results_are_written_elsewhere(workplace, monkeypatch):
+@pytest.mark.parametrize("name", ["own_backbone", "own_method"])
+def test_own_code_is_found_beside_its_config_and_results_are_written_elsewhere(name, workplace, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(JOBS.iterdir())
-    assert main(["train", str(JOBS / "own_backbone.yaml"), "optim.epochs=1"]) == 0
+    assert main(["train", str(JOBS / f"{name}.yaml"), "optim.epochs=1"]) == 0
     assert set(JOBS.iterdir()) - before <= {JOBS / "__pycache__"}
     assert {"results", "mlflow.db"} <= {path.name for path in workplace.iterdir()}
 

@@ -53,6 +53,7 @@ def refusal(tmp_path, monkeypatch, capfd):
     [
         (["sead=1"], ["'sead'", "did you mean 'seed'"]),
         (["wml.alfa=0.3"], ["'wml.alfa'", "did you mean 'wml.alpha'"]),
+        (["peer_to_per.alpha=0.3"], ["did you mean 'peer_to_peer."]),
         (["wlm.alpha=0.3"], ["'wlm.alpha'", "did you mean 'wml.alpha'"]),
         (["wml.x=red"], ["'wml.x'", "allowed", "wml.alpha", "wml.mirror_step_size"]),
         (["wml.alpha.deep=1"], ["'wml.alpha.deep'"]),
@@ -75,6 +76,9 @@ def refusal(tmp_path, monkeypatch, capfd):
             ["model.backbone = 'nowhere:stages'", "beside the config file", "PYTHONPATH"],
         ),
         (["model.backbone=:stages"], ["model.backbone = ':stages'"]),
+        (["method.name=dlm"], ["method.name = 'dlm'", "did you mean 'dml'", "independent", "package.module:Class"]),
+        (["method.name=own:a b"], ["method.name = 'own:a b' is unknown", "package.module:Class"]),
+        (["method.name=nowhere:Own"], ["method.name = 'nowhere:Own' cannot be imported", "beside the config file"]),
         (["data.name=mnist"], ["data.name = 'mnist'", *DATASETS]),
         (["data.batch_size=1"], ["data.batch_size = 1", "greater than or equal to 2"]),
         (["data.batch_size=5000"], ["data.batch_size = 5000", "training images", "smaller"]),

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import ray
 from deadline import DEADLINE_S
-from family import tiny_config, write_study
+from family import taught_by, tiny_config, write_study
 from nodes import ENVIRONMENT, nodes
 from servers import free_port
 
-from wml_ray.cluster.connect import join_cluster
+from wml_ray.cluster.connect import join_cluster, with_absolute_paths
 from wml_ray.cluster.nodes import report_node
 from wml_ray.cluster.preflight import run_checks
+from wml_ray.config.load import parse_config
 from wml_ray.errors import UserError
 
 TESTS = Path(__file__).parents[1]
@@ -92,9 +93,27 @@ def test_a_dry_run_in_this_process_imports_neither_torch_nor_ray(empty_workplace
     assert os.listdir() == ["c.yaml"]
 
 
+def test_a_node_without_the_teacher_reports_it(tmp_path, teacher_run):
+    marker = tmp_path / "marker"
+    marker.touch()
+    for run, errors in ((str(teacher_run), set()), (str(tmp_path), {"teacher"})):
+        report = report_node(str(marker), "", {"method": {"name": "kd"}, "teacher": {"run": run}}, {})
+        assert report.errors.keys() == errors
+
+
+def test_workers_receive_the_folder_of_a_teacher_that_is_named_by_its_id(teacher_run):
+    overrides = taught_by(teacher_run.name, "kd")
+    config = tiny_config(*overrides, f"run.storage_path={os.path.relpath(teacher_run.parents[1])}")
+    settings = with_absolute_paths(config)
+    assert settings["teacher"]["run"] == str(teacher_run)
+    assert parse_config(settings).run_id == config.run_id
+    unused = with_absolute_paths(tiny_config("teacher.run=nowhere"))
+    assert unused["teacher"]["run"] == "nowhere"
+
+
 def test_a_worker_that_cannot_reach_mlflow_reports_it(tmp_path):
     marker = tmp_path / "marker"
     marker.touch()
-    report = report_node(str(marker), f"http://127.0.0.1:{free_port()}", {"name": "digits"}, {})
+    report = report_node(str(marker), f"http://127.0.0.1:{free_port()}", {}, {})
     assert report.errors.keys() == {"MLflow"}
     assert "does not answer (Connection refused)" in report.errors["MLflow"]

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from wml_ray.config.load import describe_keys, known_keys, load_config, parse_config
 from wml_ray.errors import UserError
+from wml_ray.methods.settings import has_effect
 
 SECTIONS_OUTSIDE_THE_RUN_ID = ("run", "scale")
 KEYS_OUTSIDE_THE_RUN_ID = ("data.root", "data.download", "data.loader_workers")
@@ -46,8 +47,10 @@ def another(value, annotation):
     if isinstance(value, list):
         at = min(1, len(value) - 1)
         return [another(entry, None) if index == at else entry for index, entry in enumerate(value)]
+    if isinstance(value, dict):
+        return {**value, "x": 1}
     assert value is None
-    return "x" if annotation == str | None else 100
+    return "x:y" if "str" in str(annotation) else 100
 
 
 def with_value(key, value):
@@ -60,10 +63,10 @@ def test_the_run_id_depends_on_every_key_that_determines_the_result(key):
     """A setting of another method than the chosen one changes nothing."""
     before = parse_config(BASE)
     value = value_at(before, key)
-    after = with_value(key, another(value, known_keys()[key].annotation))
+    after = with_value(key, "dml" if key == "method.name" else another(value, known_keys()[key].annotation))
     assert value_at(after, key) != value_at(before, key)
     in_other_section = key.split(".")[0] in SECTIONS_OUTSIDE_THE_RUN_ID and key != "run.test_epoch"
-    stays = key in KEYS_OUTSIDE_THE_RUN_ID or in_other_section or key.startswith("dml.")
+    stays = key in KEYS_OUTSIDE_THE_RUN_ID or in_other_section or not has_effect(key, "wml")
     assert (after.run_id == before.run_id) == stays
 
 
@@ -160,3 +163,25 @@ def test_every_key_is_in_the_table_with_its_meaning():
     rows = {line.split("`")[1]: line for line in describe_keys().splitlines()[2:]}
     assert rows.keys() == known_keys().keys()
     assert all(field.description and field.description in rows[key] for key, field in known_keys().items())
+
+
+def test_a_method_with_a_teacher_needs_one_teacher():
+    with pytest.raises(UserError, match=r"method.name = kd needs a teacher: set teacher.run to the folder or id"):
+        parse_config({}, ["method.name=kd"])
+    with pytest.raises(UserError, match=r"teacher.run and teacher.function are both set; set one to null"):
+        parse_config({}, ["method.name=kd", "teacher.run=x", "teacher.function=a:b"])
+    with pytest.raises(UserError, match=r"teacher.function = 'abc'"):
+        parse_config({}, ["teacher.function=abc"])
+
+
+def test_the_run_id_follows_the_teacher_and_not_its_place():
+    def run_id(*overrides):
+        return parse_config({}, ["method.name=kd", *overrides]).run_id
+
+    taught = run_id("teacher.run=digits-0a1b")
+    assert taught == run_id("teacher.run=results/wml/digits-0a1b") == run_id("teacher.run=s3://a/b/digits-0a1b/")
+    others = [["teacher.run=digits-0a1c"], ["teacher.run=digits-0a1b", "teacher.peer=1"], ["teacher.function=a:b"]]
+    assert len({taught, *(run_id(*overrides) for overrides in others)}) == 4
+    assert parse_config({}, ["teacher.run=x"]).run_id == parse_config({}).run_id
+    assert "teacher" not in parse_config({}).dump()
+    assert parse_config({}, ["method.name=kd", "teacher.run=a/b"]).dump()["teacher"]["run"] == "a/b"

@@ -18,3 +18,8 @@ def test_the_method_comes_first_and_settings_of_other_methods_are_left_out():
 def test_a_title_fits_an_mlflow_run_name():
     copies = {"model": {"sharing": [100] * 5}, "pruning": {"ratios": [0.123] * 100}}
     assert len(run_title(parse_config(copies, []))) == MAX_TITLE
+
+
+def test_a_teacher_is_shown_by_its_run_id():
+    config = parse_config({}, ["method.name=kd", "teacher.run=results/wml/digits-0a1b", "teacher.peer=1"])
+    assert run_title(config) == "digits-resnet20 method=kd teacher=digits-0a1b peer=1"

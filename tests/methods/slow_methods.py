@@ -107,6 +107,74 @@ def peer_to_peer(method, outputs, targets, context):
     return total
 
 
+def smooth_l1(errors):
+    """x^2 / 2 up to 1, then |x| - 1/2, a mean over the errors."""
+    total = 0.0
+    for error in errors:
+        total = total + (error * error / 2 if abs(error) < 1 else abs(error) - 0.5)
+    return total / len(errors)
+
+
+def length(vector):
+    return (vector * vector).sum() ** 0.5 if bool(vector.any()) else torch.zeros((), dtype=vector.dtype)
+
+
+def distances(features):
+    """Distance of each ordered pair of images, over the mean of the positive ones."""
+    lengths = [length(one - other) for one in features for other in features]
+    positive = [value for value in lengths if value > 0]
+    return [value / (sum(positive) / len(positive)) for value in lengths]
+
+
+def angles(features):
+    """cos of the angle at each image between each ordered pair of images; 0 where two images are the same."""
+    found = []
+    for corner in features:
+        for one in features:
+            for other in features:
+                legs = length(one - corner) * length(other - corner)
+                found.append(((one - corner) * (other - corner)).sum() / legs if legs > 0 else 0 * corner.sum())
+    return found
+
+
+def relations(student, teacher, angle_weight, distance_weight=1.0):
+    teacher = teacher.detach()
+    by_distance = [s - t for s, t in zip(distances(student), distances(teacher), strict=True)]
+    by_angle = [s - t for s, t in zip(angles(student), angles(teacher), strict=True)]
+    return distance_weight * smooth_l1(by_distance) + angle_weight * smooth_l1(by_angle)
+
+
+def rkd(method, outputs, targets, context):
+    settings, total = method.settings, 0.0
+    for i, student in enumerate(outputs["logits_MBK"]):
+        total = total + cross_entropy(student, targets)
+        pair = (outputs[f"pooled{i}"], outputs["teacher_pooled"])
+        total = total + relations(*pair, settings.angle_weight, settings.distance_weight)
+    return total
+
+
+def fitnets(method, outputs, targets, context):
+    total = independent(method, outputs, targets, context)
+    for copy in range(len(method.tree.stages[f"stage{2 if method.settings.stage is None else method.settings.stage}"])):
+        errors = (outputs[f"hint{copy}"] - outputs["teacher_map"].detach()).flatten()
+        total = total + method.settings.weight * sum(error * error for error in errors) / len(errors)
+    return total
+
+
+def ctsl_mkt(method, outputs, targets, context):
+    peers, settings, total = list(outputs["logits_MBK"]), method.settings, 0.0
+    for i, student in enumerate(peers):
+        total = total + cross_entropy(student, targets)
+        for j, teacher in enumerate(peers):
+            if j != i:
+                pair = relations(outputs[f"pooled{i}"], outputs[f"pooled{j}"], settings.angle_weight)
+                pair = pair + divergence(student, teacher.detach(), 1.0)
+                total = total + settings.mutual_weight * pair / (len(peers) - 1)
+        before = outputs["teacher_MBK"][i]
+        total = total + settings.self_weight * divergence(student, before, settings.temperature)
+    return total
+
+
 TWINS = {
     "independent": independent,
     "dml": dml,
@@ -114,5 +182,8 @@ TWINS = {
     "kdcl": kdcl,
     "kd": kd,
     "peer_to_peer": peer_to_peer,
+    "rkd": rkd,
+    "fitnets": fitnets,
+    "ctsl_mkt": ctsl_mkt,
 }
 """By method; the twins of `wml` are in tests/reference.py, as Eq. 5 needs them too."""

@@ -5,25 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import SPEC, batch, pruned_tree, some_teacher
+from family import SPEC, batch, pruned_tree, teacher_for
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.registry import METHODS, build
-from wml_ray.methods.settings import DmlConfig, MethodConfig
+from wml_ray.methods.settings import METHOD_NAMES, DmlConfig
 from wml_ray.training.evaluation import evaluate, metric_names
 
 FIRST_STEP = StepContext(step=0, epoch=0, total_epochs=10, learning_rate=0.1)
 
 
 def method_of(name, settings=None):
-    return build(name, pruned_tree(), settings or getattr(Config(), name), SPEC, 0, some_teacher())
+    return build(name, pruned_tree(), settings or getattr(Config(), name), SPEC, 0, teacher_for(name)).double()
 
 
 def test_every_method_of_the_config_is_built():
-    names = MethodConfig.model_json_schema()["properties"]["name"]["enum"]
-    assert list(METHODS) == names
-    assert all(name in Config.model_fields for name in names)
+    assert tuple(METHODS) == METHOD_NAMES
+    assert all(name in Config.model_fields for name in METHOD_NAMES)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import SPEC, pruned_tree
+from family import SPEC, enumerate_names, stages, teacher_for
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.registry import build
+from wml_ray.networks.peer_tree import PeerTree
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_losses.json").read_text())
 LOGITS = torch.tensor(PUBLISHED["inputs"]["logits_MBK"], dtype=torch.float64)
@@ -18,9 +19,10 @@ TARGETS = torch.tensor(PUBLISHED["inputs"]["targets_B"])
 ON_LOGITS = [case for case in PUBLISHED["cases"] if case["inputs"] == ["logits_MBK"]]
 
 
-def method_of(case):
+def method_of(case, num_peers=4):
     section = type(getattr(Config(), case["method"]))
-    return build(case["method"], pruned_tree(), section(**case["settings"]), SPEC, seed=0)
+    tree = PeerTree(lambda: dict(enumerate_names(stages(SPEC))), [num_peers] * 4)
+    return build(case["method"], tree, section(**case["settings"]), SPEC, 0, teacher_for(case["method"]))
 
 
 @pytest.mark.parametrize("case", ON_LOGITS, ids=lambda case: f"{case['method']} of {case['repository']}")
@@ -33,3 +35,27 @@ def test_a_loss_on_logits_equals_that_of_the_public_code(case):
     if "gradient_logits_MBK" in case:
         theirs = torch.tensor(case["gradient_logits_MBK"], dtype=torch.float64)
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_kd_equals_that_of_public_code():
+    (case,) = (case for case in PUBLISHED["cases"] if case["method"] == "kd")
+    logits, context = LOGITS.clone().requires_grad_(), StepContext(0, case["epoch"], case["total_epochs"], 0.1)
+    teacher = torch.tensor(PUBLISHED["inputs"]["ema_logits_MBK"][0], dtype=torch.float64)
+    loss = sum(method_of(case).losses({"logits_MBK": logits, "teacher_BK": teacher}, TARGETS, context).values())
+    assert math.isclose(loss.item(), case["loss"], rel_tol=1e-10)
+    theirs = torch.tensor(case["gradient_logits_MBK"], dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_rkd_equals_that_of_its_authors():
+    (case,) = (case for case in PUBLISHED["cases"] if case["method"] == "rkd")
+    *students, teacher = torch.tensor(PUBLISHED["inputs"]["pooled_MBC"], dtype=torch.float64)
+    pooled = {f"pooled{peer}": student.requires_grad_() for peer, student in enumerate(students)}
+    outputs = {"logits_MBK": LOGITS[:3], **pooled, "teacher_pooled": teacher}
+    context = StepContext(0, case["epoch"], case["total_epochs"], 0.1)
+    loss = sum(method_of(case, num_peers=3).losses(outputs, TARGETS, context).values())
+    assert math.isclose(loss.item(), case["loss"], rel_tol=1e-6)
+    gradients = torch.stack(torch.autograd.grad(loss, list(pooled.values())))
+    torch.testing.assert_close(
+        gradients, torch.tensor(case["gradient_pooled_MBC"], dtype=torch.float64), rtol=1e-6, atol=1e-9
+    )

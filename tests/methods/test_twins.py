@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from family import SPEC, batch, pruned_tree, some_teacher
+from family import SPEC, batch, pruned_tree, teacher_for
 from methods import slow_methods
 
 from wml_ray.config.schema import Config
@@ -24,6 +24,12 @@ CASES = [
     ("kd", {"temperature": 1.0, "alpha": 0.3}),
     ("peer_to_peer", {}),
     ("peer_to_peer", {"temperature": 1.0, "teacher_weight": 0.7, "mutual_weight": 0.3}),
+    ("rkd", {}),
+    ("rkd", {"distance_weight": 2.0, "angle_weight": 0.5}),
+    ("fitnets", {}),
+    ("fitnets", {"weight": 0.3, "stage": 1}),
+    ("ctsl_mkt", {}),
+    ("ctsl_mkt", {"mutual_weight": 0.4, "angle_weight": 3.0, "self_weight": 2.0, "temperature": 1.5}),
 ]
 """A method and the settings that differ from its defaults."""
 
@@ -32,7 +38,9 @@ IMAGES = 5
 
 def method_of(name, settings):
     section = getattr(Config(), name)
-    return build(name, pruned_tree(), type(section)(**{**section.model_dump(), **settings}), SPEC, 0, some_teacher())
+    return build(
+        name, pruned_tree(), type(section)(**{**section.model_dump(), **settings}), SPEC, 0, teacher_for(name)
+    ).double()
 
 
 def outputs_of(method):

@@ -196,6 +196,18 @@ def test_a_space_of_several_methods_has_the_metrics_that_all_of_them_log():
 def test_a_key_of_a_method_that_no_point_has_is_refused():
     with pytest.raises(UserError, match=r"'dml.weight' has no effect with method.name = wml; leave it out"):
         make_space(tiny_config(), {"dml.weight": tune.uniform(0, 2)}, ACCURACY)
+    with pytest.raises(UserError, match=r"'method.settings.weight' has no effect with method.name = wml"):
+        make_space(tiny_config(), {"method.settings.weight": tune.uniform(0, 2)}, ACCURACY)
+
+
+def test_the_settings_of_a_method_of_ones_own_are_searched(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "jobs")
+    config = tiny_config("method.name=own_method:BestTeaches", "method.settings.weight=1")
+    space = make_space(config, {"method.settings.weight": tune.uniform(0, 2)}, {"val/accuracy/method": "max"})
+    assert space.config({"method.settings.weight": 0.5}).method.settings == {"weight": 0.5}
+    assert space.point(config) == {"method.settings.weight": 1}
+    with pytest.raises(UserError, match=r"method\.settings\.weight has no value in the config"):
+        space.point(tiny_config("method.name=own_method:BestTeaches"))
 
 
 def test_optuna_distributions_are_domains():

@@ -1,8 +1,12 @@
 """A study in its driver, and its trials in MLflow."""
 
 import pytest
+from family import taught_by, tiny_config
+from ray import tune
 from studies import children, small_space
 
+from wml_ray.cluster.space import make_space
+from wml_ray.config.load import with_values
 from wml_ray.errors import UserError
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.settings import SearchConfig
@@ -10,6 +14,8 @@ from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial, TrialStore
 from wml_ray.tracking.results import load_study
 from wml_ray.tracking.runs import open_run
+from wml_ray.training.teacher import load_teacher
+from wml_ray.verbs.tune import check_teachers
 
 
 def complete(number, accuracy, macs):
@@ -45,6 +51,24 @@ def test_the_config_of_a_trial_names_its_study_and_keeps_the_run_id(tmp_path):
     config = study.config(study.add_trial({"wml.alpha": 0.5}, {}))
     assert config.run.study == "named/0"
     assert config.run_id == space.config({"wml.alpha": 0.5}).run_id
+
+
+def test_a_trial_finds_its_teacher_where_the_config_does(tmp_path, teacher_run):
+    """Its own storage is the study's folder."""
+    overrides = [*taught_by(teacher_run.name, "kd"), f"run.storage_path={teacher_run.parents[1]}"]
+    space = make_space(tiny_config(*overrides), {"kd.alpha": tune.uniform(0, 1)}, {"val/accuracy/method": "max"})
+    study = Study(space, SearchConfig(study="taught", trials=1), tmp_path, "token")
+    trial = study.add_trial({"kd.alpha": 0.5}, {})
+    assert load_teacher(study.local_config(trial)).record["run"] == teacher_run.name
+    assert study.local_config(trial).run_id == study.config(trial).run_id
+
+
+def test_the_teacher_of_each_method_of_a_space_is_checked_before_the_first_trial(teacher_run):
+    base = tiny_config(f"teacher.run={teacher_run}")
+    methods = {"method.name": tune.choice(["wml", "kd", "rkd"])}
+    check_teachers(make_space(base, methods, {"val/accuracy/method": "max"}))
+    with pytest.raises(UserError, match=r"teacher.peer = null: rkd imitates one network"):
+        check_teachers(make_space(with_values(base, {"teacher.peer": None}), methods, {"val/accuracy/method": "max"}))
 
 
 def test_a_study_cannot_be_read_without_an_mlflow_store(empty_workplace):

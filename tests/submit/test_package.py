@@ -90,6 +90,16 @@ def test_a_backbone_of_the_users_own_is_sent_as_it_is_imported(
     assert files(package) == CODE | {sent}
 
 
+def test_a_teacher_of_the_users_own_is_sent(repository, tmp_path_factory, monkeypatch):
+    monkeypatch.syspath_prepend(repository)
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "own_teacher.py").write_text("def network(spec): ...\n")
+    (folder / "config.yaml").write_text("teacher: {function: 'own_teacher:network'}")
+    job = Job("train", load_config(folder / "config.yaml", ["method.name=kd"]))
+    package = write_package(job, tmp_path_factory.mktemp("package"), root=repository)
+    assert files(package) == CODE | {"own_teacher.py"}
+
+
 def test_a_package_too_large_names_its_largest_part(repository, tmp_path_factory):
     with (repository / "mine" / "cat.mp4").open("wb") as file:
         file.truncate(60 * 10**6)

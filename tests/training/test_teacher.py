@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import workers
-from family import batch, some_teacher, stages, taught_by, tiny_config
+from family import batch, stages, taught_by, teacher_for, tiny_config
 from runs import assert_bit_equal
 from torch import nn
 
@@ -24,6 +24,7 @@ from wml_ray.training.events import EpochEnd
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import load_teacher
 from wml_ray.training.worker import WorkerContext, run_worker
+from wml_ray.verbs.plan import plan
 
 
 def student_of(folder, *overrides):
@@ -55,7 +56,7 @@ def test_an_unfinished_run_of_the_same_id_in_another_experiment_is_passed_over(t
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pixels_reach_the_teacher_normalised_as_it_was_trained(channels_last):
     """Whatever the student's statistics are."""
-    teacher, (pixels, _) = some_teacher(), batch(4)
+    teacher, (pixels, _) = teacher_for("kd"), batch(4)
     statistics = [((0.3,), (2.5,)), ((-40.0,), (0.01,))]
     optim = SimpleNamespace(channels_last=channels_last)
     for (mean, std), own in product(statistics, statistics):
@@ -179,6 +180,17 @@ def test_a_teacher_that_does_not_fit_is_refused_before_the_training(case, teache
     assert str(caught.value) in capsys.readouterr().err
 
 
+def test_the_estimate_of_memory_counts_the_teacher(teacher_run):
+    def memory(*overrides):
+        return plan(tiny_config(*overrides)).memory_bytes
+
+    tree = load_tree(teacher_run / "checkpoints/epoch-0001")
+    (one, everyone) = (memory(*taught_by(teacher_run, "kd"), f"teacher.peer={peer}") for peer in (0, "null"))
+    sizes = [sum(4 * p.numel() for p in network.parameters()) for network in (tree.peer(0), tree)]
+    assert one - memory("method.name=independent") == sizes[0]
+    assert everyone - one == sizes[1] - sizes[0]
+
+
 def test_plan_and_dry_run_name_the_teacher(teacher_run, workplace, capsys):
     (workplace / "c.yaml").write_text(student_of(teacher_run).to_yaml())
     assert main(["plan", "c.yaml"]) == 0
@@ -250,3 +262,36 @@ def test_a_users_own_network_may_be_given_in_stages_and_must_give_a_logit_a_clas
 def test_a_method_without_a_teacher_reads_none():
     assert load_teacher(tiny_config("teacher.run=nowhere")) is None
     assert Config().teacher.run is None
+
+
+def ctsl(folder, *overrides):
+    return tiny_config(*taught_by(folder, "ctsl_mkt"), *overrides)
+
+
+def test_peers_of_ctsl_mkt_start_with_the_tensors_and_widths_of_the_independent_run(teacher_run):
+    config = ctsl(teacher_run)
+    start, tree = initial_checkpoint(config, load_dataset(config)), load_tree(teacher_run / "checkpoints/epoch-0001")
+    assert start.model.keys() == tree.state_dict().keys()
+    assert all(tensor.equal(start.model[name]) for name, tensor in tree.state_dict().items())
+    sizes = json.loads((teacher_run / "result.json").read_text())["peers"]
+    assert [peer["params"] for peer in start.metadata["peers"]] == [peer["params"] for peer in sizes]
+
+
+def test_a_run_that_peers_of_ctsl_mkt_cannot_start_from_is_refused(teacher_run, tmp_path):
+    with pytest.raises(UserError, match=r"goes on from all peers of an independent run; set teacher.run to one of"):
+        load_teacher(ctsl(teacher_run, "teacher.peer=0"))
+    with pytest.raises(UserError, match=r"its pruning.ratios.3 is 0.3, this run's 0.5, and this run goes on from its"):
+        load_teacher(ctsl(teacher_run, "pruning.ratios.3=0.5"))
+    dml = tiny_config("method.name=dml", "optim.epochs=1", f"run.storage_path={tmp_path}")
+    run_worker(dml, WorkerContext())
+    with pytest.raises(UserError, match=r"its method is dml; train it with method.name=independent"):
+        load_teacher(ctsl(dml.run_folder))
+
+
+@pytest.mark.parametrize("method", ["rkd", "fitnets"])
+def test_methods_that_imitate_features_need_one_network_in_stages(method, teacher_run):
+    with pytest.raises(UserError, match=rf"teacher.peer = null: {method} imitates one network; name a peer, such as 0"):
+        load_teacher(tiny_config(*taught_by(teacher_run, method), "teacher.peer=null"))
+    with pytest.raises(UserError, match=rf"returns one module, but {method} needs its stages; return a list or dict"):
+        load_teacher(tiny_config(f"method.name={method}", f"teacher.function={__name__}:of_pixels"))
+    assert load_teacher(tiny_config(f"method.name={method}", f"teacher.function={__name__}:of_stages"))

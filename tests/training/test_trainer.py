@@ -99,9 +99,12 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(method, precision, monkeypatch):
+def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(
+    method, precision, teacher_run, monkeypatch
+):
     """Two epochs on digits with peers of different widths. What counts is the label loss: a ramp may raise the sum."""
-    options = ["optim.epochs=2", "optim.learning_rate=0.03", f"method.name={method}", f"optim.precision={precision}"]
+    options = ["optim.epochs=2", "optim.learning_rate=0.03", f"optim.precision={precision}"]
+    options += taught_by(teacher_run, method)
     trainer, losses = trainer_of(tiny_config(*options)), []
     widths = {trainer.tree.get_submodule(trainer.tree.path(peer)[-2])[0].out_channels for peer in range(4)}
     assert len(widths) > 1

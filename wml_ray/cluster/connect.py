@@ -15,6 +15,7 @@ import ray
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError, one_line
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.storage.files import storage_environment
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path
@@ -49,7 +50,7 @@ def join_cluster(verbose: bool = False) -> None:
 class WorkerEnvironment:
     """Import path, credentials and lease that the driver sends to its workers."""
 
-    import_path: list[str]  # for the user's own backbone
+    import_path: list[str]  # for the user's own code
     variables: dict[str, str] = field(repr=False)  # with secrets
     lease: Lease | None
 
@@ -77,6 +78,6 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     raw = config.model_dump(mode="json")
     raw["run"]["storage_path"] = str(to_path(config.run.storage_path).resolve())
     raw["data"]["root"] = str(Path(config.data.root).resolve())
-    if config.teacher.run and "teacher" not in config.unused_sections:
+    if config.teacher.run and config.method.name in TEACHER_METHODS:
         raw["teacher"]["run"] = absolute_run(config.teacher.run, config.run.storage_path)
     return raw

@@ -22,6 +22,7 @@ from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config
 from wml_ray.data.readers import check_dataset
 from wml_ray.errors import UserError, number_of, root_cause
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.storage.files import check_storage, storage_environment
 from wml_ray.storage.paths import to_path
 from wml_ray.storage.runs import RESULT, find_run
@@ -96,7 +97,7 @@ def report_node(marker: str, uri: str, settings: dict[str, Any], environment: di
     }
     if uri and not is_local_store(uri):
         checks["MLflow"] = partial(check_reachable, uri)
-    if config.teacher.run and "teacher" not in config.unused_sections:
+    if config.teacher.run and config.method.name in TEACHER_METHODS:
         checks["teacher"] = partial(_check_run, config.teacher.run, config.run.storage_path)
     results = [run_check(subject, check) for subject, check in checks.items()]
     return NodeReport(socket.gethostname(), versions(), {r.subject: r.text for r in results if not r.passed})

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.errors import UserError
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.storage.files import check_storage, put_text, storage_error
 from wml_ray.storage.paths import missing_parents, remove_empty, to_path
 from wml_ray.tracking.client import check_reachable, is_local_store, redacted, tracking_uri
@@ -44,7 +45,7 @@ def require_checks(config: Config, searching: bool = False) -> None:
         yield from _resource_checks(config, searching)
         if others := _other_nodes(config, searching):
             yield from _access_checks(config, searching, others)
-        elif "teacher" not in config.unused_sections:
+        elif config.method.name in TEACHER_METHODS:
             yield run_check("teacher", partial(_check_teacher, config))
 
     for result in checks():
@@ -99,7 +100,7 @@ def _access_checks(config: Config, searching: bool, others: Sequence[dict[str, A
     mlflow = run_check("MLflow", partial(_check_tracking, uri, other_hosts and not searching))
     yield mlflow if searching else _with_reports(mlflow, reports)  # only the driver of a study logs
     yield _with_reports(run_check("data", partial(_check_data, config.data)), reports)
-    if "teacher" not in config.unused_sections:
+    if config.method.name in TEACHER_METHODS:
         yield _with_reports(run_check("teacher", partial(_check_teacher, config)), reports)
 
 

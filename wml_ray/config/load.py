@@ -144,6 +144,8 @@ def _child(node: Any, name: str, key: str) -> Any:
             node[name] = list(PruningConfig().ratios)
         if name not in node and name == "sharing":
             node[name] = list(ModelConfig().sharing)
+        if name not in node and key.startswith("method.settings."):
+            node[name] = {}
         if name in node:
             return node[name]
     raise UserError(f"unknown key {_quoted(key)}{_did_you_mean(key)}")
@@ -159,10 +161,14 @@ def _choices(field: Any) -> str:
 def _did_you_mean(key: str) -> str:
     section = key.split(".")[0]
     siblings = [known for known in known_keys() if known.startswith(f"{section}.")]
-    by_last_word = {known.rpartition(".")[2]: known for known in siblings or known_keys()}
-    close = get_close_matches(key.rpartition(".")[2][:100], by_last_word, n=1, cutoff=0.6)
+    if "." in key and not siblings:
+        candidates, given = {known: known for known in known_keys()}, key
+    else:  # several sections have an `alpha`: the first one is suggested
+        last_to_first = reversed(siblings or [*known_keys()])
+        candidates, given = {known.rpartition(".")[2]: known for known in last_to_first}, key.rpartition(".")[2]
+    close = get_close_matches(given[:100], candidates, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{by_last_word[close[0]]}'?"
+        return f"; did you mean '{candidates[close[0]]}'?"
     return f"; allowed: {', '.join(siblings or Config.model_fields)}"
 
 

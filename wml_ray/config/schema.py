@@ -14,14 +14,18 @@ from pydantic import BeforeValidator, Field, model_validator
 from wml_ray.errors import shortened
 from wml_ray.methods.settings import (
     ClIlrConfig,
+    CtslMktConfig,
     DmlConfig,
+    FitnetsConfig,
     IndependentConfig,
     KdclConfig,
     KdConfig,
     MethodConfig,
     PeerToPeerConfig,
+    RkdConfig,
     TeacherConfig,
     WmlConfig,
+    is_own_method,
     unused_sections,
 )
 from wml_ray.settings import (
@@ -250,6 +254,9 @@ class Config(Section):
     kdcl: KdclConfig = KdclConfig()
     kd: KdConfig = KdConfig()
     peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
+    rkd: RkdConfig = RkdConfig()
+    fitnets: FitnetsConfig = FitnetsConfig()
+    ctsl_mkt: CtslMktConfig = CtslMktConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()
@@ -279,9 +286,11 @@ class Config(Section):
         Storage, data folder, number of workers and unused sections do not enter, so a run may move or scale and still
         find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too.
         """
-        dump = self.model_dump(mode="json", exclude=self.unused_sections)
+        dump = self.model_dump(mode="json", exclude=unused_sections(self.method.name))
         if "teacher" in dump:
             dump["teacher"]["run"] = self.teacher.run_id
+        if not is_own_method(self.method.name):
+            del dump["method"]["settings"]
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for key in ("root", "download", "loader_workers"):
@@ -301,29 +310,34 @@ class Config(Section):
 
     def dump(self) -> dict[str, Any]:
         """The config as JSON types, without unused sections that are at their defaults."""
-        unused = {name for name in self.unused_sections if getattr(self, name) == type(getattr(self, name))()}
-        return self.model_dump(mode="json", exclude=unused)
+        sections = unused_sections(self.method.name)
+        unused = {name for name in sections if getattr(self, name) == type(getattr(self, name))()}
+        dump = self.model_dump(mode="json", exclude=unused)
+        if not self.method.settings:
+            del dump["method"]["settings"]
+        return dump
 
     def to_yaml(self) -> str:
         """The config as YAML, as `dump` gives it."""
         return str(yaml.safe_dump(self.dump(), sort_keys=False))
 
     @property
-    def method_settings(self) -> Section:
-        """The section of the chosen method."""
+    def method_settings(self) -> Section | dict[str, Any]:
+        """The section of the chosen method; of a user's own, `method.settings`, which its class validates."""
+        if is_own_method(self.method.name):
+            return self.method.settings
         section: Section = getattr(self, self.method.name)
         return section
 
     @property
     def user_functions(self) -> dict[str, str]:
-        """The keys that name a user's own `package.module:function`, and these names."""
-        functions = {"model.backbone": self.model.backbone, "teacher.function": self.teacher.function or ""}
+        """The keys that name a user's own `package.module:function` or `package.module:Class`, and these names."""
+        functions = {
+            "model.backbone": self.model.backbone,
+            "method.name": self.method.name,
+            "teacher.function": self.teacher.function or "",
+        }
         return {key: name for key, name in functions.items() if ":" in name}
-
-    @property
-    def unused_sections(self) -> set[str]:
-        """The sections that have no effect with the chosen method."""
-        return unused_sections(self.method.name)
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import shortened
+from wml_ray.methods.settings import is_own_method, unused_sections
 
 MAX_TITLE = 200
 LAST_SECTIONS = ("model", "optim", "data", "seed")
@@ -21,8 +22,8 @@ def run_title(config: Config) -> str:
     sections are left out.
     """
     defaults = _values(Config(), left_out=set())
-    values = _values(config, left_out=config.unused_sections)
-    changed = {key: value for key, value in values.items() if value != defaults[key]}
+    values = _values(config, left_out=unused_sections(config.method.name))
+    changed = {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}
     shown = {key: value for key, value in changed.items() if not key.startswith(NOT_SHOWN)}
     last_words = Counter(key.rpartition(".")[2] for key in shown)
     words = [f"{_short(key, last_words)}={_text(value)}" for key, value in shown.items()]
@@ -33,7 +34,9 @@ def run_title(config: Config) -> str:
 def _values(config: Config, left_out: set[str]) -> dict[str, Any]:
     """Dotted keys to values, lists whole, in the order of the title; without the sections `left_out`."""
     dump = config.model_dump(mode="json", exclude=left_out)
-    first = ("method", config.method.name)
+    settings = dump["method"].pop("settings") if is_own_method(config.method.name) else {}
+    dump["method"] = {"name": config.method.name, **{f"settings.{key}": value for key, value in settings.items()}}
+    first = [name for name in ("method", config.method.name) if name in dump]
     middle = (name for name in dump if name not in (*first, *LAST_SECTIONS))
     values: dict[str, Any] = {}
     for section in (*first, *middle, *LAST_SECTIONS):

@@ -64,6 +64,9 @@ class Method(nn.Module):
     selects: ClassVar[str] = "ensemble_average"
     """The prediction that is logged as `val/accuracy/method` and decides which epoch is best."""
 
+    Settings: ClassVar[type[Section]] = Section
+    """The class of `settings` of a user's own method; methods of the package have sections of the config."""
+
     outer_batch_interval: int | None = None
     """After every so many steps, `after_step` receives a batch of the outer split."""
 

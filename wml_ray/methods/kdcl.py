@@ -1,6 +1,7 @@
 """KDCL (Guo et al., CVPR 2020): each peer sees a view of its own and learns from the labels and the mean of all peers.
 
-The paper's variants with learned weights of the teacher (MinLogit, Linear, General) are not here.
+Whether gradient flows into the mean makes no difference: that of all peers' divergences by the mean logits is zero.
+The paper's variants that choose or weigh the peers' logits are not here.
 """
 
 from __future__ import annotations

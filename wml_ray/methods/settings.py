@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+import re
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from wml_ray.errors import shortened
 from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
 
-MethodName = Literal["wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"]
-TEACHER_METHODS = ("kd",)
+METHOD_NAMES = ("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer", "rkd", "fitnets", "ctsl_mkt")
+TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
 
 
-class MethodConfig(Section):
-    """The choice of the method."""
+def is_own_method(name: str) -> bool:
+    """Whether a method is a user's own, `package.module:Class`."""
+    return ":" in name
 
-    name: MethodName = Field("wml", description="method of training; its settings are in the section of its name")
+
+def _method_name(name: str) -> str:
+    if name in METHOD_NAMES or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        return name
+    close = get_close_matches(name[:100], METHOD_NAMES, n=1, cutoff=0.6)
+    meant = f"; did you mean '{close[0]}'?" if close else ""
+    raise ValueError(
+        f"method.name = {shortened(repr(name))} is unknown{meant}; allowed: {', '.join(METHOD_NAMES)}, or your own as "
+        "package.module:Class"
+    )
+
+
+class MethodConfig(Section):
+    """The choice of the method, and the settings of a user's own."""
+
+    name: Annotated[str, AfterValidator(_method_name)] = Field(
+        "wml",
+        description=f"method of training: {', '.join(f'`{name}`' for name in METHOD_NAMES)}, with its settings in the "
+        "section of its name; or your own as `package.module:Class`",
+    )
+    settings: dict[str, Any] = Field({}, description="settings of your own method; no other method reads them")
 
 
 class TeacherConfig(Section):
@@ -54,8 +78,15 @@ class TeacherConfig(Section):
 
 def unused_sections(method: str) -> set[str]:
     """The sections that have no effect with this method: those of other methods, and `teacher` where it has none."""
-    others: set[str] = set(get_args(MethodName)) - {method}
+    others = set(METHOD_NAMES) - {method}
     return others if method in TEACHER_METHODS else others | {"teacher"}
+
+
+def has_effect(key: str, method: str) -> bool:
+    """Whether a run with this method reads the config key `key`."""
+    if key.startswith("method.settings"):
+        return is_own_method(method)
+    return key.partition(".")[0] not in unused_sections(method)
 
 
 class WmlConfig(Section):
@@ -136,3 +167,29 @@ class PeerToPeerConfig(Section):
     temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
     teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
     mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")
+
+
+class RkdConfig(Section):
+    """Relational knowledge distillation from a frozen teacher."""
+
+    distance_weight: NonNegative = Field(25.0, description="weight a of the distances between images")
+    angle_weight: NonNegative = Field(50.0, description="weight b of the angles between images")
+
+
+class FitnetsConfig(Section):
+    """Hints from a frozen teacher."""
+
+    weight: NonNegative = Field(1.0, description="weight w of the error of the maps against the labels")
+    stage: CountOrZero | None = Field(
+        None,
+        description="stage, counted from 0, whose maps imitate the teacher's; null is the last before the head",
+    )
+
+
+class CtslMktConfig(Section):
+    """Mutual learning of relations and logits beside self-learning from an independent run."""
+
+    mutual_weight: NonNegative = Field(1.0, description="weight b of relations and divergences between the peers")
+    angle_weight: NonNegative = Field(2.0, description="weight a of the angles in the relations; distances have 1")
+    self_weight: NonNegative = Field(1.0, description="weight c of the divergence from the peer as the run began")
+    temperature: Positive = Field(4.0, description="temperature T of that divergence (multiplied by T squared)")

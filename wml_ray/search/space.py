@@ -15,7 +15,7 @@ from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError, one_line
-from wml_ray.methods.settings import unused_sections
+from wml_ray.methods.settings import has_effect
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
 from wml_ray.search.settings import SearchConfig
 from wml_ray.training.evaluation import metric_names
@@ -131,7 +131,7 @@ def check_space(space: Space, where: str) -> None:
     """
     for key, domain in space.domains.items():
         _check_domain(space.base, key, domain, where)
-        if all(key.partition(".")[0] in unused_sections(method) for method in space.methods()):
+        if not any(has_effect(key, method) for method in space.methods()):
             raise UserError(
                 f"{where}: '{key}' has no effect with method.name = {' or '.join(space.methods())}; leave it out, or "
                 "search method.name too"
@@ -256,6 +256,8 @@ def _contains(distribution: Distribution, value: Any) -> bool:
 def _lookup(config: Config, key: str) -> Any:
     value: Any = config.model_dump(mode="json")
     for part in key.split("."):
+        if isinstance(value, dict) and part not in value:  # of method.settings, whose keys only its class knows
+            raise UserError(f"{key} has no value in the config; give it one there")
         value = value[int(part)] if isinstance(value, list) else value[part]
     return value
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.search.optuna_study import TrialRecord
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
@@ -130,7 +131,7 @@ class Study:
             "data.root": str(Path(config.data.root).resolve()),
             "scale.cpus_per_worker": config.scale.cpus_per_worker or 1,  # as in `trial_resources`
         }
-        if config.teacher.run and "teacher" not in config.unused_sections:
+        if config.teacher.run and config.method.name in TEACHER_METHODS:
             values["teacher.run"] = absolute_run(config.teacher.run, config.run.storage_path)
         return with_values(config, values)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from wml_ray.distributed import sum_of_workers
 from wml_ray.methods.base import Batch, Method
 from wml_ray.methods.losses import average_ensemble
-from wml_ray.methods.registry import METHODS
+from wml_ray.methods.registry import method_class
 from wml_ray.networks.peer_tree import in_mode
 from wml_ray.training.precision import forward
 
@@ -37,7 +37,7 @@ class Evaluation:
 
 def prediction_names(method: str, num_peers: int) -> tuple[str, ...]:
     """The predictions that are evaluated besides the peers."""
-    return (AVERAGE, *METHODS[method].prediction_names(num_peers))
+    return (AVERAGE, *method_class(method).prediction_names(num_peers))
 
 
 def metric_names(method: str, num_peers: int) -> list[str]:
@@ -53,7 +53,7 @@ def metric_names(method: str, num_peers: int) -> list[str]:
         "peers/latency_ms": peers,
     }
     names = [f"{family}/{name}" for family, names in families.items() for name in names]
-    return [*names, *METHODS[method].metric_names(num_peers)]
+    return [*names, *method_class(method).metric_names(num_peers)]
 
 
 @torch.no_grad()

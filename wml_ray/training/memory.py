@@ -6,24 +6,29 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.config.schema import OptimConfig
-from wml_ray.methods.base import Method
+from wml_ray.methods.base import Method, TaughtMethod
 from wml_ray.networks.costs import example
 from wml_ray.networks.peer_tree import in_mode
 from wml_ray.networks.spec import ImageSpec
 
 
 def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, optim: OptimConfig) -> int:
-    """Parameters, gradients, optimiser state, copies the method holds, and the tensors autograd saves for a batch.
+    """Parameters, gradients, optimiser state, copies and teacher of the method, and tensors autograd saves for a batch.
 
     The last are counted on 2 images and scaled to `batch_size`, a worker's share.
     """
-    parameters = sum(p.numel() * p.element_size() for p in method.parameters())
+    parameters = _bytes_of(method)
     copies = 2 + (2 if optim.name == "adamw" else int(optim.momentum > 0))
     copies += method.extra_copies
     kept_per_image = _saved_bytes(method, spec, images=2) / 2
     if optim.precision != "float32":
         kept_per_image /= 2
-    return int(parameters * copies + kept_per_image * batch_size)
+    teacher = _bytes_of(method.teacher.tree) if isinstance(method, TaughtMethod) else 0
+    return int(parameters * copies + teacher + kept_per_image * batch_size)
+
+
+def _bytes_of(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
 def _saved_bytes(network: nn.Module, spec: ImageSpec, images: int) -> int:

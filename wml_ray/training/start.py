@@ -17,18 +17,18 @@ from wml_ray.data.load import load_dataset
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError
 from wml_ray.methods.base import Method, Teacher
-from wml_ray.methods.registry import METHODS, build
+from wml_ray.methods.registry import build, method_class
 from wml_ray.networks.costs import count_macs, count_params, peer_costs, removed_shares
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.networks.trunk_gradient import divide_shared_gradients
 from wml_ray.pruning.prune import prune
-from wml_ray.pruning.widths import apply_channel_widths
+from wml_ray.pruning.widths import ChannelWidths, apply_channel_widths
 from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import below, initial_state, named_parameters
-from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher
+from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher, starting_tree
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
 
@@ -71,16 +71,17 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     teacher = load_teacher(config, dataset)
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
-    batches = dataset.saliency_batches(config.pruning.saliency_images)
-    threads = min(training_threads(config), torch.get_num_threads())
-    with torch.random.fork_rng(devices=[]), torch_threads(threads):
-        torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
-        channels = prune(tree, config.pruning, dataset.spec, batches)
+    if start := starting_tree(config, teacher):
+        channels = start.channels
+        apply_channel_widths(tree, channels)
+        tree.load_state_dict(start.tree.state_dict())
+    else:
+        channels = _prune(tree, config, dataset)
     metadata = {
         "format": 1,
         "run_id": config.run_id,
         "config": config.dump(),
-        "selects": METHODS[config.method.name].selects,
+        "selects": method_class(config.method.name).selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
         "skipped_images": list(dataset.skipped),
@@ -96,6 +97,14 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     if teacher:
         metadata["teacher"] = teacher.record
     return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec, teacher)), metadata)
+
+
+def _prune(tree: PeerTree, config: Config, dataset: Dataset) -> ChannelWidths:
+    batches = dataset.saliency_batches(config.pruning.saliency_images)
+    threads = min(training_threads(config), torch.get_num_threads())
+    with torch.random.fork_rng(devices=[]), torch_threads(threads):
+        torch.manual_seed(seed_for(config.seed, "saliency"))  # for dropout
+        return prune(tree, config.pruning, dataset.spec, batches)
 
 
 def build_method(

@@ -17,9 +17,14 @@ from wml_ray.data.dataset import Dataset
 from wml_ray.data.readers import image_spec
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, root_cause, shortened
+from wml_ray.methods.base import TaughtMethod
+from wml_ray.methods.registry import METHODS
+from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.networks.backbones import import_function, named_stages
+from wml_ray.networks.features import Features
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.widths import ChannelWidths
 from wml_ray.storage.files import read_json
 from wml_ray.storage.runs import RESULT, find_run
 
@@ -32,10 +37,10 @@ _JUDGES = ("seed", "data.name", "data.validation_fraction")  # the splits follow
 class FrozenTeacher:
     """A tree in evaluation mode that does not learn; a `Teacher` of methods."""
 
-    def __init__(self, tree: PeerTree, source: dict[str, Any], channels: dict[str, list[int]] | None = None) -> None:
-        """`source` says which network it is; `channels` are the widths of a whole run's tree."""
+    def __init__(self, tree: PeerTree, source: dict[str, Any], channels: ChannelWidths | None = None) -> None:
+        """`source` says which network it is, `channels` how a run's whole tree is pruned."""
         self.tree = tree.eval().requires_grad_(False)
-        self.channels = channels
+        self.channels = channels or {}
         self.record = {**source, "digest": _digest(tree)}
         """As the student's checkpoints keep it, in JSON."""
         self._scale, self._shift = torch.ones(()), torch.zeros(())
@@ -63,8 +68,16 @@ class FrozenTeacher:
     @torch.no_grad()
     def logits(self, inputs: Tensor) -> Tensor:
         """(B, ...) inputs to logits (P, B, K)."""
-        logits: Tensor = self.tree(inputs * self._scale + self._shift)
+        logits: Tensor = self.tree(self._renormalised(inputs))
         return logits
+
+    @torch.no_grad()
+    def features(self, inputs: Tensor) -> Features:
+        """(B, ...) inputs to the features of the tree."""
+        return self.tree.features(self._renormalised(inputs))
+
+    def _renormalised(self, inputs: Tensor) -> Tensor:
+        return inputs * self._scale + self._shift
 
 
 def load_teacher(config: Config, dataset: Dataset | None = None) -> FrozenTeacher | None:
@@ -78,9 +91,10 @@ def load_teacher(config: Config, dataset: Dataset | None = None) -> FrozenTeache
         UserError: there is no such run, peer or function; the run has not finished, its files are damaged, its images
             have another size or other classes, or its splits are others.
     """
-    if "teacher" in config.unused_sections:
+    if config.method.name not in TEACHER_METHODS:
         return None
     spec = dataset.spec if dataset else image_spec(config.data)
+    _check_use(config)
     teacher, statistics = _from_function(config, spec) if config.teacher.function else _from_run(config, spec, dataset)
     if dataset:
         teacher.receive(dataset, statistics)
@@ -93,7 +107,7 @@ def check_teacher(config: Config) -> str:
     Raises:
         UserError: as `load_teacher`, or its storage does not respond, which is not retried.
     """
-    if config.teacher.run and "teacher" not in config.unused_sections:
+    if config.teacher.run and config.method.name in TEACHER_METHODS:
         try:
             folder = find_run(config.teacher.run, config.run.storage_path)
             if folder:
@@ -121,6 +135,29 @@ def check_same_teacher(checkpoint: Checkpoint, teacher: FrozenTeacher | None) ->
         )
 
 
+def starting_tree(config: Config, teacher: FrozenTeacher | None) -> FrozenTeacher | None:
+    """The teacher if the peers start with its tensors, else None."""
+    return teacher if teacher and _method(config).starts_as_teacher else None
+
+
+def _method(config: Config) -> type[TaughtMethod]:
+    method = METHODS[config.method.name]
+    assert issubclass(method, TaughtMethod)
+    return method
+
+
+def _check_use(config: Config) -> None:
+    """Check that the method can use a teacher of this kind."""
+    method, teacher = _method(config), config.teacher
+    if method.needs_features and teacher.run and teacher.peer is None:
+        raise UserError(f"teacher.peer = null: {config.method.name} imitates one network; name a peer, such as 0")
+    if method.starts_as_teacher and (teacher.run is None or teacher.peer is not None):
+        raise UserError(
+            f"method.name = {config.method.name} goes on from all peers of an independent run; set teacher.run to one "
+            "of the same seed, model and pruning, and teacher.peer=null"
+        )
+
+
 def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple[FrozenTeacher, Statistics]:
     folder, result = _finished_run(config)
     peer, epoch = config.teacher.peer, result["test_epoch"]
@@ -132,6 +169,8 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
     except (DamagedCheckpoint, *UNREADABLE) as error:
         raise _refused(config, f"{one_line(error)}; restore its files, or train it again") from None
     _check_data(config, own_config, spec, own_spec)
+    if _method(config).starts_as_teacher:
+        _check_family(config, own_config)
     if dataset and list(dataset.skipped) != list(checkpoint.metadata["skipped_images"]):
         raise _refused(config, "it left out other images with data.skip_bad, so its splits are others; train it again")
     if peer is not None and peer >= tree.num_peers:
@@ -183,6 +222,20 @@ def _check_data(config: Config, own_config: Config, spec: ImageSpec, own_spec: I
             )
 
 
+def _check_family(config: Config, own_config: Config) -> None:
+    """Check that the teacher is the run's own family, trained independently."""
+    if own_config.method.name != "independent":
+        raise _refused(config, f"its method is {own_config.method.name}; train it with method.name=independent")
+    flat, own_flat = config.flatten(), own_config.flatten()
+    for key in sorted(flat.keys() | own_flat.keys()):
+        if key.startswith(("model.", "pruning.")) and flat.get(key) != own_flat.get(key):
+            raise _refused(
+                config,
+                f"its {key} is {own_flat.get(key)}, this run's {flat.get(key)}, and this run goes on from its peers; "
+                "make both equal",
+            )
+
+
 def _refused(config: Config, reason: str) -> UserError:
     return UserError(f"teacher.run = '{shortened(config.teacher.run)}': {reason}")
 
@@ -193,6 +246,11 @@ def _from_function(config: Config, spec: ImageSpec) -> tuple[FrozenTeacher, Stat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "teacher"))
         network = import_function(name, "teacher.function")(spec)
+    if isinstance(network, nn.Module) and _method(config).needs_features:
+        raise UserError(
+            f"teacher.function = '{name}' returns one module, but {config.method.name} needs its stages; return a list "
+            "or dict of modules, as a backbone does"
+        )
     stages = {"network": network} if isinstance(network, nn.Module) else named_stages(network)
     if not stages:
         raise UserError(f"teacher.function = '{name}' must return a torch.nn.Module, or a list or dict of its stages")
