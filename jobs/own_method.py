@@ -4,17 +4,17 @@ wml-ray train jobs/own_method.yaml
 """
 
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 
-from wml_ray.methods.base import Method
-from wml_ray.methods.losses import cross_entropies, divergences
-from wml_ray.settings import NonNegative, Positive, Section
+from wml_ray import Method, Section
 
 
 class Settings(Section):
-    """The keys that `method.settings` may have, with ranges and defaults."""
+    """The keys that `method.settings` may have, with defaults and ranges."""
 
-    temperature: Positive = 2.0
-    weight: NonNegative = 1.0
+    temperature: float = Field(2.0, gt=0)
+    weight: float = Field(1.0, ge=0)
 
 
 class BestTeaches(Method):
@@ -25,12 +25,15 @@ class BestTeaches(Method):
 
     def losses(self, outputs, targets_B, context):
         """Terms by name, each a mean over images; their sum is minimised."""
-        logits_MBK = outputs["logits_MBK"]
-        log_p_MBK = logits_MBK.detach().log_softmax(-1)
-        best_B = log_p_MBK.gather(2, targets_B.expand(len(logits_MBK), -1).unsqueeze(-1)).squeeze(-1).argmax(0)
-        teacher_BK = logits_MBK.detach()[best_B, torch.arange(len(targets_B), device=best_B.device)]
-        taught_M = divergences(logits_MBK, teacher_BK, self.settings.temperature)
-        return {"labels": cross_entropies(logits_MBK, targets_B).sum(), "best": self.settings.weight * taught_M.sum()}
+        logits_MBK, temperature = outputs["logits_MBK"], self.settings.temperature
+        targets_BM = targets_B.unsqueeze(1).expand(-1, len(logits_MBK))
+        losses_BM = F.cross_entropy(logits_MBK.permute(1, 2, 0), targets_BM, reduction="none")
+        images_B = torch.arange(len(targets_B), device=targets_B.device)
+        teacher_BK = logits_MBK[losses_BM.argmin(1), images_B].detach()
+        log_q_MBK, log_p_BK = ((z / temperature).log_softmax(-1) for z in (logits_MBK, teacher_BK))
+        kl_MB = (log_p_BK.exp() * (log_p_BK - log_q_MBK)).sum(-1)
+        taught = self.settings.weight * temperature**2 * kl_MB.mean(1).sum()
+        return {"labels": losses_BM.mean(0).sum(), "best": taught}
 
     def predictions(self, outputs):
         """The mean of the peers' probabilities, in which confident peers count more than in a mean of logits."""

@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 _MODULES = {  # imported when a name is first used, so that `import wml_ray` loads neither PyTorch nor Ray
     "Config": "wml_ray.config.schema",
     "Diverged": "wml_ray.errors",
+    "Method": "wml_ray.methods.base",
     "RunPlan": "wml_ray.verbs.plan",
     "RunResult": "wml_ray.verbs.train",
     "SearchConfig": "wml_ray.search.settings",
+    "Section": "wml_ray.settings",
     "StudyResult": "wml_ray.verbs.tune",
     "UserError": "wml_ray.errors",
     "increasing": "wml_ray.search.ratios",

@@ -67,7 +67,7 @@ def test_a_class_without_settings_has_none(monkeypatch):
             r"method\.name = 'nowhere:Class' cannot be imported: .*; its module must be beside the config",
         ),
         ("json:Nothing", r"method\.name = 'json:Nothing' cannot be imported"),
-        ("json:dumps", r"'json:dumps' is not a subclass of wml_ray\.methods\.base\.Method"),
+        ("json:dumps", r"'json:dumps' is not a subclass of wml_ray\.Method"),
         ("json:JSONDecoder", r"'json:JSONDecoder' is not a subclass"),
         ("mine:Taught", r"'mine:Taught' is a TaughtMethod, which only the package can have"),
     ],
@@ -91,6 +91,7 @@ def test_settings_enter_the_run_id_of_an_own_method_only():
 def test_settings_are_flat_keys_for_overrides_spaces_titles_and_mlflow():
     config = parse_config({"method": {"name": NAME}}, ["method.settings.weight=0.5"])
     assert config == own(weight=0.5)
+    assert config.user_functions == {"method.name": NAME}  # its module is found beside the config, and sent with a job
     assert with_values(config, {"method.settings.weight": 0.7}) == own(weight=0.7)
     assert config.flatten()["method.settings.weight"] == 0.5
     assert run_title(config) == "digits-resnet20 method=own_method:BestTeaches weight=0.5"

@@ -118,13 +118,13 @@ def _add_submit(verbs: Any) -> None:
     for parser in (_add_train(works), _add_tune(works)):
         parser.description = (
             f"{text}. Sent are wml_ray/, jobs/, tune_spaces/, the config with all overrides, the space, the start "
-            "points, and the module or package of a backbone of your own; any other file that the job needs is sent "
-            "with --include."
+            "points, and the modules or packages of a backbone, method or teacher of your own; any other file that the "
+            "job needs is sent with --include."
         )
         environment = parser.add_mutually_exclusive_group()
         environment.add_argument("--image", metavar="IMAGE", help="run in this image, which holds the repository")
         environment.add_argument("--packages", action="store_true", help="install requirements.lock on the nodes first")
-        text = "further file or folder to send, such as modules your backbone imports; may be repeated"
+        text = "further file or folder to send, such as modules your own code imports; may be repeated"
         parser.add_argument("--include", metavar="PATH", action="append", default=[], help=text)
         parser.add_argument("--detach", action="store_true", help="do not follow the log")
         _add_address(parser)

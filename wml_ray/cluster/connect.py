@@ -50,7 +50,7 @@ def join_cluster(verbose: bool = False) -> None:
 class WorkerEnvironment:
     """Import path, credentials and lease that the driver sends to its workers."""
 
-    import_path: list[str]  # for the user's own backbone
+    import_path: list[str]  # for the user's own code
     variables: dict[str, str] = field(repr=False)  # with secrets
     lease: Lease | None
 

@@ -50,7 +50,7 @@ def method_class(name: str) -> type[Method]:
     method: Any = import_function(name, "method.name")
     if not isinstance(method, type) or not issubclass(method, Method):
         raise UserError(
-            f"method.name = '{name}' is not a subclass of wml_ray.methods.base.Method; name a class that is, see "
+            f"method.name = '{name}' is not a subclass of wml_ray.Method; name a class that is, see "
             "docs/adding-a-method.md"
         )
     if issubclass(method, TaughtMethod):
