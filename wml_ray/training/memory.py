@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wml_ray.config.schema import OptimConfig
 from wml_ray.methods.base import Method
@@ -26,7 +26,7 @@ def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, opti
     return int(parameters * copies + kept_per_image * batch_size)
 
 
-def _saved_bytes(network: nn.Module, spec: ImageSpec, images: int) -> int:
+def _saved_bytes(network: Method, spec: ImageSpec, images: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *network.buffers()]}
     storages: dict[int, int] = {}
     held = []  # so that no address is used twice while counting
@@ -40,6 +40,6 @@ def _saved_bytes(network: nn.Module, spec: ImageSpec, images: int) -> int:
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with in_mode(network, training=True), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        network(example(network, spec, images))
+        network(example(network, spec, images * network.num_views))
     network.load_state_dict(buffers, strict=False)
     return sum(storages.values())
