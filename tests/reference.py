@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
 
@@ -59,6 +60,26 @@ def ensemble_loss(logits, targets, weights):
 def forward(model, parameters, inputs):
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     return list(functional_call(model, {**parameters, **buffers}, (inputs,)))
+
+
+class OnOwnViews(nn.Module):
+    """A tree on (M, B, ...) inputs, one view a peer, copy by copy; on (B, ...) inputs it is the tree itself."""
+
+    def __init__(self, tree):
+        super().__init__()
+        self.tree = tree
+
+    def forward(self, inputs):
+        if inputs.dim() == 4:
+            return self.tree(inputs)
+        views = list(inputs)
+        for name, copies in self.tree.stages.items():
+            for index, copy in enumerate(copies):
+                peers = [peer for peer in range(len(views)) if f"stages.{name}.{index}" in self.tree.path(peer)]
+                outputs = copy(torch.cat([views[peer] for peer in peers]))
+                for peer, output in zip(peers, outputs.split(inputs.shape[1]), strict=True):
+                    views[peer] = output
+        return torch.stack(views)
 
 
 def unrolled_gradient(

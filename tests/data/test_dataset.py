@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 import torch
-from small_sets import ALONE, digits, fashion_mnist, listed, make_fashion_mnist, over_workers, same, write_idx
+from small_sets import (
+    ALONE,
+    digits,
+    fashion_mnist,
+    image_folder,
+    listed,
+    make_fashion_mnist,
+    make_image_folder,
+    over_workers,
+    same,
+    write_idx,
+)
 from torch.testing import assert_close
 
 from wml_ray.distributed import WorkerRank
@@ -16,6 +27,30 @@ def test_the_number_of_workers_changes_no_batch(kind, world_size):
     batches_of = {"train": dataset.train_batches, "outer": dataset.outer_batches}[kind]
     alone = listed(batches_of(2, ALONE), 5)
     assert same(over_workers(lambda worker: batches_of(2, worker), world_size, 5), alone)
+
+
+@pytest.mark.parametrize("kind", ["in memory", "streamed"])
+def test_views_differ_begin_with_the_view_of_today_and_do_not_change_with_the_workers(kind, tmp_path):
+    if kind == "in memory":
+        dataset = digits(data={"batch_size": 64, **AUGMENTED})
+    else:
+        dataset = image_folder(make_image_folder(tmp_path))
+
+    def views(worker):
+        batches = listed(dataset.train_batches(2, worker, first=1, views=3), 2)
+        return [(inputs.unflatten(0, (3, -1)).transpose(0, 1), targets) for inputs, targets in batches]
+
+    alone = views(ALONE)
+    plain = listed(dataset.train_batches(2, ALONE, first=1), 2)
+    assert same([(inputs[:, 0], targets) for inputs, targets in alone], plain)
+    for inputs, _ in alone:
+        assert not any(torch.equal(inputs[:, one], inputs[:, other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    first, second = (inputs for inputs, _ in alone)
+    assert not torch.equal(first[:, 1], second[:, 1])
+    for world_size in (2, 3):
+        shares = [views(WorkerRank(rank, world_size)) for rank in range(world_size)]
+        together = [tuple(torch.cat(parts) for parts in zip(*step, strict=True)) for step in zip(*shares, strict=True)]
+        assert same(together, alone)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -38,6 +38,16 @@ def test_exact_gradient_equals_autograd_through_the_sgd_step(options):
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
 
 
+def test_exact_gradient_on_own_views_equals_autograd_through_the_sgd_step():
+    """The SGD step is taken on a view for each peer; the outer loss is that of the ensemble on one view."""
+    tree, (views, _), (_, targets), outer = pruned_tree(), batch(24, 1), batch(6, 3), batch(6, 2)
+    settings = EXACT.model_copy(update={"own_views": True})
+    ours = weight_gradient(tree, (views, targets), outer, OMEGA, settings, at_rate(0.3))
+    inner = views.unflatten(0, (4, 6)), targets
+    twin = reference.unrolled_gradient(reference.OnOwnViews(tree), [inner], [outer], OMEGA, 0.4, 0.3)
+    torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
+
+
 def test_same_point_gradient_is_equation_5_by_backward_passes():
     tree, (x, y), (outer_x, outer_y) = pruned_tree(), batch(8, 1), batch(6, 2)
     parameters, omega = dict(tree.named_parameters()), OMEGA.clone().requires_grad_()

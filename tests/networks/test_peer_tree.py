@@ -1,5 +1,7 @@
+import pytest
+import reference
 import torch
-from family import SPEC, batch, pruned_tree
+from family import SPEC, batch, enumerate_names, pruned_tree, stages
 from torch import nn
 
 from wml_ray.networks.peer_tree import PeerTree
@@ -21,6 +23,23 @@ def test_a_forward_pass_runs_each_copy_once():
     logits = tree(torch.randn(5, 3))
     assert logits.shape == (4, 5, 3)
     assert [module.calls for module in tree.modules() if isinstance(module, Counting)] == [1] * 7
+
+
+@pytest.mark.parametrize("sharing", [[1, 2, 4, 4], [2, 2, 4, 4], [4, 4, 4, 4], [1, 1, 1, 4], [1, 1, 1, 1]], ids=str)
+def test_each_peer_sees_its_own_view_and_each_copy_runs_once(sharing):
+    torch.manual_seed(0)
+    tree = PeerTree(lambda: dict(enumerate_names(stages(SPEC))), sharing).double().train()
+    views, _ = batch(5 * tree.num_peers)
+    logits = tree(views, own_views=True)
+    twin = reference.OnOwnViews(tree)(views.unflatten(0, (-1, 5)))
+    torch.testing.assert_close(logits, twin, rtol=1e-12, atol=1e-12)
+    features = tree.features(views, own_views=True)
+    assert features.logits_MBK.equal(logits)
+    assert [len(pooled) for pooled in features.pooled] == [5] * tree.num_peers
+    shares = [tree.num_peers // copies for copies in sharing[:-1]]
+    assert [[len(tensor) // 5 for tensor in maps] for maps in features.maps] == [
+        [share] * copies for share, copies in zip(shares, sharing, strict=False)
+    ]
 
 
 def test_every_copy_is_initialised_afresh():

@@ -13,6 +13,7 @@ from wml_ray.methods.base import StepContext
 from wml_ray.methods.dml import Dml
 from wml_ray.methods.registry import METHODS
 from wml_ray.training.events import EpochEnd, StepProgress
+from wml_ray.training.memory import training_memory_bytes
 from wml_ray.training.optimizer import learning_rate
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import load_teacher
@@ -67,6 +68,7 @@ def test_learned_weights_move_and_fixed_weights_do_not():
         ["method.name=dml", "optim.learning_rate=0.03"],
         ["model.sharing=[1,1,1,1]", "pruning.ratios=[0.2]"],  # one ordinary network
         ["wml.outer_data=holdout", "wml.unroll=exact"],
+        ["wml.own_views=true", "data.flip=true"],
         ["optim.name=adamw", "optim.learning_rate=0.003", "optim.schedule=onecycle", "optim.gradient_clip=1"],
         ["optim.precision=bfloat16", "optim.warmup_epochs=0.5", "data.cutout=2", "data.flip=true"],
         ["optim.schedule=multistep", "optim.milestones=[1]", "optim.channels_last=false"],
@@ -95,6 +97,20 @@ def test_independent_training_is_as_if_each_peer_trained_alone():
         optimizer.step()
     for one, other in zip(pair.tree.peer(0).parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_the_estimate_of_memory_counts_the_views_of_the_trunk():
+    """Independent peers process as many images on own views as on one; copies that all share, M times as many."""
+    bytes_of = {}
+    for sharing in ("[4,4,4,4]", "[1,1,1,4]"):
+        for own_views in ("false", "true"):
+            overrides = [f"model.sharing={sharing}", "pruning.ratios=[0,0,0,0]", f"wml.own_views={own_views}"]
+            trainer = trainer_of(tiny_config(*overrides))
+            bytes_of[sharing, own_views] = training_memory_bytes(
+                trainer.method, trainer.dataset.spec, 1000, trainer.config.optim
+            )
+    assert bytes_of["[4,4,4,4]", "true"] == pytest.approx(bytes_of["[4,4,4,4]", "false"], rel=0.05)
+    assert bytes_of["[1,1,1,4]", "true"] > 3 * bytes_of["[1,1,1,4]", "false"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -223,17 +239,21 @@ def test_step_progress_counts_towards_the_total():
     assert all(0 < event.step <= event.total_steps == 20 for event in progress)
 
 
-def _first_gradients(rank, world_size):
+def _first_gradients(rank, world_size, own_views):
     """One step's gradients on 5 images, 3 and 2 of them a worker, with BatchNorm over all of them."""
-    config = tiny_config("data.batch_size=5", "optim.sync_batchnorm=true", "optim.name=adamw")
+    config = tiny_config(
+        "data.batch_size=5", "optim.sync_batchnorm=true", "optim.name=adamw", f"wml.own_views={own_views}"
+    )
     trainer = trainer_of(config, WorkerRank(rank, world_size))
-    trainer.train_step(StepContext(0, 0, 3, 0.1), next(trainer.dataset.train_batches(0, trainer.worker)))
+    batches = trainer.dataset.train_batches(0, trainer.worker, views=trainer.method.num_views)
+    trainer.train_step(StepContext(0, 0, 3, 0.1), next(batches))
     return {name: p.grad for name, p in trainer.tree.named_parameters()}
 
 
-def test_uneven_shares_give_the_gradient_of_the_whole_batch(tmp_path):
-    split = workers.run(_first_gradients, tmp_path, 2)
-    whole = _first_gradients(0, 1)
+@pytest.mark.parametrize("own_views", ["false", "true"])
+def test_uneven_shares_give_the_gradient_of_the_whole_batch(tmp_path, own_views):
+    split = workers.run(_first_gradients, tmp_path, 2, own_views)
+    whole = _first_gradients(0, 1, own_views)
     for name, gradient in whole.items():
         torch.testing.assert_close(split[0][name], gradient, rtol=1e-3, atol=1e-5)
         assert split[1][name].equal(split[0][name])

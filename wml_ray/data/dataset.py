@@ -26,6 +26,11 @@ SALIENCY_BATCH = 64  # largest batch of a pass through the unpruned tree
 EVAL_BATCH = 512  # images that a worker evaluates at once
 
 
+def view_keys(key: tuple[object, ...], step: int, views: int) -> list[tuple[object, ...]]:
+    """The keys that the augmentation of each view of a step is drawn from."""
+    return [(*key, step), *((*key, step, "view", view) for view in range(1, views))]
+
+
 class Dataset(ABC):
     """Batches of one dataset. Inputs are normalised, (B, C, H, W) float32 on the training device; targets (B,)."""
 
@@ -47,11 +52,15 @@ class Dataset(ABC):
         """Number of full global batches in the training split; an incomplete last batch is not used."""
         return len(self.splits["train"]) // self.batch_size
 
-    def train_batches(self, epoch: int, worker: WorkerRank, first: int = 0) -> Iterator[Batch]:
-        """This worker's share of each batch of an epoch, from step `first`, in an order drawn from seed and epoch."""
+    def train_batches(self, epoch: int, worker: WorkerRank, first: int = 0, views: int = 1) -> Iterator[Batch]:
+        """This worker's share of each batch of an epoch, from step `first`, in an order drawn from seed and epoch.
+
+        With several `views` of each image, which differ by their augmentation, inputs are (views * B, C, H, W): all
+        first views, then all second ones; targets stay (B,). The first views are those of a call with one view.
+        """
         order = self._shuffled("train", epoch)[: self.steps_per_epoch * self.batch_size]
         batches = enumerate(order.split(self.batch_size))
-        return self._augmented(itertools.islice(batches, first, None), ("train", epoch), worker)
+        return self._augmented(itertools.islice(batches, first, None), ("train", epoch), worker, views)
 
     def outer_batches(self, epoch: int, worker: WorkerRank, first: int = 0) -> Iterator[Batch]:
         """Endless batches for the outer loss, from step `first`: augmented like training batches, in another order."""
@@ -76,8 +85,12 @@ class Dataset(ABC):
         return indices[torch.randperm(len(indices), generator=generator_for(self.config.seed, split, key))]
 
     @abstractmethod
-    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank) -> Iterator[Batch]:
-        """This worker's share of each global batch of indices, with augmentation drawn from (seed, key, step)."""
+    def _augmented(
+        self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank, views: int = 1
+    ) -> Iterator[Batch]:
+        """This worker's share of each global batch of indices, with augmentation drawn from (seed, key, step), and of
+        a further view from (seed, key, step, "view", its number).
+        """
 
     @abstractmethod
     def _plain(self, indices: Tensor) -> Batch:

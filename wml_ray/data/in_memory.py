@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wml_ray.config.schema import Config
-from wml_ray.data.dataset import Dataset, NumberedBatches
+from wml_ray.data.dataset import Dataset, NumberedBatches, view_keys
 from wml_ray.data.splits import Split, generator_for
 from wml_ray.distributed import WorkerRank
 from wml_ray.methods.base import Batch
@@ -36,11 +36,15 @@ class InMemoryDataset(Dataset):
         indices = indices.to(self.device)
         return self._normalised(self.images[indices].float()), self.labels[indices]
 
-    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank) -> Iterator[Batch]:
+    def _augmented(
+        self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank, views: int = 1
+    ) -> Iterator[Batch]:
         for step, indices in batches:
             inputs, targets = self._plain(worker.share_of(indices))
-            draws = _SharedDraws(len(indices), generator_for(self.config.seed, *key, step), worker, self.device)
-            yield self._augment(inputs, draws), targets
+            generators = (generator_for(self.config.seed, *drawn_from) for drawn_from in view_keys(key, step, views))
+            draws = (_SharedDraws(len(indices), generator, worker, self.device) for generator in generators)
+            augmented = [self._augment(inputs, view) for view in draws]
+            yield augmented[0] if views == 1 else torch.cat(augmented), targets
 
     def _augment(self, images: Tensor, draws: _SharedDraws) -> Tensor:
         """Crop, flip and cut out. Padding and cutout fill with 0, the mean of normalised images."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wml_ray.config.schema import Config
-from wml_ray.data.dataset import EVAL_BATCH, Dataset, NumberedBatches
+from wml_ray.data.dataset import EVAL_BATCH, Dataset, NumberedBatches, view_keys
 from wml_ray.data.images import ImageListing, read_image
 from wml_ray.data.splits import Split, make_splits, seed_for
 from wml_ray.distributed import WorkerRank
@@ -37,18 +37,23 @@ class StreamedDataset(Dataset):
         self.files = ImageFiles(listing.samples, spec.resolution, config.data.flip)
 
     def _plain(self, indices: Tensor) -> Batch:
-        return next(self._stream([[(index, None) for index in indices.tolist()]], workers=0))
+        return next(self._stream([[(index, ()) for index in indices.tolist()]], workers=0))
 
     def evaluation_batches(self, split: Split, worker: WorkerRank) -> Iterator[Batch]:
         batches = [
             indices.tolist() for indices in worker.share_of(self.splits[split]).split(EVAL_BATCH) if len(indices)
         ]
-        return self._stream([[(index, None) for index in batch] for batch in batches])
+        return self._stream([[(index, ()) for index in batch] for batch in batches])
 
-    def _augmented(self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank) -> Iterator[Batch]:
+    def _augmented(
+        self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank, views: int = 1
+    ) -> Iterator[Batch]:
+        def seeds(step: int, index: int) -> tuple[int, ...]:
+            keys = view_keys(key, step, views)
+            return tuple(seed_for(self.config.seed, *drawn_from, index) for drawn_from in keys)
+
         return self._stream(
-            [(index, seed_for(self.config.seed, *key, step, index)) for index in worker.share_of(indices).tolist()]
-            for step, indices in batches
+            [(index, seeds(step, index)) for index in worker.share_of(indices).tolist()] for step, indices in batches
         )
 
     def _stream(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:
@@ -59,15 +64,15 @@ class StreamedDataset(Dataset):
             pin_memory=self.device.type == "cuda",
         )
         try:
-            for images, labels in loader:
-                on_device = images.to(self.device, non_blocking=True).float()
+            for images, labels in loader:  # images (B, views, C, H, W)
+                on_device = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float()
                 yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
         except UserError as error:  # the message of a loader process starts with its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
 class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
-    """Reads (index, seed): a random crop and flip drawn from the seed, or the centre crop if the seed is None."""
+    """Reads (index, seeds): a random crop and flip drawn from each seed, or the centre crop if there is no seed."""
 
     def __init__(self, samples: Sequence[tuple[str, int]], resolution: int, flip: bool) -> None:
         from torchvision.transforms import v2
@@ -78,15 +83,19 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         )
         self.evaluation = v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
 
-    def __getitem__(self, key: tuple[int, int | None]) -> tuple[Tensor, int]:
-        index, seed = key
+    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, int]:
+        index, seeds = key
         path, label = self.samples[index]
         image = read_image(path)
-        if seed is None:
-            return self.evaluation(image), label
+        if not seeds:
+            return self.evaluation(image)[None], label
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.training(image), label
+            return torch.stack([self._view(image, seed) for seed in seeds]), label
+
+    def _view(self, image: Tensor, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        view: Tensor = self.training(image)
+        return view
 
     def __len__(self) -> int:
         return len(self.samples)

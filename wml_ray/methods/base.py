@@ -15,7 +15,7 @@ from wml_ray.networks.spec import ImageSpec
 from wml_ray.settings import Section
 
 Batch = tuple[Tensor, Tensor]
-"""Inputs (B, ...) and targets (B,)."""
+"""Inputs (B, ...) and targets (B,); inputs of a training batch are (M * B, ...) where the peers have own views."""
 
 Outputs = dict[str, Tensor]
 """Tensors by name; "logits_MBK" is among them."""
@@ -70,6 +70,10 @@ class Method(nn.Module):
     outer_batch_interval: int | None = None
     """After every so many steps, `after_step` receives a batch of the outer split."""
 
+    own_views: bool = False
+    """In training, each peer receives an augmented view of its own: inputs are (M * B, ...), the views of peer 0 first,
+    and targets (B,). Outer and evaluation batches have one view."""
+
     extra_copies: int = 0
     """Tensors of the size of all parameters that `after_step` holds at a time, for the estimate of memory."""
 
@@ -84,8 +88,18 @@ class Method(nn.Module):
         self.settings = settings
 
     def forward(self, inputs: Tensor) -> Outputs:
-        """(B, ...) inputs to the outputs that `losses` and `predictions` need."""
-        return {"logits_MBK": self.tree(inputs)}
+        """(B, ...) inputs to the outputs that `losses` and `predictions` need; (M * B, ...) inputs with own views."""
+        return {"logits_MBK": self.tree(inputs, self.own_views_now)}
+
+    @property
+    def own_views_now(self) -> bool:
+        """True where inputs hold a view for each peer: in training, if the method wants them."""
+        return self.own_views and self.training
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image in a training batch."""
+        return self.tree.num_peers if self.own_views else 1
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
         """Terms by name, each of shape (), a mean over this worker's images; their sum is minimised."""

@@ -25,10 +25,11 @@ def weight_gradient(
     """g of Eq. 5, shape (M,): g_i = dL2/domega_i - gamma <dL2/dtheta, dL_a,i/dtheta> over all parameters.
 
     `model` gives M logits, (M, B, K) or M times (B, K); the batches are (inputs, targets) pairs, on a worker its own
-    share of them. gamma is `settings.unroll_learning_rate`, or the current learning rate where that is None; it is
-    divided by the number of peers of a copy where gradients are (`trunk_gradient`). dL2/dtheta is taken at theta -
-    gamma dL1/dtheta if `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta - gamma
-    dL1/dtheta). "same_point" takes it at theta, which saves one forward and backward pass.
+    share of them. If `settings.own_views`, inner inputs are (M * B, ...), as in training; outer inputs never are.
+    gamma is `settings.unroll_learning_rate`, or the current learning rate where that is None; it is divided by the
+    number of peers of a copy where gradients are (`trunk_gradient`). dL2/dtheta is taken at theta - gamma dL1/dtheta if
+    `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta - gamma dL1/dtheta). "same_point"
+    takes it at theta, which saves one forward and backward pass.
     All M inner products are the tangent of L_a along gamma v, v = dL2/dtheta, one forward-mode pass. When
     torch.distributed is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M
     numbers are reduced, and every worker returns the same bits. The model keeps its parameters, gradients, mode and
@@ -47,7 +48,7 @@ def weight_gradient(
         outer_theta = theta
         if settings.unroll == "exact":
             leaves = _leaves(theta)
-            logits = functional_forward(model, leaves, inner_inputs)
+            logits = functional_forward(model, leaves, inner_inputs, settings.own_views)
             loss = inner_loss(logits, inner_targets, weights_M, settings, kl_share)
             descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
             outer_theta = {name: theta[name] - step_sizes[name] * g for name, g in zip(theta, descent, strict=True)}
@@ -61,7 +62,9 @@ def weight_gradient(
         duals = {
             name: forward_ad.make_dual(theta[name], step_sizes[name] * t) for name, t in zip(theta, v, strict=True)
         }
-        losses_M = peer_losses(functional_forward(model, duals, inner_inputs), inner_targets, settings, kl_share)
+        losses_M = peer_losses(
+            functional_forward(model, duals, inner_inputs, settings.own_views), inner_targets, settings, kl_share
+        )
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)

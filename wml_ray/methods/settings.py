@@ -128,6 +128,8 @@ class WmlConfig(Section):
     )
     stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
 
+    own_views: bool = Field(False, description="train each peer on an augmented view of its own of every image")
+
 
 class IndependentConfig(Section):
     """Independent training: nothing to set."""

@@ -27,6 +27,7 @@ class Wml(Method):
         super().__init__(tree, settings, spec)
         equal_M = torch.full((tree.num_peers,), -math.log(tree.num_peers), dtype=torch.float64)
         self.register_buffer("log_weights_M", equal_M)
+        self.own_views = settings.own_views
         if settings.weights == "learned" and tree.num_peers > 1:
             self.outer_batch_interval = settings.update_every
             # v, and with the exact point also dL1/dtheta and the stepped theta

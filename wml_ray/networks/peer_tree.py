@@ -124,10 +124,15 @@ def in_mode(network: nn.Module, training: bool) -> Iterator[None]:
         network.train(was_training)
 
 
-def functional_forward(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """Logits_MBK of `model` with `parameters`; its buffers, such as BatchNorm's running statistics, do not change."""
+def functional_forward(
+    model: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor, own_views: bool = False
+) -> Tensor:
+    """Logits_MBK of `model` with `parameters`; its buffers, such as BatchNorm's running statistics, do not change.
+
+    `own_views` is given to the model where it is True.
+    """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    outputs = functional_call(model, {**buffers, **parameters}, (inputs,))
+    outputs = functional_call(model, {**buffers, **parameters}, (inputs,), {"own_views": True} if own_views else {})
     return outputs if isinstance(outputs, Tensor) else torch.stack(list(outputs))
 
 

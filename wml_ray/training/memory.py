@@ -31,7 +31,7 @@ def _bytes_of(network: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
-def _saved_bytes(network: nn.Module, spec: ImageSpec, images: int) -> int:
+def _saved_bytes(network: Method, spec: ImageSpec, images: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in [*network.parameters(), *network.buffers()]}
     storages: dict[int, int] = {}
     held = []  # so that no address is used twice while counting
@@ -45,6 +45,6 @@ def _saved_bytes(network: nn.Module, spec: ImageSpec, images: int) -> int:
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with in_mode(network, training=True), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        network(example(network, spec, images))
+        network(example(network, spec, images * network.num_views))
     network.load_state_dict(buffers, strict=False)
     return sum(storages.values())

@@ -156,7 +156,7 @@ class Trainer:
         torch.manual_seed(seed_for(self.config.seed, "dropout", self.epoch, self.worker.rank, first))
         outer_batches = self._outer_batches()
         start_s = last_report_s = time.perf_counter()
-        for batch in self.dataset.train_batches(self.epoch, self.worker, first):
+        for batch in self.dataset.train_batches(self.epoch, self.worker, first, self.method.num_views):
             context = self._context(self.step)
             terms = self.train_step(context, batch)
             for name, term in terms.items():
