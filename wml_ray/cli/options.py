@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. `key=value` may stand anywhere after the config, also after options.
 
-    `command` is the first word, `verb` is train, tune or compare (`wml-ray submit tune`: submit and tune), `words` is the
-    whole line.
+    `command` is the first word, `verb` is train, tune or compare (`wml-ray submit tune`: submit and tune), `words` is
+    the whole line.
     """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else arguments

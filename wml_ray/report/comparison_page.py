@@ -145,6 +145,8 @@ def _accuracy_against_macs(rows: Sequence[Row]) -> Figure:
         if not math.isnan(row.tree_macs):
             style: dict[str, Any] = {"color": colour, "marker": "D", "capsize": 3, "markerfacecolor": "none"}
             axes.errorbar([shift * row.tree_macs], [100 * own.mean], [_half(own)], **style)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 101))  # the intervals of two seeds may be wider than the axis
     axes.set_xscale("log")
     log_ticks(axes.xaxis)
     count_labels(axes.xaxis)

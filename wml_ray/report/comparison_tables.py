@@ -41,12 +41,13 @@ def comparison_tables(rows: Sequence[Row], settings: Mapping[str, str], publishe
     return [table for table in tables if table.rows]
 
 
-def text_of(estimate: Estimate | None, signed: bool = False, factor: float = 100.0) -> str:
-    """`98.61 ± 0.25`: an estimate and its interval in per cent; empty where there is none."""
+def text_of(estimate: Estimate | None, mean_format: str = ".2f", factor: float = 100.0) -> str:
+    """`98.61 ± 0.25`: an estimate times `factor` and its interval; empty where there is none."""
     if estimate is None or math.isnan(estimate.mean):
         return ""
-    mean = f"{factor * estimate.mean:{'+' if signed else ''}.2f}"
-    return mean if math.isnan(estimate.half_width) else f"{mean} ± {factor * estimate.half_width:.2f}"
+    mean, half_width = factor * estimate.mean, factor * estimate.half_width
+    half = "" if math.isnan(half_width) else f" ± {half_width:{mean_format.removeprefix('+')}}"
+    return f"{mean:{mean_format}}{half}"
 
 
 def aligned(table: TextTable) -> str:
@@ -158,7 +159,7 @@ def _accuracies(rows: Sequence[Row], split: str, published: str = "") -> TextTab
 def _differences(rows: Sequence[Row], split: str) -> TextTable:
     columns = quantities(rows)
     body = [
-        [row.name, *(text_of(row.differences.get(f"{split}/accuracy/{name}"), signed=True) for name in columns)]
+        [row.name, *(text_of(row.differences.get(f"{split}/accuracy/{name}"), "+.2f") for name in columns)]
         for row in rows[1:]
     ]
     title = f"{SPLIT_WORDS[split]} accuracy minus that of {rows[0].name} (points), paired by seed"
@@ -172,9 +173,9 @@ def _costs(rows: Sequence[Row]) -> TextTable:
         [
             row.name,
             str(len(row.seeds)),
-            text_of(row.costs.get(seconds), factor=1.0),
+            text_of(row.costs.get(seconds), ".1f", 1.0),
             _times(row.relative_costs.get(seconds)),
-            text_of(row.costs.get(memory), factor=2.0**-20),
+            text_of(row.costs.get(memory), ".0f", 2.0**-20),
             _times(row.relative_costs.get(memory)),
         ]
         for row in rows

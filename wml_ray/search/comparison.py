@@ -16,6 +16,7 @@ from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError
 from wml_ray.methods.settings import TEACHER_METHODS, unused_sections
+from wml_ray.report.comparison_tables import published_rows
 from wml_ray.search.settings import CompareConfig
 from wml_ray.search.space import Space, reason_to_refuse, result_settings
 
@@ -98,8 +99,10 @@ def comparison_of(base: Config, settings: CompareConfig) -> Comparison:
     """The comparison that the settings describe, with every config checked.
 
     Raises:
-        UserError: an unknown method or key, a key that has no effect or must not differ, or a refused value.
+        UserError: an unknown method or key, a key that has no effect or must not differ, a refused value, or published
+            figures that cannot be read.
     """
+    published_rows(settings.published)
     groups = [_words(text) for text in settings.keys]
     _check_keys(groups, settings.methods)
     variants: dict[str, Values] = {}

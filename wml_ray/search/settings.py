@@ -74,5 +74,7 @@ class CompareConfig(_Options):
         (), description="further rows: `key=value` words that a row sets together; each of several values is a row"
     )
     tune: CountOrZero = Field(0, description="trials of each row's own search before the seeds run at its best")
-    published: str = Field("", description="published accuracies in per cent as CSV, shown beside the measured ones")
+    published: Annotated[str, Field(max_length=3000)] = Field(  # characters: it is kept in a tag of MLflow
+        "", description="published accuracies in per cent as CSV, shown beside the measured ones"
+    )
     concurrent: Count | None = Field(None, description="trials at a time; none is as many as fit in the cluster")

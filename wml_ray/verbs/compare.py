@@ -14,7 +14,6 @@ from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.report.comparison_page import study_report
-from wml_ray.report.comparison_tables import published_rows
 from wml_ray.search.comparison import OBJECTIVES, TEACHER, VARIANT, Comparison, comparison_of, make_comparison
 from wml_ray.search.method_spaces import method_space, start_at_config
 from wml_ray.search.optuna_study import open_storage
@@ -30,7 +29,6 @@ from wml_ray.verbs.tune import tune
 
 TUNING_SEED = 10_000
 """Added to the config's seed for `CompareConfig.tune`, so that no seed is searched and compared."""
-MAX_PUBLISHED = 3000  # characters; they are kept in a tag of MLflow
 
 
 def compare(
@@ -53,7 +51,7 @@ def compare(
     if on_change is None and not verbose:
         with StudyProgress() as progress:
             return compare(config, settings, progress)
-    comparison = _described(config, settings)
+    comparison = comparison_of(config, settings)
     if settings.tune:
         comparison = _tuned(comparison, settings, on_change, verbose)
     with study_folder(comparison, settings.study) as (folder, lease, stored):
@@ -72,7 +70,7 @@ def dry_run(config: Config, settings: CompareConfig) -> Iterator[CheckResult]:
     Raises:
         UserError: a mistake in the settings.
     """
-    comparison = _described(config, settings)
+    comparison = comparison_of(config, settings)
     yield from run_checks(comparison.base, searching=True)
     yield run_check("pruning", lambda: check_trees(comparison))
 
@@ -92,13 +90,6 @@ def check_trees(comparison: Comparison) -> str:
             initial_checkpoint(config, load_dataset(config))
             built.append(tree)
     return "every ratio of the comparison can be reached"
-
-
-def _described(config: Config, settings: CompareConfig) -> Comparison:
-    published_rows(settings.published)
-    if len(settings.published) > MAX_PUBLISHED:
-        raise UserError(f"published figures: at most {MAX_PUBLISHED} characters can be kept; shorten the file")
-    return comparison_of(config, settings)
 
 
 def _search(settings: CompareConfig, trials: int) -> SearchConfig:
