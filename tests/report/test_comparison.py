@@ -136,6 +136,7 @@ def test_the_csv_has_the_numbers_of_the_tables():
 
 def test_published_figures_stand_below_the_measured_ones():
     _, tables = tables_of(RUNS, "row,peer0,method\nKD,,94.5\n")
+    assert [cells[0] for cells in tables["Test accuracy"].rows] == [*RUNS, "KD (published)"]
     assert tables["Test accuracy"].rows[-1] == ["KD (published)", "", "", "", "", "94.5"]
     assert len(tables["Validation accuracy"].rows) == 3
     with pytest.raises(UserError, match=r"unknown column 'best'; allowed: row, peer0"):

@@ -133,7 +133,10 @@ def test_the_small_spaces_are_of_methods_and_keys_that_exist():
     assert {key for space in METHOD_SPACES.values() for key in space} <= known_keys().keys()
 
 
-def test_a_config_outside_a_logarithmic_space_is_no_starting_point():
+def test_a_space_is_widened_to_the_config_where_its_scale_allows_that():
+    config = tiny_config("wml.alpha=0.9")
+    space = method_space(config, OBJECTIVES)
+    assert space.config(start_at_config(space)[0]) == config
     assert start_at_config(method_space(tiny_config("wml.alpha=0"), OBJECTIVES)) == []
 
 
