@@ -1,6 +1,7 @@
 """The configs in jobs/: each loads, has a comment, and gives a tree that can be built and pruned."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import yaml
 from PIL import Image
 
 from wml_ray.cli.main import main
+from wml_ray.cli.options import compare_settings, parse_arguments
 from wml_ray.config.load import known_keys, load_config
 from wml_ray.config.schema import Config
+from wml_ray.report.comparison_tables import published_rows
 
 JOBS = Path(__file__).parent.parent / "jobs"
 CONFIGS = sorted(path.stem for path in JOBS.glob("*.yaml"))
 PAPER = [name for name in CONFIGS if name.startswith(("cifar", "imagenet"))]
+COMPARISONS = [name for name in CONFIGS if name.startswith("compare_")]
 DATASETS = {"digits": "digits", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagefolder": "ImageNet"}
 BACKBONES = {
     **{f"resnet{depth}{stem}": f"ResNet-{depth}" for depth in (18, 20, 32, 50, 56, 101) for stem in ("", "_cifar")},
@@ -37,7 +41,8 @@ def names(comment, thing):
     return re.search(rf"(?<![\w-]){thing}(?![\w-])", comment)
 
 
-def test_every_table_of_the_paper_has_a_config():
+def test_every_table_of_the_paper_has_a_config_and_a_comparison():
+    assert {name.removeprefix("compare_") for name in COMPARISONS} == set(PAPER)
     assert set(PAPER) == {
         *("cifar100_resnet101", "cifar100_resnet18", "cifar100_resnet50"),
         *("cifar10_resnet18", "cifar10_resnet32", "cifar10_resnet50", "cifar10_resnet56"),
@@ -77,6 +82,19 @@ def test_a_config_of_the_paper_leaves_out_keys_at_their_default(name):
     assert same == set()
 
 
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_of_the_paper_is_its_config_beside_its_published_figures(name):
+    config, comment = read(name)
+    (command,) = re.findall(r"^# wml-ray (.*)$", comment, flags=re.MULTILINE)
+    options = parse_arguments(shlex.split(command.replace("jobs/", f"{JOBS}/")))
+    assert Path(options.config) == JOBS / f"{name}.yaml"
+    rows = published_rows(compare_settings(options, config).published)
+    assert {"baseline", "WML"} <= {row["row"] for row in rows}
+    own, _ = read(name.removeprefix("compare_"))
+    assert config.model_dump(exclude={"run"}) == own.model_dump(exclude={"run"})
+    assert config.run.name != own.run.name
+
+
 def test_the_pruned_rows_are_peers_with_the_published_shares_removed():
     for name, removed in (("cifar10_resnet32", (0, 0.244, 0.454, 0.5)), ("cifar10_resnet56", (0, 0.247, 0.417, 0.49))):
         config, comment = read(name)
@@ -94,7 +112,9 @@ def test_own_code_is_found_beside_its_config_and_results_are_written_elsewhere(n
     assert {"results", "mlflow.db"} <= {path.name for path in workplace.iterdir()}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=TIERS.get(name, ())) for name in CONFIGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=TIERS.get(name, ())) for name in CONFIGS if name not in COMPARISONS]
+)
 def test_plan_builds_the_tree_of_a_config(workplace, capsys, name):
     """The tree is that of the file, apart from the saliency, which is computed on two images."""
     config, _ = read(name)

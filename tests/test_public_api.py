@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     *("__version__", "Config", "SearchConfig", "RunPlan", "RunResult", "StudyResult", "UserError", "Diverged"),
     *("load_config", "load_space", "make_space", "increasing", "load_study", "load_tree", "load_peer"),
-    *("plan", "train", "tune", "pareto_front", "Method", "Section"),
+    *("plan", "train", "tune", "pareto_front", "Method", "Section", "compare", "CompareConfig"),
 }
 
 

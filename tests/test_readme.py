@@ -17,7 +17,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 PAGES = {"README": README, **DOCS}
-FASTER = {"train": ["optim.epochs=1"], "tune": ["optim.epochs=1", "--trials", "2", "--grace-epochs", "1"]}
+FASTER = {
+    "train": ["optim.epochs=1"],
+    "compare": ["optim.epochs=1", "--methods", "wml,dml", "--seeds", "1"],
+    "tune": ["optim.epochs=1", "--trials", "2", "--grace-epochs", "1"],
+}
 
 
 def commands(text):
@@ -87,7 +91,7 @@ def test_the_commands_and_the_python_of_readme_and_docs_run(workplace, capsys):
     for folder in ("jobs", "tune_spaces"):
         (workplace / folder).symlink_to(ROOT / folder)
     in_process = [words for words in commands(README) + commands(DOCS["search"]) if words[0] not in ("submit", "jobs")]
-    assert {words[0] for words in in_process} == {"plan", "train", "report", "tune"}
+    assert {words[0] for words in in_process} == {"plan", "train", "report", "tune", "compare"}
     for words in in_process:
         assert main([*words, *FASTER.get(words[0], [])]) == 0, capsys.readouterr().err
     space, *blocks = python_blocks(README)

@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _MODULES = {  # imported when a name is first used, so that `import wml_ray` loads neither PyTorch nor Ray
+    "CompareConfig": "wml_ray.search.settings",
     "Config": "wml_ray.config.schema",
     "Diverged": "wml_ray.errors",
     "Method": "wml_ray.methods.base",
@@ -19,8 +20,9 @@ _MODULES = {  # imported when a name is first used, so that `import wml_ray` loa
     "RunResult": "wml_ray.verbs.train",
     "SearchConfig": "wml_ray.search.settings",
     "Section": "wml_ray.settings",
-    "StudyResult": "wml_ray.verbs.tune",
+    "StudyResult": "wml_ray.verbs.study",
     "UserError": "wml_ray.errors",
+    "compare": "wml_ray.verbs.compare",
     "increasing": "wml_ray.search.ratios",
     "load_config": "wml_ray.config.load",
     "load_peer": "wml_ray.checkpoints.load",

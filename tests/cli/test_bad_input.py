@@ -121,6 +121,35 @@ def test_a_mistake_in_submitted_work_is_refused_before_the_cluster_is_asked(refu
     assert "stop_metric = 'test/accuracy'" in line
 
 
+@pytest.mark.parametrize("submit", [[], ["submit"]], ids=["compare", "submit compare"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods", "wml,dlm"], ["method.name = 'dlm'", "'dml'"]),
+        (["--methods", "wml", "--seeds", "0"], ["seeds = 0", "greater than or equal to 1"]),
+        (["--methods", "wml", "--seeds", "two"], ["--seeds", "'two'", "--help"]),
+        (["--methods", "wml", "--key", "wml.alfa=1"], ["'wml.alfa'", "did you mean 'wml.alpha'"]),
+        (["--methods", "wml", "--key", "dml.weight=1"], ["dml.weight", "no effect", "--methods wml"]),
+        (["--methods", "wml", "--key", "optim.epochs=3"], ["optim.epochs", "budget"]),
+        (["--methods", "wml", "--tune", "-1"], ["tune = -1", "greater than or equal to 0"]),
+        (["--methods", "wml", "--study", "a/b"], ["study = 'a/b'"]),
+        (["--methods", "kd"], ["kd needs a teacher", "add independent to --methods"]),
+        ([], ["--methods", "--help"]),
+    ],
+    ids=lambda value: " ".join(value) if value[:1] == ["--methods"] else "",
+)
+def test_a_mistake_in_a_comparison_is_refused(refusal, config, submit, arguments, expected):
+    line = refusal(*submit, "compare", config, *arguments)
+    assert [words for words in expected if words not in line] == [], line
+
+
+def test_wrong_published_figures_are_refused(refusal, config, tmp_path):
+    (tmp_path / "config.published.csv").write_text("row,top1\nKD,94.6\n")
+    line = refusal("compare", config, "--methods", "wml")
+    assert "unknown column 'top1'" in line
+    assert "peer0" in line
+
+
 def test_a_missing_dataset_is_refused_with_the_way_to_get_it(refusal, config):
     line = refusal("train", config, "data.name=cifar10", "data.root=nowhere")
     assert "data.root = 'nowhere'" in line
@@ -171,7 +200,7 @@ def test_a_folder_in_place_of_a_config_file_is_refused(refusal, tmp_path):
         (["trian"], ["'trian'", "plan", "train", "report"]),
         (["train"], ["CONFIG", "--help"]),
         (["train", "config.yaml", "--fast"], ["--fast", "--help"]),
-        (["submit"], ["train,tune", "wml-ray submit --help"]),
+        (["submit"], ["train,tune,compare", "wml-ray submit --help"]),
         (["submit", "train", "nowhere.yaml"], ["config file nowhere.yaml"]),
         (["submit", "train", "nowhere.yaml", "--image", "x", "--packages"], ["--packages", "--image"]),
         (["jobs"], ["status,stop,logs", "wml-ray jobs --help"]),

@@ -1,6 +1,7 @@
 """Following and finding jobs, against a scripted job server."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -8,6 +9,7 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from wml_ray.config.load import parse_config
 from wml_ray.errors import UserError
+from wml_ray.search.settings import CompareConfig
 from wml_ray.submit import jobs
 from wml_ray.submit.job import Job
 from wml_ray.submit.jobs import FOLDER_KEY, NAME_KEY, find_job, follow_job, submit
@@ -68,6 +70,13 @@ def test_a_dry_run_and_a_training_of_the_same_run_are_two_jobs(tmp_path):
     submitted = [submit(server, job, "wml-ray", "image", False, []) for job in (training, check, training, check)]
     assert [submission.running is None for submission in submitted] == [True, True, False, False]
     assert [submission.job_id for submission in submitted[2:]] == [submission.job_id for submission in submitted[:2]]
+
+
+def test_a_comparison_arrives_as_it_was_sent():
+    settings = {"methods": ["wml", "dml"], "seeds": 5, "keys": ["wml.alpha=0.1"], "published": "row,peer0\nKD,1\n"}
+    job = Job("compare", parse_config({"seed": 3}), comparison=CompareConfig(study="c", **settings), verbose=True)
+    assert Job.from_json(job.to_json()) == job
+    assert (job.name, job.folder) == ("c", str(Path("results/c")))
 
 
 def test_an_error_of_the_users_backbone_is_not_the_clusters(workplace, monkeypatch):

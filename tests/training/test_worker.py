@@ -1,9 +1,15 @@
 """A run through `run_worker`, without Ray and MLflow."""
 
+import time
+
+import numpy as np
+import psutil
+import pytest
 from family import tiny_config
 from rich.console import Console
 
 from wml_ray.report.run_report import peer_table, write_files
+from wml_ray.training.events import EpochEnd
 from wml_ray.training.worker import WorkerContext, run_worker
 
 
@@ -27,3 +33,32 @@ def test_a_method_without_weights_logs_and_reports_none(tmp_path):
     written = {path.name for path in write_files(result, tmp_path / "report")}
     assert written == {"peers.csv", "accuracy.png", "accuracy_macs.png"}
     assert "weight" not in (tmp_path / "report" / "peers.csv").read_text()
+
+
+def test_the_cost_of_a_training_is_that_of_its_epochs_and_of_the_memory_it_used(tmp_path):
+    config = tiny_config("optim.epochs=2", f"run.storage_path={tmp_path}")
+    held, seconds = np.ones(150_000_000), time.perf_counter()  # 1.2 GB, freed before the training
+    del held
+    logged = {}
+    context = WorkerContext(log=lambda step, metrics, timestamp_ms: logged.update(metrics))
+    cost = run_worker(config, context)["cost"]
+    assert 0 < cost["seconds"] < time.perf_counter() - seconds
+    resident = psutil.Process().memory_info().rss
+    assert 0.5 * resident < cost["peak_memory_bytes"] < resident + 400e6
+    assert {name: logged[f"train/{name}"] for name in cost} == cost
+
+
+def test_a_resumed_run_counts_the_seconds_and_the_memory_of_the_process_before_it(tmp_path):
+    def stop(event):
+        if isinstance(event, EpochEnd):
+            np.ones(100_000_000)  # 800 MB, freed at once
+            if event.epoch == 2:
+                raise KeyboardInterrupt
+
+    config = tiny_config("optim.epochs=3", f"run.storage_path={tmp_path}")
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(config, WorkerContext(report=stop))
+    result = run_worker(config, WorkerContext())
+    epochs_s = [1280 / entry["metrics"]["train/images_per_second"] for entry in result["history"]]
+    assert result["cost"]["seconds"] == pytest.approx(sum(epochs_s))
+    assert result["cost"]["peak_memory_bytes"] > 800e6 + psutil.Process().memory_info().rss / 2

@@ -33,7 +33,8 @@ from wml_ray.search.study import DIED
 from wml_ray.search.trials import TrialStore
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.tracking.results import load_study
-from wml_ray.verbs.tune import StudyResult, tune
+from wml_ray.verbs.study import StudyResult
+from wml_ray.verbs.tune import tune
 
 pytestmark = pytest.mark.slow
 

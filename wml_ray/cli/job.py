@@ -1,4 +1,4 @@
-"""Runs a training or a study: one given on the command line, or the job.json of a Ray job.
+"""Runs a training, a study or a comparison: one given on the command line, or the job.json of a Ray job.
 
 `wml-ray submit` starts it on the cluster as `python -m wml_ray.cli.job job.json`.
 """
@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wml_ray.cli.exit_codes import FAILED, OK, exit_code
-from wml_ray.cli.options import search_settings
-from wml_ray.cli.output import configure_warnings, print_line, show_checks, show_run, show_study, warn_undelivered
-from wml_ray.errors import UserError
+from wml_ray.cli.options import compare_settings, search_settings
+from wml_ray.cli.output import (
+    configure_warnings,
+    print_line,
+    show_checks,
+    show_comparison,
+    show_run,
+    show_study,
+    warn_undelivered,
+)
+from wml_ray.errors import UserError, number_of
 from wml_ray.submit.entry import apply_environment, enter_ray_job, in_ray_job
 
 if TYPE_CHECKING:
@@ -52,6 +60,12 @@ def job_from_options(options: argparse.Namespace) -> Job:
     config = load_config(options.config, options.overrides)
     if options.verb == "train":
         return Job("train", config, check_data=options.check_data, dry_run=options.dry_run)
+    if options.verb == "compare":
+        from wml_ray.search.comparison import comparison_of
+
+        comparison = compare_settings(options, config)
+        comparison_of(config, comparison)
+        return Job("compare", config, comparison=comparison, dry_run=options.dry_run, verbose=options.verbose)
     from wml_ray.cluster.space import load_space
     from wml_ray.search.space import check_stop_metric, load_start_points
 
@@ -64,11 +78,11 @@ def job_from_options(options: argparse.Namespace) -> Job:
 
 
 def run_job(job: Job) -> int:
-    """Train or tune, and print the result; returns the exit code."""
+    """Train, tune or compare, and print the result; returns the exit code."""
     if in_ray_job():
         enter_ray_job(job.verbose)
     try:
-        return _train(job) if job.verb == "train" else _tune(job)
+        return {"train": _train, "tune": _tune, "compare": _compare}[job.verb](job)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
 
@@ -118,6 +132,29 @@ def _tune(job: Job) -> int:
         return FAILED
     print_line(f"best        wml-ray train {result.folder / 'config.yaml'}")
     return OK
+
+
+def _compare(job: Job) -> int:
+    assert job.comparison is not None
+    if job.dry_run:
+        from wml_ray.verbs.compare import dry_run
+
+        return show_checks(dry_run(job.config, job.comparison))
+    settings = job.comparison
+    methods, seeds = ", ".join(settings.methods), number_of(settings.seeds, "seed")
+    print_line(f"comparison {settings.study}: {methods}; {seeds}, {job.config.optim.epochs} epochs")
+    from wml_ray.report.comparison_page import study_report
+    from wml_ray.verbs.compare import compare
+
+    result = compare(job.config, settings, None, job.verbose)
+    if result.study is None:
+        warn_undelivered(result.folder)
+        return FAILED
+    show_comparison(study_report(result.study))
+    for path in result.files:
+        print_line(f"wrote {path}")
+    print_line(f"MLflow      {result.tracked.command}")
+    return FAILED if (result.study.trials["state"] != "COMPLETE").any() else OK
 
 
 if __name__ == "__main__":

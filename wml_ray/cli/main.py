@@ -9,7 +9,7 @@ from pathlib import Path
 from wml_ray.cli.exit_codes import OK, exit_code
 from wml_ray.cli.job import job_from_options, run_job
 from wml_ray.cli.options import parse_arguments
-from wml_ray.cli.output import configure_warnings, print_line, show_plan, show_study
+from wml_ray.cli.output import configure_warnings, print_line, show_comparison, show_plan, show_study
 from wml_ray.cli.submit import manage_jobs, submit_job
 
 
@@ -30,7 +30,7 @@ def _plan(options: argparse.Namespace) -> int:
     return OK
 
 
-def _train_or_tune(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     return run_job(job_from_options(options))
 
 
@@ -41,12 +41,21 @@ def _report(options: argparse.Namespace) -> int:
     from wml_ray.tracking.results import attach_report, finished_runs, is_study, load_study
 
     folder = Path(options.out) / options.experiment
+    if options.group_by:
+        return _report_groups(options, folder)
     study = load_study(options.experiment) if is_study(options.experiment) else None
     runs = study.trials if study else finished_runs(options.experiment)
     if options.csv:
         runs.drop(columns="peers").to_csv(sys.stdout, index=False)
         return OK
-    if study:
+    if study and study.variants:
+        from wml_ray.report.comparison_page import study_report
+
+        report = study_report(study)
+        show_comparison(report)
+        files = report.write(folder)
+        attach_report(options.experiment, files)
+    elif study:
         from wml_ray.report.study_page import write_study
 
         show_study(study)
@@ -60,10 +69,29 @@ def _report(options: argparse.Namespace) -> int:
     return OK
 
 
+def _report_groups(options: argparse.Namespace, folder: Path) -> int:
+    """The tables of a comparison, of any finished runs that differ in some keys and in their seeds."""
+    from wml_ray.report.comparison import group_runs
+    from wml_ray.report.comparison_page import runs_report
+    from wml_ray.report.comparison_tables import tidy_csv
+    from wml_ray.tracking.results import finished_runs
+
+    keys = [key for keys in options.group_by for key in keys.split(",")]
+    report = runs_report(options.experiment, *group_runs(finished_runs(options.experiment), keys))
+    if options.csv:
+        print(tidy_csv(report.rows), end="")
+        return OK
+    show_comparison(report)
+    for path in report.write(folder):
+        print_line(f"wrote {path}")
+    return OK
+
+
 VERBS = {
     "plan": _plan,
-    "train": _train_or_tune,
-    "tune": _train_or_tune,
+    "train": _run,
+    "tune": _run,
+    "compare": _run,
     "report": _report,
     "submit": submit_job,
     "jobs": manage_jobs,

@@ -11,14 +11,14 @@ from wml_ray.cli.exit_codes import USER_ERROR
 
 if TYPE_CHECKING:
     from wml_ray.config.schema import Config
-    from wml_ray.search.settings import SearchConfig
+    from wml_ray.search.settings import CompareConfig, SearchConfig
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Parse the command line. `key=value` may stand anywhere after the config, also after options.
 
-    `command` is the first word, `verb` is train or tune (`wml-ray submit tune`: submit and tune), `words` is the whole
-    line.
+    `command` is the first word, `verb` is train, tune or compare (`wml-ray submit tune`: submit and tune), `words` is
+    the whole line.
     """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else arguments
@@ -48,10 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_check_data(plan)
     _add_train(verbs)
     _add_tune(verbs)
+    _add_compare(verbs)
     text = "tables and pictures of a study, or of the finished runs of an MLflow experiment"
     report = verbs.add_parser("report", help=text, description=text)
     report.add_argument("experiment", metavar="EXPERIMENT", help="name of the study, or run.name in the config")
     report.add_argument("--out", metavar="FOLDER", default="reports", help="folder of the files (reports/)")
+    text = "compare the finished runs that differ in this key and in the seed; may be repeated"
+    report.add_argument("--group-by", metavar="KEY", action="append", default=[], help=text)
     report.add_argument("--csv", action="store_true", help="print only the table, as CSV with every metric and key")
     report.set_defaults(command="report")
     _add_submit(verbs)
@@ -111,11 +114,28 @@ def _add_tune(verbs: Any) -> argparse.ArgumentParser:
     return tune
 
 
+def _add_compare(verbs: Any) -> argparse.ArgumentParser:
+    text = "compare methods over seeds; the same command continues a comparison, or adds methods, keys and seeds to it"
+    compare: argparse.ArgumentParser = verbs.add_parser("compare", help=text, description=text)
+    _add_config(compare, "compare")
+    compare.add_argument("--methods", metavar="A,B", required=True, help="methods; differences are those to the first")
+    compare.add_argument("--seeds", metavar="N", type=int, help="seeds of each method, from the config's on (3)")
+    text = "a further row for each value, such as wml.alpha=0.1,0.3; may be repeated"
+    compare.add_argument("--key", metavar="KEY=VALUE", action="append", default=[], help=text)
+    text = "first search each row's own small space with N trials, on validation images of another seed"
+    compare.add_argument("--tune", metavar="N", type=int, help=text)
+    compare.add_argument("--study", metavar="NAME", help="name of the comparison (run.name, such as wml-compare)")
+    compare.add_argument("--concurrent", metavar="N", type=int, help="runs at a time (as many as the cluster holds)")
+    compare.add_argument("--verbose", action="store_true", help="Ray's own output")
+    _add_dry_run(compare)
+    return compare
+
+
 def _add_submit(verbs: Any) -> None:
-    text = "train or tune as a job on a Ray cluster, and follow its log; submitted twice, it is one job"
+    text = "train, tune or compare as a job on a Ray cluster, and follow its log; submitted twice, it is one job"
     submit = verbs.add_parser("submit", help=text, description=text)
-    works = submit.add_subparsers(metavar="{train,tune}", required=True)
-    for parser in (_add_train(works), _add_tune(works)):
+    works = submit.add_subparsers(metavar="{train,tune,compare}", required=True)
+    for parser in (_add_train(works), _add_tune(works), _add_compare(works)):
         parser.description = (
             f"{text}. Sent are wml_ray/, jobs/, tune_spaces/, the config with all overrides, the space, the start "
             "points, and the modules or packages of a backbone, method or teacher of your own; any other file that the "
@@ -166,3 +186,28 @@ def search_settings(options: argparse.Namespace, base: Config) -> SearchConfig:
     settings = {key: getattr(options, key) for key in SearchConfig.model_fields}
     settings |= {"study": study, "storage": options.storage or os.environ.get("OPTUNA_STORAGE")}
     return SearchConfig(**{key: value for key, value in settings.items() if value is not None})
+
+
+def compare_settings(options: argparse.Namespace, base: Config) -> CompareConfig:
+    """The settings that the options of `wml-ray compare` give.
+
+    The figures of a file `<config>.published.csv` beside the config are part of them.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+    from wml_ray.search.settings import CompareConfig
+    from wml_ray.storage.paths import to_path
+
+    config = to_path(options.config)
+    published = config.with_name(f"{config.stem}.published.csv")
+    settings = {
+        "study": options.study or f"{base.run.name}-compare",
+        "methods": options.methods.split(","),
+        "seeds": options.seeds,
+        "keys": options.key,
+        "tune": options.tune,
+        "concurrent": options.concurrent,
+        "published": published.read_text(encoding="utf-8") if published.exists() else "",
+    }
+    return CompareConfig(**{key: value for key, value in settings.items() if value is not None})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from wml_ray.cluster.preflight import CheckResult
     from wml_ray.config.schema import Config
+    from wml_ray.report.comparison_page import ComparisonReport
     from wml_ray.tracking.results import StudyRecords
     from wml_ray.verbs.plan import RunPlan
     from wml_ray.verbs.train import RunResult
@@ -85,6 +86,11 @@ def show_study(study: StudyRecords) -> None:
     console = Console()
     print_line(trials_summary(study))
     console.print(front_table(study, console.width))
+
+
+def show_comparison(report: ComparisonReport) -> None:
+    """Print the tables of a comparison, aligned as plain text; a wide terminal is not needed to copy them."""
+    print_line(f"\n{report.text()}\n")
 
 
 def warn_undelivered(path: Path) -> None:

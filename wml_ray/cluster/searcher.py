@@ -66,8 +66,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
         self.stopped: set[str] = set()  # by the scheduler
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Settings for `train_trial`; None while as many trials run as may run at a time."""
-        if len(self.live) >= max_concurrent_trials(self.study.space.base, self.study.search):
+        """Settings for `train_trial`; None while as many trials run as may run at a time, or the next one must wait."""
+        if len(self.live) >= max_concurrent_trials(self.study.space.base, self.study.search) or self._next_must_wait():
             return None
         self.live.add(trial_id)
         self.trials[trial_id] = self._next_interrupted() if self.study.interrupted else self._next_new()
@@ -102,6 +102,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # for the same reason
+
+    def _next_must_wait(self) -> bool:
+        number = len(self.study.trials)
+        if self.study.interrupted or number >= len(self.start_points):
+            return False
+        needed = self.study.space.needed_point(self.start_points[number])
+        return any(trial.point == needed for trial in self.study.trials.values() if trial.state == "RUNNING")
 
     def _next_interrupted(self) -> tuple[Trial, optuna.Trial]:
         trial = self.study.interrupted.pop(0)

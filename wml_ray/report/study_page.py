@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wml_ray.report.analysis import IMPORTANCE_TRIALS, comparable_trials, importances, pareto_front
+from wml_ray.report.page import html_page, html_picture, html_settings
 from wml_ray.report.study_plots import best_trials, draw
 from wml_ray.report.study_tables import EPOCHS, REASON, STATE, STATES, TRIAL, Column, columns_of, trials_summary
 from wml_ray.report.style import save_figures
@@ -29,33 +29,6 @@ def write_study(study: StudyRecords, folder: Path) -> list[Path]:
     return [csv, *pictures, page]
 
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; color: #1b1f24;
-       max-width: 74rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-bottom: .2rem; border-bottom: 1px solid #d0d7de; }
-h3 { font-size: 1rem; margin: 1rem 0 .3rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 1rem 0; }
-dt { color: #57606a; } dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; break-inside: avoid; } img { max-width: 100%; height: auto; }
-figcaption, .note { color: #57606a; font-size: .9rem; max-width: 48rem; }
-.wide { overflow-x: auto; } .side { display: flex; flex-wrap: wrap; gap: 0 2.5rem; }
-.side > div { break-inside: avoid; }
-table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .6rem; text-align: right; vertical-align: top; white-space: nowrap; }
-th { vertical-align: bottom; border-bottom: 2px solid #d0d7de; font-weight: 600; white-space: pre; }
-td { border-bottom: 1px solid #eaeef2; } .text { text-align: left; white-space: normal; min-width: 6rem; }
-.text:last-child { min-width: 16rem; }
-tr.front td:first-child { box-shadow: inset 4px 0 #d55e00; font-weight: 600; } tr.faint { color: #6e7781; }
-@media print { body { margin: 0; max-width: none; font-size: 10pt; }
-  .wide { overflow: visible; } h2 { break-after: avoid; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; }
-  .text:last-child { min-width: 6rem; } thead { display: table-header-group; }
-  tr { break-inside: avoid; } section { page: wide; } @page { margin: 14mm; }
-  @page wide { size: A4 landscape; margin: 10mm; } }
-"""
-
 CAPTIONS = {
     "pareto": "Trials that trained for the full budget of epochs. Trials that were stopped early are shown at their "
     "last value and are never on the front.",
@@ -72,9 +45,8 @@ def _page(study: StudyRecords, pictures: dict[str, Path], shares: dict[str, dict
     trials = study.trials.assign(state=study.trials["state"].map(STATES))
     chosen = trials.set_index("trial", drop=False).loc[pareto_front(study)]
     nothing = "" if len(chosen) else "<p>No trial has reached the full budget of epochs yet.</p>"
-    name = html.escape(study.name)
     parts = [
-        f"<h1>{name}</h1><p>{html.escape(trials_summary(study))}</p>",
+        f"<h1>{html.escape(study.name)}</h1><p>{html.escape(trials_summary(study))}</p>",
         _settings(study),
         f"<h2>{'Pareto front' if len(objectives) > 1 else 'Best trial'}</h2>{nothing}",
         "" if nothing else _html_table([TRIAL, *objectives, *keys, EPOCHS], chosen),
@@ -90,29 +62,18 @@ def _page(study: StudyRecords, pictures: dict[str, Path], shares: dict[str, dict
         _html_table([TRIAL, STATE, *objectives, *keys, EPOCHS, REASON], trials, pareto_front(study)),
         "</section>",
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
+    return html_page(study.name, parts)
 
 
 def _settings(study: StudyRecords) -> str:
     goals = [f"{'highest' if way == 'max' else 'lowest'} {name}" for name, way in study.objectives.items()]
-    rows = {"objectives": ", ".join(goals), "searched": ", ".join(study.searched), **study.settings}
-    pairs = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in rows.items())
-    return f"<dl>{''.join(pairs)}</dl>"
+    return html_settings({"objectives": ", ".join(goals), "searched": ", ".join(study.searched), **study.settings})
 
 
 def _image(pictures: dict[str, Path], name: str) -> str:
     if name not in pictures:
         return ""
-    data = pictures[name].read_bytes()
-    width = (
-        int.from_bytes(data[16:20]) * 3 // 4
-    )  # in proportion to the pixels, so that all plots have the same font size
-    image = f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" width="{width}" alt="{name}">'
-    return f"<figure>{image}<figcaption>{CAPTIONS[name]}</figcaption></figure>"
+    return html_picture(pictures[name], CAPTIONS[name])
 
 
 def _missing_importance(study: StudyRecords, shares: dict[str, dict[str, float]]) -> str:

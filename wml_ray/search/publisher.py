@@ -7,6 +7,7 @@ from functools import partial
 
 from wml_ray.config.schema import Config
 from wml_ray.report.run_report import peer_markdown, write_files
+from wml_ray.search.comparison import VARIANT
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import read_json, write_text
@@ -22,6 +23,7 @@ from wml_ray.tracking.tags import (
     RUN_ID_TAG,
     STATE_TAG,
     TRIAL_TAG,
+    VARIANT_TAG,
     TrialState,
 )
 
@@ -84,7 +86,9 @@ class Publisher:
             return
         tags = {PARENT_TAG: self.parent.run_id, TRIAL_TAG: str(trial.number), STATE_TAG: "RUNNING"}
         tags[RUN_ID_TAG] = config.run_id
-        name, token = f"trial {trial.number}", f"{self.study.token}-{trial.number}"
+        if VARIANT in trial.point:
+            tags[VARIANT_TAG] = trial.point[VARIANT]
+        name, token = self.study.title(trial), f"{self.study.token}-{trial.number}"
         tracked = open_run(self.study.search.study, name, token, config.flatten(), tags)
         self._senders[trial.number] = MetricSender(tracked)
 

@@ -80,7 +80,7 @@ class Space:
         """
         point: dict[str, Any] = {}
         for key, domain in self.domains.items():
-            value = _lookup(config, key)
+            value = lookup(config, key)
             if isinstance(domain, Increasing):
                 shares = to_uniform(value, domain)
                 inside = all(0 <= share <= 1 for share in shares)
@@ -116,6 +116,10 @@ class Space:
         """The metrics that every method of the space logs."""
         first, *others = ([*metric_names(method, self.base.num_peers)] for method in self.methods())
         return [name for name in first if all(name in names for names in others)]
+
+    def needed_point(self, point: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The point whose trial must have ended before that of `point` starts; None if it can start at once."""
+        return None
 
     def _parameters(self, key: str) -> list[str]:
         return [f"{key}.u{index}" for index in range(self.base.num_peers)]
@@ -202,6 +206,34 @@ def extremes(distribution: Distribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
+def result_settings(config: Config) -> dict[str, Any]:
+    """Dotted keys to values, without those that do not change the trained networks."""
+    left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
+    flat = config.flatten().items()
+    return {key: value for key, value in flat if not key.startswith(left_out) or key == "run.test_epoch"}
+
+
+def reason_to_refuse(key: str) -> str | None:
+    """Why the trials of a study cannot differ in this key; None if they can."""
+    if key.startswith(("scale.", "run.")):
+        return "it does not change the trained networks; set it in the config"
+    return _NOT_SEARCHED.get(key)
+
+
+def lookup(config: Config, key: str) -> Any:
+    """The value of a dotted key, as JSON types.
+
+    Raises:
+        UserError: the config has no such key.
+    """
+    value: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        if isinstance(value, dict) and part not in value:  # of method.settings, whose keys only its class knows
+            raise UserError(f"{key} has no value in the config; give it one there")
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
 def _check_objectives(space: Space, where: str) -> None:
     objectives, names = space.objectives, space.metrics()
     if not isinstance(objectives, dict) or not objectives:
@@ -216,10 +248,7 @@ def _check_objectives(space: Space, where: str) -> None:
 
 
 def _check_domain(base: Config, key: str, domain: Domain, where: str) -> None:
-    reason = _NOT_SEARCHED.get(key)
-    if key.startswith(("scale.", "run.")):
-        reason = "it does not change the trained networks; set it in the config"
-    if reason:
+    if reason := reason_to_refuse(key):
         raise UserError(f"{where}: '{key}' cannot be searched: {reason}")
     if isinstance(domain, Increasing):
         candidates: list[Any] = [[bound] * base.num_peers for bound in (domain.lower, domain.upper)]
@@ -251,15 +280,6 @@ def _contains(distribution: Distribution, value: Any) -> bool:
         return False
     steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
     return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-9
-
-
-def _lookup(config: Config, key: str) -> Any:
-    value: Any = config.model_dump(mode="json")
-    for part in key.split("."):
-        if isinstance(value, dict) and part not in value:  # of method.settings, whose keys only its class knows
-            raise UserError(f"{key} has no value in the config; give it one there")
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
 
 
 def _kind(domain: Domain) -> str:

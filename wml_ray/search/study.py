@@ -13,6 +13,7 @@ from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.methods.settings import TEACHER_METHODS
+from wml_ray.search.comparison import VARIANT
 from wml_ray.search.optuna_study import TrialRecord
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
@@ -138,6 +139,12 @@ class Study:
     def label(self, trial: Trial) -> str:
         """Name of a trial among those of all studies."""
         return f"{self.search.study}/{trial.number}"
+
+    def title(self, trial: Trial) -> str:
+        """Name of a trial for people: its variant and seed in a comparison, else its number."""
+        if VARIANT in trial.point:
+            return f"{trial.point[VARIANT]} seed={trial.point['seed']}"
+        return f"trial {trial.number}"
 
     def record(self, trial: Trial) -> TrialRecord:
         """A trial as Optuna stores it."""

@@ -19,7 +19,7 @@ from wml_ray.tracking.client import TRACKING_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = (
-    *("wml_ray/**/*.py", "jobs/*.py", "jobs/*.yaml", "tune_spaces/*.py"),
+    *("wml_ray/**/*.py", "jobs/*.py", "jobs/*.yaml", "jobs/*.csv", "tune_spaces/*.py"),
     *("pyproject.toml", "requirements.lock", "README.md"),
 )
 JOB_FILE = "job.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from wml_ray.tracking.tags import (
     STATE_TAG,
     STUDY_TAG,
     TRIAL_TAG,
+    VARIANT_TAG,
 )
 
 if TYPE_CHECKING:
@@ -108,9 +109,11 @@ def load_study(name: str, run_id: str | None = None) -> StudyRecords:
     client, parent, children = _study_runs(name, run_id)
     about = json.loads(parent.data.tags[STUDY_TAG])
     rows = [_trial(client, run, about["searched"]) for run in children]
+    compared = {key: about[key] for key in ("variants", "published") if key in about}
     columns = ["trial", "state", "epochs", "reason", "peers", *about["searched"], *about["objectives"]]
+    columns += ["variant"] if compared else []
     trials = pd.DataFrame(rows, columns=list(dict.fromkeys([*columns, *(key for row in rows for key in row)])))
-    return StudyRecords(name, about["objectives"], about["searched"], about["settings"], trials)
+    return StudyRecords(name, about["objectives"], about["searched"], about["settings"], trials, **compared)
 
 
 def attach_report(name: str, files: Sequence[Path]) -> None:
@@ -158,6 +161,7 @@ def _trial(client: Any, run: Any, keys: Iterable[str]) -> dict[str, Any]:
         "state": tags.get(STATE_TAG, "RUNNING"),
         "epochs": int(tags.get(EPOCHS_TAG, 0)),
         "reason": tags.get(REASON_TAG, ""),
+        **({"variant": tags[VARIANT_TAG]} if VARIANT_TAG in tags else {}),
         **{key: _value(run.data.params, key) for key in keys},
         **metrics,
         "peers": _peers_of(metrics) if complete else [],
@@ -228,3 +232,7 @@ class StudyRecords:
     """One row for each trial, by number: `trial`, `state`, `epochs`, `reason`, the searched keys, every metric under
     its MLflow name (NaN where absent), and `peers`, a list of dicts with the keys `peer`, `macs`, `params`, `val`,
     `test` and, where the method has weights, `weight` (empty unless COMPLETE)."""
+    variants: list[str] = field(default_factory=list)
+    """Of a comparison: its rows by name, the one that others are compared with first; `trials` then has `variant`."""
+    published: str = ""
+    """Of a comparison: published accuracies as CSV."""

@@ -90,6 +90,13 @@ def finish_run(
     client.set_terminated(tracked.run_id, status)
 
 
+def set_tags(tracked: TrackedRun, tags: Mapping[str, str]) -> None:
+    """Set tags of a run."""
+    client = client_of(tracked.uri)
+    for key, value in tags.items():
+        client.set_tag(tracked.run_id, key, value)
+
+
 def log_files(tracked: TrackedRun, files: Sequence[Path], folder: str | None = None) -> None:
     """Log files as artifacts of the run, in `folder`."""
     client = client_of(tracked.uri)

@@ -41,7 +41,10 @@ def prediction_names(method: str, num_peers: int) -> tuple[str, ...]:
 
 
 def metric_names(method: str, num_peers: int) -> list[str]:
-    """Metrics that a run logs and a study can have as objectives: all but test accuracies and terms of the loss."""
+    """Metrics that a run logs and a study can have as objectives.
+
+    Test accuracies, terms of the loss and the cost of the whole training are not among them.
+    """
     peers = [f"peer{index}" for index in range(num_peers)]
     families = {
         "val/accuracy": [*peers, "smallest_peer", *prediction_names(method, num_peers), "method"],

@@ -1,6 +1,13 @@
-"""An estimate of the memory of a training step, before training."""
+"""The memory of a training: an estimate before it, and the peak that was measured."""
 
 from __future__ import annotations
+
+import gc
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +55,29 @@ def _saved_bytes(network: Method, spec: ImageSpec, images: int) -> int:
         network(example(network, spec, images * network.num_views))
     network.load_state_dict(buffers, strict=False)
     return sum(storages.values())
+
+
+class PeakMemory:
+    """The peak memory of this process since this object was made: of tensors on a GPU, else all resident memory.
+
+    Resident memory includes the libraries. On systems other than Linux it is the peak of the whole process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        gc.collect()  # an actor of a study still holds its last trial
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak becomes the present size
+
+    def measure_bytes(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        with suppress(OSError):
+            if peak := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+                return int(peak[1]) * 1024
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak_kib if sys.platform == "darwin" else peak_kib * 1024

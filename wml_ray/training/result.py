@@ -27,7 +27,7 @@ def log_result(result: dict[str, Any], log: LogMetrics) -> None:
 
 def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: dict[str, float]) -> dict[str, Any]:
     """The finished run as JSON: size, latency and accuracy of each peer (and weight, where the method has weights), the
-    predictions, and the history.
+    predictions, the cost of the training, and the history.
     """
     validation = metadata["history"][trainer.epoch - 1]["metrics"]
     latencies = [measure_latency(trainer.tree.peer(index), trainer.dataset.spec) for index in range(config.num_peers)]
@@ -45,7 +45,9 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         if (weight := validation.get(f"weights/peer{index}")) is not None:
             peer["weight"] = weight
     names = prediction_names(config.method.name, config.num_peers)
+    cost = {"seconds": _training_seconds(config, trainer, metadata), "peak_memory_bytes": metadata["peak_memory_bytes"]}
     metrics = {f"peers/latency_ms/peer{peer['peer']}": peer["latency_ms"] for peer in peers}
+    metrics |= {f"train/{name}": float(value) for name, value in cost.items()}
     return {
         "run_id": config.run_id,
         "config": config.dump(),
@@ -53,6 +55,7 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         "images": {split: len(indices) for split, indices in trainer.dataset.splits.items()},
         "predictions": {name: _accuracies(name, validation, test) for name in names},
         "selects": metadata["selects"],
+        "cost": cost,
         "test_epoch": trainer.epoch,
         "test_rule": config.run.test_epoch,
         "skipped_images": metadata["skipped_images"],
@@ -64,6 +67,12 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         "tree": metadata["tree"],
         "device": trainer.device.type,
     }
+
+
+def _training_seconds(config: Config, trainer: Trainer, metadata: Mapping[str, Any]) -> float:
+    """Seconds of the training steps of all epochs, without evaluation and checkpoints; also of a resumed run."""
+    images = trainer.dataset.steps_per_epoch * config.data.batch_size
+    return sum(images / float(entry["metrics"]["train/images_per_second"]) for entry in metadata["history"])
 
 
 def _accuracies(name: str, validation: Mapping[str, float], test: Mapping[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
 from wml_ray.storage.runs import RESULT
 from wml_ray.training.events import EpochEnd, LogMetrics, MidEpochState, OnEvent, Preempted, StepProgress, now_ms
+from wml_ray.training.memory import PeakMemory
 from wml_ray.training.result import log_history, summary, with_smallest_peer
 from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
 from wml_ray.training.teacher import check_same_teacher, load_teacher
@@ -66,6 +67,7 @@ class _WorkerRun:
     ) -> None:
         self.config, self.context, self.checkpoints, self.mid_epoch = config, context, checkpoints, mid_epoch
         self.is_first = context.worker.rank == 0
+        self.memory = PeakMemory(context.device)
         epoch, in_mid_epoch = broadcast_from_rank_0(lambda: starting_point(config, checkpoints.lease, mid_epoch))
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
         dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
@@ -98,6 +100,8 @@ class _WorkerRun:
             timestamp_ms, metrics = now_ms(), with_smallest_peer(event.metrics, "val", self.metadata["peers"])
             entry = {"epoch": event.epoch, "timestamp_ms": timestamp_ms, "metrics": metrics}
             self.metadata.update(epoch=event.epoch, metrics=metrics, history=[*self.metadata["history"], entry])
+            earlier_bytes = self.metadata.get("peak_memory_bytes", 0)  # of a process that this one resumes
+            self.metadata["peak_memory_bytes"] = max(earlier_bytes, self.memory.measure_bytes())
             self._save(self.checkpoints, event.epoch)  # before logging: a logged epoch is never trained again
             self._log(event.epoch, metrics, timestamp_ms)
         self.context.report(event)

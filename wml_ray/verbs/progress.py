@@ -81,7 +81,7 @@ class StudyProgress:
         console = Console()
         self._live = Live(console=console, transient=True, refresh_per_second=4)
         self._plain = not console.is_terminal
-        self._shown: set[int] = set()  # ended trials whose line was printed
+        self._shown: set[str] = set()  # ended trials whose line was printed
         self._last_line_s = 0.0
 
     def __enter__(self) -> StudyProgress:
@@ -99,9 +99,9 @@ class StudyProgress:
             self._live.update(Group(Text(summary(study)), _running_table(study)))
             return
         ended = [trial for trial in study.trials.values() if trial.state != "RUNNING"]
-        ended = [trial for trial in ended if trial.number not in self._shown]
+        ended = [trial for trial in ended if study.label(trial) not in self._shown]
         if ended or time.monotonic() - self._last_line_s >= PLAIN_LINE_S:
-            self._shown |= {trial.number for trial in ended}
+            self._shown |= {study.label(trial) for trial in ended}
             self._last_line_s = time.monotonic()
             for trial in ended:
                 print(end_line(study, trial))
@@ -110,7 +110,7 @@ class StudyProgress:
 
 def end_line(study: Study, trial: Trial) -> str:
     """The state of an ended trial, and the reason if it failed."""
-    name = f"{study.search.study}: trial {trial.number} ({study.config(trial).run_id})"
+    name = f"{study.search.study}: {study.title(trial)} ({study.config(trial).run_id})"
     return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
 
 
