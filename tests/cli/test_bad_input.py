@@ -82,7 +82,7 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["wml.mirror_step_size=-0.1"], ["wml.mirror_step_size = -0.1", "greater than or equal to 0"]),
         (["wml.update_every=-1"], ["wml.update_every = -1", "greater than or equal to 1"]),
         (["wml.unroll_learning_rate=-1"], ["wml.unroll_learning_rate = -1", "greater than or equal to 0"]),
-        (["wml.temperature=0"], ["wml.temperature = 0", "greater than 0"]),
+        (["wml.temperature=0"], ["wml.temperature = 0", "greater than or equal to 0.01"]),
         (["wml.outer_data=test"], ["wml.outer_data = 'test'", "'train'", "'holdout'"]),
         (["wml=0.3"], ["wml = 0.3"]),
         (["optim.learning_rate=fast"], ["optim.learning_rate = 'fast'", "number"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from family import tiny_config
+from family import DIVERGES, tiny_config
 from runs import assert_bit_equal, client, ignore, interrupt_training, only_run, start_training, steps, wait_for_epoch
 
 from wml_ray.checkpoints.store import Checkpoints
@@ -117,13 +117,13 @@ def test_after_ctrl_c_the_same_command_continues(workplace):
 
 
 def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(workplace, capsys):
-    config = tiny_config("optim.learning_rate=1e30", "optim.schedule=constant", "optim.epochs=2")
+    config = tiny_config(*DIVERGES, "optim.epochs=2")
     (workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["train", "config.yaml"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "peer" in line
     assert "step" in line
-    assert "learning rate 1e+30" in line
+    assert "learning rate 100" in line
     assert "checkpoints" in line
     logged = only_run()
     assert logged.info.status == "FAILED"
@@ -223,6 +223,6 @@ def test_report_compares_the_runs_of_an_experiment(workplace, capsys):
 
 def test_divergence_is_a_runtime_error_for_programs(workplace):
     with pytest.raises(Diverged):
-        train(tiny_config("optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
+        train(tiny_config(*DIVERGES), ignore)
     record = json.loads((next(Path("results").glob("*/*")) / "run.json").read_text())
     assert record["delivered"] is False

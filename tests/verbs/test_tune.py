@@ -189,8 +189,9 @@ def test_an_earlier_study_that_does_not_exist_is_one_line(finished):
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(workplace):
     """Trial 0 diverges; trial 1 is killed and may not restart."""
-    domains = {"optim.learning_rate": ray_tune_api.choice([0.05, 0.1, 1e30])}
-    space = small_space("scale.max_failures=0", "optim.schedule=constant", "optim.epochs=20", domains=domains)
+    domains = {"optim.learning_rate": ray_tune_api.choice([0.05, 0.1, 100.0])}
+    decay = ["optim.weight_decay=10", "optim.schedule=constant"]
+    space = small_space("scale.max_failures=0", *decay, "optim.epochs=20", domains=domains)
     killed = []
 
     def kill_trial_1(study):
@@ -198,7 +199,7 @@ def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(work
             killed.append(max(trial_processes(study, 1)))
             os.kill(killed[0], signal.SIGKILL)
 
-    start = [{"optim.learning_rate": 1e30}, {"optim.learning_rate": 0.05}]
+    start = [{"optim.learning_rate": 100.0}, {"optim.learning_rate": 0.05}]
     search = SearchConfig(
         study="bad", trials=4, scheduler="none", storage="sqlite:///bad.db", sampler="random", concurrent=1
     )

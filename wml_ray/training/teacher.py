@@ -17,7 +17,7 @@ from wml_ray.data.dataset import Dataset
 from wml_ray.data.readers import image_spec
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, root_cause, shortened
-from wml_ray.networks.backbones import import_function, named_stages
+from wml_ray.networks.backbones import call_function, named_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.storage.files import read_json
@@ -192,7 +192,7 @@ def _from_function(config: Config, spec: ImageSpec) -> tuple[FrozenTeacher, Stat
     assert name is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "teacher"))
-        network = import_function(name, "teacher.function")(spec)
+        network = call_function(name, "teacher.function", spec)
     stages = {"network": network} if isinstance(network, nn.Module) else named_stages(network)
     if not stages:
         raise UserError(f"teacher.function = '{name}' must return a torch.nn.Module, or a list or dict of its stages")
