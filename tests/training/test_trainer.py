@@ -179,6 +179,14 @@ def test_a_diverging_loss_names_peer_step_and_learning_rate():
         fitted(*DIVERGES)
 
 
+def test_a_loss_that_grows_a_thousandfold_is_warned_of_once_with_the_key_to_lower():
+    with pytest.warns(
+        UserWarning, match=r"thousandfold, from \S+ to \S+ at epoch \d+.*lower optim.learning_rate"
+    ) as found:
+        fitted("optim.learning_rate=100", "optim.weight_decay=0", "optim.epochs=2")
+    assert sum("thousandfold" in str(warning.message) for warning in found) == 1
+
+
 def test_a_single_diverging_peer_is_named():
     trainer = trainer_of(tiny_config())
     with torch.no_grad():
