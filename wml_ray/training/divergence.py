@@ -56,8 +56,8 @@ class DivergenceMonitor:
             self._warned = True
             before, now = self._first[grown[0]], losses[grown[0]]
             warnings.warn(
-                f"the loss of {describe_peers(grown)} has grown more than a thousandfold, from {before:.3g} to {now:.3g} at "
-                f"{_place(context)}; training continues; {REMEDY} if this was not intended",
+                f"the loss of {describe_peers(grown)} has grown more than a thousandfold, from {before:.3g} to "
+                f"{now:.3g} at {_place(context)}; training continues; {REMEDY} if this was not intended",
                 stacklevel=2,
             )
 
