@@ -160,7 +160,7 @@ REFUSED = {
     "no such run": (None, ["teacher.run=elsewhere"], r"'elsewhere': there is no such folder, and no run of this id"),
     "unfinished": (unfinished, [], r"the run has not finished.*no result.json; train it to its end"),
     "damaged": (damaged, [], r"model.safetensors does not match its digest.*restore its files"),
-    "no JSON": (broken, [], r"result.json cannot be read"),
+    "no JSON": (broken, [], r"result.json is damaged .*; restore it"),
 }
 
 

@@ -147,6 +147,25 @@ def test_a_damaged_checkpoint_is_skipped_and_no_epoch_is_logged_twice(workplace)
     assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
 
 
+def test_damaged_files_of_a_run_are_one_line_and_the_run_ends_alike_once_they_are_deleted(workplace, capsys):
+    config = tiny_config("optim.epochs=1")
+    Path("config.yaml").write_text(config.to_yaml())
+    before = train(config, ignore).result
+    for name in ("run.json", "result.json"):
+        path = config.run_folder / name
+        path.write_bytes(path.read_bytes()[:-20])
+        capsys.readouterr()
+        assert main(["train", "config.yaml"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{path} is damaged (" in line
+        assert "delete it" in line
+        path.unlink()
+        again = train(config, ignore)
+        assert (again.undelivered, again.result["history"]) == (0, before["history"])
+    runs = client().search_runs([client().get_experiment_by_name("wml").experiment_id])
+    assert [(run.info.status, steps(run, "train/loss")) for run in runs] == [("FINISHED", [1])] * 2
+
+
 def test_the_best_epoch_is_tested_with_test_epoch_best(workplace):
     run = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
     scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in run.result["history"]]

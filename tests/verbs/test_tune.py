@@ -172,6 +172,19 @@ def test_a_study_of_another_folder_cannot_share_the_storage(finished):
         tune(small_space("run.storage_path=elsewhere"), search)
 
 
+def test_a_damaged_study_file_is_one_line_and_the_study_continues_once_it_is_deleted(finished):
+    shutil.copytree("results/whole", "results/copy")
+    path, search = Path("results/copy/study.json"), SearchConfig(study="copy", trials=3, grace_epochs=3)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"study\.json is damaged \(.*\); delete it"):
+        tune(small_space(), search)
+    path.unlink()
+    again = tune(small_space(), search)
+    assert not again.trained_now
+    columns = ["state", "wml.alpha", "val/accuracy/ensemble_weighted"]
+    assert again.study.trials[columns].equals(finished.results[1].study.trials[columns])
+
+
 def test_the_sampler_learns_from_an_earlier_study(finished):
     search = SearchConfig(study="second", trials=1, scheduler="none", storage="sqlite:///second.db")
     tune(small_space(), search, warm_start=["whole"])

@@ -259,7 +259,7 @@ def _raise_retried_error(error: Any) -> None:
 
 def _status(config: Config) -> dict[str, Any]:
     """How the latest attempt ended; empty while it runs."""
-    return read_json(config.run_folder / STATUS_FILE) or {}
+    return read_json(config.run_folder / STATUS_FILE, "run the same command again") or {}
 
 
 def _write_status(config: Config, status: Mapping[str, Any]) -> None:

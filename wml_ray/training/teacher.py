@@ -156,9 +156,9 @@ def _finished_run(config: Config) -> tuple[Path, dict[str, Any]]:
             "address or the id of a finished run",
         )
     try:
-        result = read_json(folder / RESULT)
+        result = read_json(folder / RESULT, "restore it", ("test_epoch",))
     except UNREADABLE as error:
-        raise _refused(config, f"its {RESULT} cannot be read ({one_line(error)}); restore it") from None
+        raise _refused(config, one_line(error)) from None
     if result is None:
         raise _refused(config, f"the run has not finished, as {folder} has no {RESULT}; train it to its end")
     return folder, result

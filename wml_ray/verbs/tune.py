@@ -87,7 +87,8 @@ def tune(
     check_storage(folder)
     check_reachable(tracking_uri())
     with exclusive_access(folder) as lease:
-        stored = read_json(folder / STUDY_FILE) or {}
+        remedy = "delete it: the study continues from its trial files, in a new MLflow run"
+        stored = read_json(folder / STUDY_FILE, remedy, ("token", "config", "space", "objectives")) or {}
         _check_same_study(folder, stored, space)
         storage = open_storage(search.storage, search.study, stored.get("token"))
         earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
@@ -98,6 +99,8 @@ def tune(
             check_teachers(space)
             check_ratios(space)
         if not stored:
+            for trial in study.trials.values():  # of a study whose file was lost
+                trial.delivered = False
             write_json(folder / STUDY_FILE, {"token": study.token, **_fixed_settings(space)})
         trains_now = study.remaining > 0
         publisher = Publisher(study, _open_run(study))
