@@ -332,13 +332,27 @@ class Config(Section):
     @property
     def user_functions(self) -> dict[str, str]:
         """The keys that name a user's own `package.module:function`, and these names."""
-        functions = {"model.backbone": self.model.backbone, "teacher.function": self.teacher.function or ""}
-        return {key: name for key, name in functions.items() if ":" in name}
+        return user_functions(self.model_dump(mode="json"))
 
     @property
     def unused_sections(self) -> set[str]:
         """The sections that have no effect with the chosen method."""
         return unused_sections(self.method.name)
+
+
+def user_functions(raw: Any) -> dict[str, str]:
+    """The keys of nested settings that name a user's own `package.module:name`, and these names.
+
+    The settings may be of any kind, as in a checkpoint that was not checked yet.
+    """
+    named = {}
+    for key in ("model.backbone", "method.name", "teacher.function"):
+        section, _, last = key.partition(".")
+        settings = raw.get(section) if isinstance(raw, dict) else None
+        name = settings.get(last) if isinstance(settings, dict) else None
+        if isinstance(name, str) and ":" in name:
+            named[key] = name
+    return named
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

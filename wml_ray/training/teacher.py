@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint, epoch_folder, read_checkpoint
-from wml_ray.checkpoints.load import config_and_spec, rebuild_tree
+from wml_ray.checkpoints.load import check_trusted, config_and_spec, rebuild_tree
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.readers import image_spec
@@ -126,6 +126,13 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
     peer, epoch = config.teacher.peer, result["test_epoch"]
     try:
         checkpoint = read_checkpoint(epoch_folder(folder / "checkpoints", epoch))
+    except (DamagedCheckpoint, *UNREADABLE) as error:
+        raise _refused(config, f"{one_line(error)}; restore its files, or train it again") from None
+    remedy = "if you trust it, name it as model.backbone or teacher.function of this run instead"
+    check_trusted(
+        checkpoint, f"teacher.run = '{shortened(config.teacher.run)}'", remedy, config.user_functions.values()
+    )
+    try:
         tree = rebuild_tree(checkpoint, f"of epoch {epoch}")
         own_config, own_spec = config_and_spec(checkpoint, f"of epoch {epoch}")
         statistics = checkpoint.metadata["normalisation"]["mean"], checkpoint.metadata["normalisation"]["std"]
