@@ -39,6 +39,7 @@ from wml_ray.settings import (
 from wml_ray.storage.paths import to_path
 
 MAX_PEERS, MAX_WORKERS = 64, 4096
+MAX_PIXELS = 100_000_000
 
 
 class DataConfig(Section):
@@ -74,6 +75,9 @@ class DataConfig(Section):
     )
     skip_bad: bool = Field(
         False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
+    )
+    max_pixels: Count = Field(
+        MAX_PIXELS, description="images with more pixels are refused by their header, unread; `imagefolder` only"
     )
     train_images: Count | None = Field(
         None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
