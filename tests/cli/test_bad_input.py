@@ -92,6 +92,14 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["scale.workers=-1"], ["scale.workers = -1", "[min, max]"]),
         (["scale.workers=[3, 1]"], ["scale.workers = [3, 1]", "[1, 4]"]),
         (["scale.workers=[1]"], ["scale.workers = [1]", "[min, max]"]),
+        (
+            ["run.storage_path=http://ann:4711@host/folder"],
+            ["run.storage_path: an address with a user or a password", "AWS_ACCESS_KEY_ID"],
+        ),
+        (["run.storage_path=http://ann:/47?1#1@host"], ["run.storage_path: an address with a user or a password"]),
+        (["run.storage_path=http://ann:4711: x@host"], ["run.storage_path: an address with a user or a password"]),
+        (["run.storage_path={http://ann:4711@host"], ["override 'run.storage_path=...'"]),
+        (["method.name=kd", "teacher.run=s3://ann:4711@bucket/run"], ["teacher.run: an address with a user"]),
         (["run.name=a/b"], ["run.name = 'a/b'", "letters, digits"]),
         (
             ["model.sharing=[1, 1, 1, 1, 2]", "pruning.ratios=[0.0, 0.5]"],
@@ -102,6 +110,7 @@ def refusal(tmp_path, monkeypatch, capfd):
 )
 def test_a_wrong_setting_is_refused_with_key_value_and_correction(refusal, config, verb, overrides, expected):
     line = refusal(verb, config, *overrides)
+    assert "4711" not in line
     assert [words for words in expected if words not in line] == [], line
 
 

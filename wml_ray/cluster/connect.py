@@ -20,6 +20,7 @@ from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path
 from wml_ray.storage.runs import absolute_run
 from wml_ray.tracking.client import tracking_environment
+from wml_ray.tracking.runs import TrackedRun
 
 
 def join_cluster(verbose: bool = False) -> None:
@@ -47,17 +48,30 @@ def join_cluster(verbose: bool = False) -> None:
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """Import path, credentials and lease that the driver sends to its workers."""
+    """Import path, credentials, lease and MLflow run that the driver sends to its workers."""
 
     import_path: list[str]  # for the user's own backbone
     variables: dict[str, str] = field(repr=False)  # with secrets
     lease: Lease | None
+    tracked: TrackedRun | None = field(default=None, repr=False)  # its address may hold a password
 
     @classmethod
-    def capture(cls, folder: Path, lease: Lease | None) -> WorkerEnvironment:
+    def capture(cls, folder: Path, lease: Lease | None, tracked: TrackedRun | None = None) -> WorkerEnvironment:
         """The environment of this process, for a worker that writes into `folder`."""
         credentials = storage_environment() if is_remote(folder) else {}
-        return cls([path for path in sys.path if path], tracking_environment() | credentials, lease)
+        return cls([path for path in sys.path if path], tracking_environment() | credentials, lease, tracked)
+
+    def send(self) -> WorkerEnvironment | ray.ObjectRef:
+        """A reference for the settings of a run or a trial, of which Ray keeps and exports copies: it has no secret.
+
+        Without a cluster there are no such copies, and it is this object.
+        """
+        return ray.put(self) if ray.is_initialized() else self
+
+    @classmethod
+    def receive(cls, sent: WorkerEnvironment | ray.ObjectRef) -> WorkerEnvironment:
+        """The environment that was sent."""
+        return sent if isinstance(sent, cls) else ray.get(sent)
 
     def apply(self) -> None:
         """Extend the import path and the environment variables of this process."""

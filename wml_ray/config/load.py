@@ -108,7 +108,7 @@ def validation_message(error: ValidationError, fields: Mapping[str, Any]) -> str
         return f"unknown key {_quoted(key)}{_did_you_mean(key)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{message}{more}"
+        return f"{message if not key or key in message else f'{key}: {message}'}{more}"
     field = fields.get(key) or fields.get(key.rpartition(".")[0])
     meaning = f" ({field.description})" if field is not None else ""
     value = shortened(repr(first["input"]))
@@ -122,7 +122,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text)
     except UserError as error:
-        raise UserError(f"override {_quoted(override)}: the value is not valid YAML: {error}") from None
+        shown = f"{key}=..." if "@" in text else override  # the value may hold a password
+        raise UserError(f"override {_quoted(shown)}: the value is not valid YAML: {error}") from None
     _set(raw, key, value)
 
 

@@ -28,6 +28,7 @@ from wml_ray.settings import (
     IMPORT_PATH,
     MAX_INTEGER,
     NAME,
+    Address,
     Count,
     CountOrZero,
     NonNegative,
@@ -230,7 +231,7 @@ class ScaleConfig(Section):
 class RunConfig(Section):
     """Storage, name, checkpoints and tracking of a run."""
 
-    storage_path: Text = Field(
+    storage_path: Address = Field(
         "results", description="folder of all runs, or an address such as s3://bucket/folder, that all nodes can reach"
     )
     name: Annotated[str, Field(pattern=NAME)] = Field(

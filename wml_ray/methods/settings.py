@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from wml_ray.settings import Count, CountOrZero, NonNegative, Section, Share, Temperature, Text
+from wml_ray.settings import Address, Count, CountOrZero, NonNegative, Section, Share, Temperature
 
 MethodName = Literal["wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer"]
 TEACHER_METHODS = ("kd",)
@@ -22,7 +22,7 @@ class MethodConfig(Section):
 class TeacherConfig(Section):
     """The frozen teacher of a method of `TEACHER_METHODS`; no other method reads it."""
 
-    run: Text | None = Field(
+    run: Address | None = Field(
         None, description="finished run that teaches: its folder or address, or its run id below `run.storage_path`"
     )
     peer: CountOrZero | None = Field(0, description="peer of `teacher.run` that teaches; null is the mean of all")
