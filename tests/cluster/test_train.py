@@ -125,9 +125,10 @@ def test_a_sender_waits_until_its_own_message_is_processed_or_refused():
     assert received == [1, 2]
 
 
-def test_ctrl_c_during_training_on_workers_prints_how_to_continue(workplace):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_sigterm_during_training_on_workers_prints_how_to_continue(workplace, number):
     config = tiny_config("scale.workers=1", "scale.cpus_per_worker=1", "optim.epochs=400")
-    interrupt_training(config)
+    interrupt_training(config, number)
 
 
 def test_a_run_continues_with_another_number_of_workers(workplace):

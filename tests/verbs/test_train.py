@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from deadline import DEADLINE_S
 from family import DIVERGES, tiny_config
 from runs import assert_bit_equal, client, ignore, interrupt_training, only_run, start_training, steps, wait_for_epoch
 
@@ -108,10 +109,11 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
 
 
 @pytest.mark.slow
-def test_after_ctrl_c_the_same_command_continues(workplace):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.core)])
+def test_after_ctrl_c_or_sigterm_the_same_command_continues(workplace, number):
     config = tiny_config("optim.epochs=40", "data.batch_size=32")
-    interrupt_training(config)
-    assert start_training().wait(120) == 0
+    interrupt_training(config, number)
+    assert start_training().wait(DEADLINE_S) == 0
     assert only_run().info.status == "FINISHED"
     assert steps(only_run(), "train/loss") == list(range(1, 41))
 

@@ -21,7 +21,7 @@ from deadline import DEADLINE_S
 from family import tiny_config, write_study
 from postgres import postgres
 from ray import tune as ray_tune_api
-from runs import client, steps
+from runs import client, end, steps
 from studies import ACCURACY, ALPHA, children, small_space
 
 from wml_ray.cli.main import main
@@ -31,6 +31,7 @@ from wml_ray.errors import UserError
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import DIED
 from wml_ray.search.trials import TrialStore
+from wml_ray.storage.lease import LEASE_FILE
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.tracking.results import load_study
 from wml_ray.verbs.tune import StudyResult, tune
@@ -363,9 +364,26 @@ def test_the_same_command_continues_a_study_whose_driver_was_killed(workplace):
     assert not list(folder.parent.glob(".ray/*"))
 
 
-def start_tune():
+def test_after_sigterm_the_same_command_continues_a_study(workplace):
+    config = tiny_config("optim.epochs=40", "scale.cpus_per_worker=1")
+    write_study(workplace, config)
+    folder = Path("results/wml-alpha")
+    process = start_tune()
+    while not list(folder.glob("trials/*/*/checkpoints/epoch-0002")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    assert "the same command continues" in end(process, signal.SIGTERM)
+    assert {run.info.status for run in [parent("wml-alpha"), *children("wml-alpha")]} == {"KILLED"}
+    assert not (folder / LEASE_FILE).exists()
+    process = start_tune("--trials", "1")
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, errors
+    assert [run.info.status for run in children("wml-alpha") if run.data.metrics] == ["FINISHED"] * 2
+
+
+def start_tune(*more):
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
-    command += ["--scheduler", "none", "--storage", "sqlite:///optuna.db"]
+    command += ["--scheduler", "none", "--storage", "sqlite:///optuna.db", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

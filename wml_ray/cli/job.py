@@ -69,8 +69,8 @@ def run_job(job: Job) -> int:
         enter_ray_job(job.verbose)
     try:
         return _train(job) if job.verb == "train" else _tune(job)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)("interrupted; the same command continues from the last checkpoint") from None
 
 
 def _train(job: Job) -> int:

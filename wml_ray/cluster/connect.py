@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ def join_cluster(verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address or "local",  # by default Ray searches for a cluster of this machine, and waits for one that died
@@ -44,6 +47,10 @@ def join_cluster(verbose: bool = False) -> None:
             f"({one_line(error)}); check the address; with token authentication set "
             "RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
+    finally:
+        # Ray's own handler ends the process without the clean-up that an exception brings about
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @dataclass(frozen=True)
