@@ -5,7 +5,7 @@
 # make lint types     ruff and mypy
 # make docs           write docs/config.md, the table of all config keys
 # make bench          the benchmarks of benchmarks/README.md
-# make lock           resolve requirements.lock again, for changed dependencies; UPGRADE=--upgrade for newer versions
+# make lock           resolve requirements.lock and deploy/wml-ray.lock again; UPGRADE=--upgrade for newer versions
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -62,3 +62,5 @@ bench: install
 lock: install
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
 		$(UPGRADE) pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile --python-platform linux --python-version 3.11 --generate-hashes --no-annotate --no-header \
+		--extra s3 --extra gs --extra postgres -c requirements.lock $(UPGRADE) pyproject.toml -o deploy/wml-ray.lock

@@ -17,6 +17,7 @@ from wml_ray.training.teacher import FrozenTeacher
 
 SCORES = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
 SPEC = ImageSpec(1, 8, 10)
+DIVERGES = ["optim.learning_rate=100", "optim.weight_decay=10", "optim.schedule=constant"]  # parameters grow 999-fold
 
 
 def stages(spec: ImageSpec) -> list[nn.Module]:

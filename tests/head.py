@@ -43,7 +43,7 @@ class Head:
         with (folder / "head.log").open("w") as log:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("ray")), *map(str, command)],
-                env=self.environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0"),
+                env=self.environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", RAY_TRAIN_ENABLE_STATE_TRACKING="1"),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -101,6 +101,14 @@ class Head:
     def metrics(self):
         """The metrics that Prometheus would read."""
         return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
+
+    def train_runs(self):
+        """The runs of Ray Train with their settings, as its dashboard has them."""
+        token = (self.home / ".ray" / "auth_token").read_text()
+        request = urllib.request.Request(
+            f"{self.url}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}
+        )
+        return urllib.request.urlopen(request, timeout=30).read().decode()
 
     def stop(self):
         self.process.terminate()

@@ -12,8 +12,10 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.storage.lease import LEASE_FILE
 
 TESTS = Path(__file__).parent
+END_S = 30.0  # for the end after a signal: less than 10 s on an idle machine
 
 
 def client():
@@ -41,7 +43,7 @@ def assert_bit_equal(one, other):
 
 
 def start_training():
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "wml_ray", "train", "config.yaml"],
         env=environment,
@@ -60,14 +62,24 @@ def wait_for_epoch(checkpoints, epoch, process, timeout_s=DEADLINE_S):
         time.sleep(0.005)
 
 
-def interrupt_training(config):
-    """Start `wml-ray train` of this config, and press Ctrl-C after its first epoch."""
+def interrupt_training(config, number):
+    """Start `wml-ray train` of this config, and send it SIGINT or SIGTERM after its first epoch."""
     Path("config.yaml").write_text(config.to_yaml())
     process = start_training()
     wait_for_epoch(Checkpoints(config.run_folder / "checkpoints", 2), 1, process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 1
+    errors = end(process, number)
     assert "the same command continues" in errors
-    assert "Traceback" not in errors
     assert only_run().info.status == "KILLED"
+    assert not (config.run_folder / LEASE_FILE).exists()
+
+
+def end(process, number):
+    """Send a process SIGINT or SIGTERM; returns what it writes to stderr."""
+    start_s = time.monotonic()
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    print("ended after", time.monotonic() - start_s, "s")
+    assert time.monotonic() - start_s < END_S
+    assert process.returncode == {signal.SIGINT: 1, signal.SIGTERM: 143}[number], errors
+    assert "Traceback" not in errors
+    return errors

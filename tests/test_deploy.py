@@ -245,11 +245,27 @@ def test_the_images_install_by_hash():
         words = shlex.split(command)
         assert words[:2] == ["pip", "install"]
         assert "--require-hashes" in words or words[2:] == ["--no-deps", "--no-build-isolation", "."]
-    for lock in (ROOT / "requirements.lock", DEPLOY / "mlflow.lock"):
+    for lock in (ROOT / "requirements.lock", DEPLOY / "mlflow.lock", DEPLOY / "wml-ray.lock"):
         pins, hashes = (
             re.findall(pattern, lock.read_text(), re.M) for pattern in (r"^\S+==", r"\\\n    --hash=sha256:")
         )
         assert len(pins) <= len(hashes)
+
+
+def packages(lock):
+    """Names and versions in a lock file."""
+    return dict(re.findall(r"^([\w.-]+)(?:\[\w+\])?==([^\s;]+)", lock.read_text(), re.M))
+
+
+def test_the_training_image_has_the_locked_versions_no_tool_of_the_developers_and_the_clients_of_the_manifests():
+    image, everything = packages(DEPLOY / "wml-ray.lock"), packages(ROOT / "requirements.lock")
+    assert not image.keys() & {"pytest", "hypothesis", "ruff", "mypy", "moto", "playwright", "uv"}
+    assert {name: version for name, version in image.items() if everything.get(name, version) != version} == {}
+    clients = {"s3": "s3fs", "gs": "gcsfs"}
+    texts = "".join((DEPLOY / name).read_text() for name in [*KUBERNETES, *CLOUDS])
+    used = set(re.findall(r"run.storage_path=(\w+)://", texts))
+    assert used == set(clients)
+    assert {clients[protocol] for protocol in used} <= image.keys()
 
 
 def test_the_images_contain_exactly_the_files_sent_to_the_builder():
@@ -451,7 +467,9 @@ def test_every_file_that_is_named_exists(path):
     assert [file for file in named if not (ROOT / file).exists()] == []
 
 
-@pytest.mark.parametrize("path", [*KUBERNETES, *CLOUDS, "Dockerfile", "Dockerfile.dockerignore", "mlflow.lock"])
+@pytest.mark.parametrize(
+    "path", [*KUBERNETES, *CLOUDS, "Dockerfile", "Dockerfile.dockerignore", "mlflow.lock", "wml-ray.lock"]
+)
 def test_no_registry_and_no_package_index_is_named(path):
     text = (DEPLOY / path).read_text()
     assert set(HOST.findall(text)) <= HOSTS

@@ -1,6 +1,9 @@
 import errno
 import json
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,18 +35,37 @@ def saved(start, folder):
 
 @pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)
 def test_a_loaded_tree_equals_the_saved_one_and_a_peer_its_path_through_the_tree(saved, start):
-    tree = load_tree(str(saved))
+    tree = load_tree(str(saved), trust=True)
     assert not tree.training
     assert all(torch.equal(tensor, start.model[name]) for name, tensor in tree.state_dict().items())
     images = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         logits_MBK = tree(images)
         for index in range(4):
-            peer = load_peer(str(saved), index)
+            peer = load_peer(str(saved), index, trust=True)
             assert not peer.training
             assert torch.equal(peer(images), logits_MBK[index])
     with pytest.raises(UserError, match="no peer 4; give a number from 0 to 3"):
-        load_peer(str(saved), 4)
+        load_peer(str(saved), 4, trust=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("model", "backbone"), ("method", "name"), ("teacher", "function")], ids=str
+)
+def test_code_that_a_checkpoint_names_runs_only_if_it_is_trusted(start, empty_workplace, monkeypatch, section, key):
+    """Modules of the working directory are not even then on the import path."""
+    (empty_workplace / "evil.py").write_text("open('ran', 'w').close()")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path or ".").resolve() != Path.cwd()])
+    config = tiny_config("model.backbone=resnet20").model_dump(mode="json")
+    config[section][key] = "evil:stages"
+    checkpoints = Checkpoints(empty_workplace / "checkpoints", 1)
+    checkpoints.save(changed(start, "metadata", config=config))
+    for load in (load_tree, partial(load_peer, index=0)):
+        with pytest.raises(UserError, match=rf"would run evil:stages, its {section}\.{key}; pass trust=True"):
+            load(checkpoints.path(0))
+        with pytest.raises(UserError):
+            load(checkpoints.path(0), trust=True)
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("folder", ["local"], indirect=True)

@@ -38,4 +38,4 @@ def test_the_status_file_holds_those_errors_that_a_retry_cannot_mend(workplace, 
     with pytest.raises(error, match="its message"):
         train.train_loop_per_worker(settings)
     written = kind and {"kind": kind, "error": "its message"}
-    assert read_json(config.run_folder / train.STATUS_FILE) == written
+    assert read_json(config.run_folder / train.STATUS_FILE, "") == written

@@ -7,6 +7,7 @@ import torch
 from small_sets import digits, fashion_mnist, make_fashion_mnist, one_line
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from wml_ray.cli.main import main
 from wml_ray.config.load import parse_config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
@@ -42,6 +43,43 @@ def test_a_broken_idx_file_is_named_with_the_correction(tmp_path, name, compress
     with pytest.raises(UserError, match="again") as caught:
         fashion_mnist(tmp_path)
     assert str(path) in one_line(caught) or "do not match" in one_line(caught)
+
+
+def with_sizes(*sizes):
+    """A change of an IDX header."""
+    return lambda raw: raw[:4] + b"".join(size.to_bytes(4, "big") for size in sizes) + raw[4 + 4 * len(sizes) :]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train-images-idx3-ubyte", lambda raw: b"\0\0\x08\x01" + raw[4:]),
+        ("train-images-idx3-ubyte", lambda raw: b"\0\0\x0d\x03" + raw[4:]),
+        ("train-images-idx3-ubyte", with_sizes(200, 14, 56)),
+        ("train-images-idx3-ubyte", with_sizes(100, 28, 28)),
+        ("t10k-labels-idx1-ubyte", lambda raw: b"\0\0\x08\x03" + raw[4:]),
+        ("t10k-labels-idx1-ubyte", with_sizes(25)),
+    ],
+    ids=["magic number", "floats", "other shape", "other number", "magic number of labels", "other number of labels"],
+)
+def test_an_idx_file_of_another_kind_or_shape_is_refused(tmp_path, name, change):
+    make_fashion_mnist(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"{name} is cut short or not an IDX file") as caught:
+        fashion_mnist(tmp_path)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("label", [10, 255])
+def test_a_label_that_is_no_class_is_refused_also_by_plan(tmp_path, capsys, label):
+    make_fashion_mnist(tmp_path)
+    path = tmp_path / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([label]))
+    (tmp_path / "c.yaml").write_text(f"data: {{name: fashion_mnist, root: {tmp_path}}}")
+    assert main(["plan", str(tmp_path / "c.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"label {label} of fashion_mnist is none of its 10 classes" in line
 
 
 def test_a_missing_companion_is_named_with_the_correction(tmp_path):

@@ -1,6 +1,8 @@
 """Search spaces: valid ones map points to configs, all others are refused before the first trial."""
 
 import itertools
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -87,11 +89,22 @@ def test_uniform_points_give_the_distribution_of_sorted_uniform_ratios():
         ({"model.sharing": tune.choice([[1, 2, 4, 4], [1, 2, 2, 2]])}, r"the space contains .* 4 entries but"),
         ({"optim.warmup_epochs": tune.uniform(0, 9)}, r"must be less than optim.epochs"),
         ({}, r"must return a dict"),
+        ({1: tune.uniform(0, 1)}, r"key 1 must be a config key"),
+        ({"wml.alpha": tune.choice([])}, r"'wml.alpha': The `choices` must contain"),
+        ({"wml.alpha": tune.choice(["x" * 10**6])}, r"wml.alpha = 'xxx"),
+        ({"wml.update_every": tune.randint(1, 10**400)}, r"wml.update_every = 999"),
+        ({"pruning.ratios": increasing(0, None)}, r"'pruning.ratios': increasing\(lower, upper\) .* lower < upper"),
+        ({"pruning.ratios": increasing(0, float("nan"))}, r"'pruning.ratios': increasing"),
+        (
+            {"pruning.ratios": increasing(0, 0.5), "pruning.ratios.0": tune.uniform(0, 0.1)},
+            r"'pruning.ratios.0' is a part of 'pruning.ratios', which is searched too",
+        ),
     ],
 )
 def test_a_space_the_config_refuses_is_an_error(domains, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         make_space(tiny_config(), domains, ACCURACY)
+    assert len(str(raised.value)) < 1500
 
 
 @pytest.mark.parametrize(
@@ -101,6 +114,8 @@ def test_a_space_the_config_refuses_is_an_error(domains, message):
         ({"val/accuracy/peer9": "max"}, r"is not logged; allowed: val/accuracy/peer0"),
         ({"val/accuracy/peer0": "most"}, r"allowed: 'max', 'min'"),
         ({}, r"OBJECTIVES must be"),
+        ({1: "max"}, r"objective '1' is not logged"),
+        ({"val/accuracy/peer0": "x" * 10**6}, r"mode 'xxx"),
     ],
 )
 def test_objectives_are_logged_metrics_but_never_of_the_test_images(objectives, message):
@@ -124,6 +139,29 @@ def test_a_broken_space_file_is_one_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as raised:
         load_space(path, tiny_config())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "while True: pass",
+        "def space():\n  while True:\n    try: 1 / 0\n    except BaseException: pass\nOBJECTIVES = {}",
+        "import time\ntime.sleep(60)",
+    ],
+)
+def test_an_endless_space_file_is_refused_within_ten_seconds(empty_workplace, text):
+    """In a process of its own, with whose end the endless loop ends."""
+    (empty_workplace / "space.py").write_text(text)
+    script = (
+        "import sys\nfrom wml_ray.cluster import space\nfrom wml_ray.config.load import parse_config\n"
+        "assert space.RUN_S <= 10\nspace.RUN_S = 0.5\n"
+        "try: space.load_space('space.py', parse_config({}))\n"
+        "except ValueError as error: print(error)"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("space file space.py has not ended within 0 s"), ended.stdout
 
 
 def test_a_mistake_in_the_space_writes_no_file(empty_workplace, capsys):

@@ -45,6 +45,18 @@ def test_the_best_trial_has_the_best_first_objective_and_the_best_values_are_of_
     assert study.best_values() == {"val/accuracy/peer0": 0.9, "peers/macs/tree": 3.0}
 
 
+@pytest.mark.parametrize("content", [b"", b'{"number": 1, ', b"[]", b"{}", b"\xff", b'{"number": 1, "what": 2}'])
+def test_a_damaged_trial_file_costs_that_trial_and_its_number_is_not_used_again(tmp_path, content):
+    store = TrialStore(tmp_path)
+    for number in range(2):
+        store.write(complete(number, 0.9, 5.0))
+    (tmp_path / "trials" / "0001" / "trial.json").write_bytes(content)
+    with pytest.warns(UserWarning, match=r"0001/trial\.json is damaged .*continues without this trial"):
+        study = Study(small_space(), SearchConfig(study="cut", trials=2), tmp_path, "token")
+    assert (list(study.trials), study.remaining) == ([0], 1)
+    assert study.add_trial({"wml.alpha": 0.1}, {}).number == 2
+
+
 def test_the_config_of_a_trial_names_its_study_and_keeps_the_run_id(tmp_path):
     space = small_space()
     study = Study(space, SearchConfig(study="named", trials=1), tmp_path, "token")

@@ -1,8 +1,14 @@
+import errno
+import time
+from pathlib import Path
+
 import pytest
 
+from wml_ray.cli.main import main
+from wml_ray.errors import UserError
 from wml_ray.storage import retry
 from wml_ray.storage.paths import to_path
-from wml_ray.storage.retry import RetryQueue, retry_for, retry_storage
+from wml_ray.storage.retry import RetryQueue, StorageUnavailable, retry_for, retry_storage
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,52 @@ def test_permanent_and_other_errors_are_raised_at_once(error):
 def test_a_missing_client_package_is_reported_at_once():
     with pytest.raises(ImportError, match="install s3fs"):
         retry_storage(failing(1, ImportError("install s3fs")), to_path("memory://bucket/folder"))
+
+
+class Refused(Exception):
+    """As MLflow's exception for HTTP status 401."""
+
+    def get_http_status_code(self):
+        return 401
+
+
+NoCredentialsError = type("NoCredentialsError", (Exception,), {})
+TOO_LONG = OSError(errno.ENAMETOOLONG, "File name too long")
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "expected"),
+    [
+        ("memory://bucket/folder", ModuleNotFoundError("no s3fs"), ImportError),
+        ("memory://bucket/folder", PermissionError("wrong key"), StorageUnavailable),
+        ("memory://bucket/folder", NoCredentialsError("none"), StorageUnavailable),
+        ("folder", PermissionError(errno.EACCES, "denied"), StorageUnavailable),
+        ("folder", TOO_LONG, UserError),
+    ],
+)
+def test_an_error_that_cannot_pass_is_raised_at_the_first_attempt(path, error, expected):
+    call = failing(1, error)
+    with pytest.raises(expected) as raised:
+        retry_storage(call, to_path(path))
+    assert raised.type in (expected, type(error))
+    assert call() == 2
+
+
+def test_a_path_that_is_too_long_is_one_line_at_once(empty_workplace, capsys):
+    Path("c.yaml").write_text("seed: 0")
+    assert main(["plan", "c.yaml", f"run.storage_path={'x' * 300}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in line
+    assert "x" * 201 not in line
+
+
+@pytest.mark.parametrize("error", [Refused(), ImportError("no psycopg"), PermissionError("wrong key")])
+def test_a_closed_queue_does_not_wait_for_an_error_that_cannot_pass(error):
+    queue = RetryQueue("waits ({})")
+    queue.put(failing(10**9, error))
+    start_s = time.monotonic()
+    assert queue.close(30) == 1
+    assert time.monotonic() - start_s < 10
 
 
 @pytest.mark.filterwarnings("ignore:waits")

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from deadline import DEADLINE_S
 from head import Head
 from mlflow import MlflowClient
+from servers import Server, guarded
 
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.load import load_config
@@ -178,6 +180,36 @@ def test_passed_variables_reach_drivers_and_workers_but_no_log(head, client, tmp
     passed = list(head.temp.rglob(ENVIRONMENT_FILE))
     assert passed
     assert not any(path.stat().st_mode & 0o077 for path in passed)
+
+
+def test_no_password_of_a_job_is_shown_written_or_kept(head, client, tmp_path):
+    """It is looked for in output, command lines, logs and state of Ray, files of the run and MLflow's database."""
+    server, words = Server(tmp_path / "server"), [*SMALL, "optim.epochs=2", "scale.workers=1", "run.name=secret"]
+    server.folder.mkdir()
+    server.start()
+    seen = set()
+    try:
+        server.wait()
+        with guarded(server, "ann", SECRET) as address:
+            passwords = {
+                "MLFLOW_TRACKING_URI": address.replace("//", f"//ann:{SECRET}@"),
+                "AWS_SECRET_ACCESS_KEY": SECRET,
+                "OPTUNA_STORAGE": f"postgresql://ann:{SECRET}@127.0.0.1:9/none",
+            }
+            process = head.start("submit", "train", *words, folder=tmp_path, **passwords)
+            while process.poll() is None:
+                seen.add(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout)
+                time.sleep(0.2)
+        seen |= {*process.communicate(), head.train_runs(), str(client.get_job_info(run_id(*words)))}
+    finally:
+        server.kill()
+    assert process.returncode == 0, seen
+    assert any("secret" in text and "train_loop_config" in text for text in seen), "Ray's state has no such run"
+    assert [text for text in seen if SECRET in text] == []
+    files = [path for folder in (head.temp, tmp_path) for path in folder.rglob("*") if path.is_file()]
+    assert {"server.db", "result.json", "raylet.out"} <= {path.name for path in files}
+    holding = {path.name for path in files if SECRET.encode() in path.read_bytes()}
+    assert holding <= {ENVIRONMENT_FILE}  # of a working directory; only its owner can read it
 
 
 def test_the_dashboard_of_the_cluster_at_ray_address_is_used_where_a_host_has_two(head, tmp_path_factory):

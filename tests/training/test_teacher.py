@@ -157,11 +157,16 @@ REFUSED = {
     "another seed": (None, ["seed=1"], r"trained with seed=0, this run has 1.*train a teacher with seed=1"),
     "another split": (None, ["data.validation_fraction=0.2"], r"trained with data.validation_fraction=0.1, this run"),
     "other images": (None, ["data.name=cifar10"], r"images of 1x8x8 and 10 classes, this run has 3x32x32 and 10"),
+    "other code": (
+        None,
+        ["model.backbone=resnet20", "model.sharing=[1,1,2,4,4]"],
+        r"would run family:stages, its model",
+    ),
     "no such peer": (None, ["teacher.peer=4"], r"teacher.peer = 4: .* has the peers 0 to 3, or null for all"),
     "no such run": (None, ["teacher.run=elsewhere"], r"'elsewhere': there is no such folder, and no run of this id"),
     "unfinished": (unfinished, [], r"the run has not finished.*no result.json; train it to its end"),
     "damaged": (damaged, [], r"model.safetensors does not match its digest.*restore its files"),
-    "no JSON": (broken, [], r"result.json cannot be read"),
+    "no JSON": (broken, [], r"result.json is damaged .*; restore it"),
 }
 
 

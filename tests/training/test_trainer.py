@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import workers
-from family import taught_by, tiny_config
+from family import DIVERGES, taught_by, tiny_config
 
 from wml_ray.config.schema import OptimConfig
 from wml_ray.data.load import load_dataset
@@ -194,8 +194,16 @@ def test_a_trainer_resumed_in_the_middle_of_an_epoch_ends_bit_equal(method, teac
 
 
 def test_a_diverging_loss_names_peer_step_and_learning_rate():
-    with pytest.raises(Diverged, match=r"loss of peers? .* epoch 1, step \d+, learning rate 1e\+30"):
-        fitted("optim.learning_rate=1e30", "optim.schedule=constant")
+    with pytest.raises(Diverged, match=r"loss of peers? .* epoch 1, step \d+, learning rate 100"):
+        fitted(*DIVERGES)
+
+
+def test_a_loss_that_grows_a_thousandfold_is_warned_of_once_with_the_key_to_lower():
+    with pytest.warns(
+        UserWarning, match=r"thousandfold, from \S+ to \S+ at epoch \d+.*lower optim.learning_rate"
+    ) as found:
+        fitted("optim.learning_rate=100", "optim.weight_decay=0", "optim.epochs=2")
+    assert sum("thousandfold" in str(warning.message) for warning in found) == 1
 
 
 def test_a_single_diverging_peer_is_named():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from family import tiny_config
+from deadline import DEADLINE_S
+from family import DIVERGES, tiny_config
 from runs import assert_bit_equal, client, ignore, interrupt_training, only_run, start_training, steps, wait_for_epoch
 
 from wml_ray.checkpoints.store import Checkpoints
@@ -108,22 +109,23 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_with_every_epoch_logged_o
 
 
 @pytest.mark.slow
-def test_after_ctrl_c_the_same_command_continues(workplace):
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.core)])
+def test_after_ctrl_c_or_sigterm_the_same_command_continues(workplace, number):
     config = tiny_config("optim.epochs=40", "data.batch_size=32")
-    interrupt_training(config)
-    assert start_training().wait(120) == 0
+    interrupt_training(config, number)
+    assert start_training().wait(DEADLINE_S) == 0
     assert only_run().info.status == "FINISHED"
     assert steps(only_run(), "train/loss") == list(range(1, 41))
 
 
 def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(workplace, capsys):
-    config = tiny_config("optim.learning_rate=1e30", "optim.schedule=constant", "optim.epochs=2")
+    config = tiny_config(*DIVERGES, "optim.epochs=2")
     (workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["train", "config.yaml"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "peer" in line
     assert "step" in line
-    assert "learning rate 1e+30" in line
+    assert "learning rate 100" in line
     assert "checkpoints" in line
     logged = only_run()
     assert logged.info.status == "FAILED"
@@ -145,6 +147,25 @@ def test_a_damaged_checkpoint_is_skipped_and_no_epoch_is_logged_twice(workplace)
     with pytest.warns(UserWarning, match="epoch-0003 is damaged"):
         train(config, ignore)
     assert steps(only_run(), "train/loss") == [1, 2, 3, 4]
+
+
+def test_damaged_files_of_a_run_are_one_line_and_the_run_ends_alike_once_they_are_deleted(workplace, capsys):
+    config = tiny_config("optim.epochs=1")
+    Path("config.yaml").write_text(config.to_yaml())
+    before = train(config, ignore).result
+    for name in ("run.json", "result.json"):
+        path = config.run_folder / name
+        path.write_bytes(path.read_bytes()[:-20])
+        capsys.readouterr()
+        assert main(["train", "config.yaml"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{path} is damaged (" in line
+        assert "delete it" in line
+        path.unlink()
+        again = train(config, ignore)
+        assert (again.undelivered, again.result["history"]) == (0, before["history"])
+    runs = client().search_runs([client().get_experiment_by_name("wml").experiment_id])
+    assert [(run.info.status, steps(run, "train/loss")) for run in runs] == [("FINISHED", [1])] * 2
 
 
 def test_the_best_epoch_is_tested_with_test_epoch_best(workplace):
@@ -223,6 +244,6 @@ def test_report_compares_the_runs_of_an_experiment(workplace, capsys):
 
 def test_divergence_is_a_runtime_error_for_programs(workplace):
     with pytest.raises(Diverged):
-        train(tiny_config("optim.learning_rate=1e30", "optim.schedule=constant"), ignore)
+        train(tiny_config(*DIVERGES), ignore)
     record = json.loads((next(Path("results").glob("*/*")) / "run.json").read_text())
     assert record["delivered"] is False

@@ -21,7 +21,7 @@ from deadline import DEADLINE_S
 from family import tiny_config, write_study
 from postgres import postgres
 from ray import tune as ray_tune_api
-from runs import client, steps
+from runs import client, end, steps
 from studies import ACCURACY, ALPHA, children, small_space
 
 from wml_ray.cli.main import main
@@ -31,6 +31,7 @@ from wml_ray.errors import UserError
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import DIED
 from wml_ray.search.trials import TrialStore
+from wml_ray.storage.lease import LEASE_FILE
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.tracking.results import load_study
 from wml_ray.verbs.study import StudyResult
@@ -173,6 +174,19 @@ def test_a_study_of_another_folder_cannot_share_the_storage(finished):
         tune(small_space("run.storage_path=elsewhere"), search)
 
 
+def test_a_damaged_study_file_is_one_line_and_the_study_continues_once_it_is_deleted(finished):
+    shutil.copytree("results/whole", "results/copy")
+    path, search = Path("results/copy/study.json"), SearchConfig(study="copy", trials=3, grace_epochs=3)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"study\.json is damaged \(.*\); delete it"):
+        tune(small_space(), search)
+    path.unlink()
+    again = tune(small_space(), search)
+    assert not again.trained_now
+    columns = ["state", "wml.alpha", "val/accuracy/ensemble_weighted"]
+    assert again.study.trials[columns].equals(finished.results[1].study.trials[columns])
+
+
 def test_the_sampler_learns_from_an_earlier_study(finished):
     search = SearchConfig(study="second", trials=1, scheduler="none", storage="sqlite:///second.db")
     tune(small_space(), search, warm_start=["whole"])
@@ -190,8 +204,9 @@ def test_an_earlier_study_that_does_not_exist_is_one_line(finished):
 @pytest.mark.usefixtures("ray_cluster")
 def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(workplace):
     """Trial 0 diverges; trial 1 is killed and may not restart."""
-    domains = {"optim.learning_rate": ray_tune_api.choice([0.05, 0.1, 1e30])}
-    space = small_space("scale.max_failures=0", "optim.schedule=constant", "optim.epochs=20", domains=domains)
+    domains = {"optim.learning_rate": ray_tune_api.choice([0.05, 0.1, 100.0])}
+    decay = ["optim.weight_decay=10", "optim.schedule=constant"]
+    space = small_space("scale.max_failures=0", *decay, "optim.epochs=20", domains=domains)
     killed = []
 
     def kill_trial_1(study):
@@ -199,7 +214,7 @@ def test_trials_that_diverge_or_die_are_failed_in_all_stores_and_never_best(work
             killed.append(max(trial_processes(study, 1)))
             os.kill(killed[0], signal.SIGKILL)
 
-    start = [{"optim.learning_rate": 1e30}, {"optim.learning_rate": 0.05}]
+    start = [{"optim.learning_rate": 100.0}, {"optim.learning_rate": 0.05}]
     search = SearchConfig(
         study="bad", trials=4, scheduler="none", storage="sqlite:///bad.db", sampler="random", concurrent=1
     )
@@ -350,9 +365,26 @@ def test_the_same_command_continues_a_study_whose_driver_was_killed(workplace):
     assert not list(folder.parent.glob(".ray/*"))
 
 
-def start_tune():
+def test_after_sigterm_the_same_command_continues_a_study(workplace):
+    config = tiny_config("optim.epochs=40", "scale.cpus_per_worker=1")
+    write_study(workplace, config)
+    folder = Path("results/wml-alpha")
+    process = start_tune()
+    while not list(folder.glob("trials/*/*/checkpoints/epoch-0002")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    assert "the same command continues" in end(process, signal.SIGTERM)
+    assert {run.info.status for run in [parent("wml-alpha"), *children("wml-alpha")]} == {"KILLED"}
+    assert not (folder / LEASE_FILE).exists()
+    process = start_tune("--trials", "1")
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, errors
+    assert [run.info.status for run in children("wml-alpha") if run.data.metrics] == ["FINISHED"] * 2
+
+
+def start_tune(*more):
     command = [sys.executable, "-m", "wml_ray", "tune", "c.yaml", "--space", "alpha.py", "--trials", "4"]
-    command += ["--scheduler", "none", "--storage", "sqlite:///optuna.db"]
+    command += ["--scheduler", "none", "--storage", "sqlite:///optuna.db", *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint, read_checkpoint
 from wml_ray.config.load import parse_config
-from wml_ray.config.schema import Config
+from wml_ray.config.schema import Config, user_functions
 from wml_ray.data.splits import seed_for
-from wml_ray.errors import UserError, one_line
+from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
@@ -20,31 +20,48 @@ from wml_ray.pruning.widths import apply_channel_widths
 from wml_ray.storage.paths import to_path
 
 
-def load_tree(folder: str | Path) -> PeerTree:
+def load_tree(folder: str | Path, trust: bool = False) -> PeerTree:
     """The tree of a checkpoint, in evaluation mode on the CPU.
 
     `folder` is the folder of one checkpoint, such as `results/wml/RUN/checkpoints/epoch-0030`, or its address in remote
     storage. Parameters and buffers equal those of the checkpoint bit for bit. Inputs (B, channels, height, width),
     normalised as `plan.json` says, give logits (M, B, classes).
 
+    A checkpoint may name a network as `package.module:function`, any function of any module on the import path. It is
+    imported and called with `trust=True` only.
+
     Raises:
         DamagedCheckpoint: a file is missing, a digest does not match, or the tensors do not fit the network.
         StorageUnavailable: the storage failed for ten minutes.
-        UserError: the backbone cannot be imported.
+        UserError: the backbone is the user's own and not trusted, or cannot be imported.
     """
-    return rebuild_tree(read_checkpoint(to_path(folder)), folder).eval()
+    checkpoint = read_checkpoint(to_path(folder))
+    if not trust:
+        check_trusted(checkpoint, f"checkpoint {folder}", "pass trust=True if you trust it")
+    return rebuild_tree(checkpoint, folder).eval()
 
 
-def load_peer(folder: str | Path, index: int) -> nn.Module:
+def load_peer(folder: str | Path, index: int, trust: bool = False) -> nn.Module:
     """The network of one peer of a checkpoint, otherwise as `load_tree`; inputs give logits (B, classes).
 
     Raises:
         UserError: as `load_tree`, or there is no such peer.
     """
-    tree = load_tree(folder)
+    tree = load_tree(folder, trust)
     if not 0 <= index < tree.num_peers:
         raise UserError(f"{folder} has no peer {index}; give a number from 0 to {tree.num_peers - 1}")
     return tree.peer(index).eval()
+
+
+def check_trusted(checkpoint: Checkpoint, name: str, remedy: str, trusted: Collection[str] = ()) -> None:
+    """Check that to rebuild the checkpoint's tree imports no user's function but the `trusted` ones.
+
+    Raises:
+        UserError: it names another one; the message begins with `name` and ends with `remedy`.
+    """
+    for key, function in user_functions(checkpoint.metadata.get("config")).items():
+        if function not in trusted:
+            raise UserError(f"{name} would run {shortened(function)}, its {key}; {remedy}")
 
 
 def build_tree(config: Config, spec: ImageSpec) -> PeerTree:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from wml_ray.errors import Diverged, UserError
+from wml_ray.errors import Diverged, Terminated, UserError
 from wml_ray.storage.lease import LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
 
 OK, FAILED, USER_ERROR = 0, 1, 2
+TERMINATED = 128 + signal.SIGTERM
 
 
 def exit_code(action: Callable[[], int]) -> int:
     """Run `action` and return its exit code.
 
-    2 after a UserError; 1 after divergence, a storage that fails for too long, a lost lease or an interruption.
+    2 after a UserError; 143 after SIGTERM; 1 after divergence, a storage that fails for too long, a lost lease or
+    Ctrl-C.
     """
     try:
-        return action()
+        with _sigterm_raises():
+            return action()
     except UserError as error:
         print(f"wml-ray: {error}", file=sys.stderr)
         return FAILED if isinstance(error, (LeaseLost, StorageUnavailable)) else USER_ERROR
@@ -28,11 +34,33 @@ def exit_code(action: Callable[[], int]) -> int:
         return FAILED
     except KeyboardInterrupt as interrupt:
         print(f"wml-ray: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return FAILED
+        return TERMINATED if isinstance(interrupt, Terminated) else FAILED
     except BrokenPipeError:
         if not _discard_output():
             raise
         return FAILED
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Raise `Terminated` in the main thread on SIGTERM, as Kubernetes, systemd and `ray job stop` send it.
+
+    A second SIGTERM does not interrupt the clean-up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _discard_output() -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from wml_ray.storage.lease import Lease
 from wml_ray.storage.paths import is_remote, to_path
 from wml_ray.storage.runs import absolute_run
 from wml_ray.tracking.client import tracking_environment
+from wml_ray.tracking.runs import TrackedRun
 
 
 def join_cluster(verbose: bool = False) -> None:
@@ -32,6 +35,7 @@ def join_cluster(verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address or "local",  # by default Ray searches for a cluster of this machine, and waits for one that died
@@ -44,21 +48,38 @@ def join_cluster(verbose: bool = False) -> None:
             f"({one_line(error)}); check the address; with token authentication set "
             "RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
+    finally:
+        # Ray's own handler ends the process without the clean-up that an exception brings about
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @dataclass(frozen=True)
 class WorkerEnvironment:
-    """Import path, credentials and lease that the driver sends to its workers."""
+    """Import path, credentials, lease and MLflow run that the driver sends to its workers."""
 
     import_path: list[str]  # for the user's own code
     variables: dict[str, str] = field(repr=False)  # with secrets
     lease: Lease | None
+    tracked: TrackedRun | None = field(default=None, repr=False)  # its address may hold a password
 
     @classmethod
-    def capture(cls, folder: Path, lease: Lease | None) -> WorkerEnvironment:
+    def capture(cls, folder: Path, lease: Lease | None, tracked: TrackedRun | None = None) -> WorkerEnvironment:
         """The environment of this process, for a worker that writes into `folder`."""
         credentials = storage_environment() if is_remote(folder) else {}
-        return cls([path for path in sys.path if path], tracking_environment() | credentials, lease)
+        return cls([path for path in sys.path if path], tracking_environment() | credentials, lease, tracked)
+
+    def send(self) -> WorkerEnvironment | ray.ObjectRef:
+        """A reference for the settings of a run or a trial, of which Ray keeps and exports copies: it has no secret.
+
+        Without a cluster there are no such copies, and it is this object.
+        """
+        return ray.put(self) if ray.is_initialized() else self
+
+    @classmethod
+    def receive(cls, sent: WorkerEnvironment | ray.ObjectRef) -> WorkerEnvironment:
+        """The environment that was sent."""
+        return sent if isinstance(sent, cls) else ray.get(sent)
 
     def apply(self) -> None:
         """Extend the import path and the environment variables of this process."""

@@ -13,9 +13,11 @@ from ray.tune.search.sample import Categorical, LogUniform, Quantized
 from ray.tune.search.sample import Domain as RayDomain
 
 from wml_ray.config.schema import Config
-from wml_ray.errors import UserError, one_line
+from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.search.space import Domain, Space, check_space, encode
+from wml_ray.storage.retry import call_within
 
+RUN_S = 10.0  # limit for running a space file
 ALLOWED = (
     "tune.uniform, loguniform, quniform, randint, qrandint, lograndint, choice, Optuna's distributions, and "
     "wml_ray.increasing for pruning.ratios"
@@ -31,8 +33,11 @@ def load_space(path: str | Path, base: Config) -> Space:
     path = Path(path)
     try:
         source = path.read_text()
-        names = runpy.run_path(str(path))
-        domains, objectives = names["space"](), names["OBJECTIVES"]
+        domains, objectives = call_within(RUN_S, lambda: _run(path))
+    except TimeoutError:
+        raise UserError(
+            f"space file {path} has not ended within {RUN_S:.0f} s; it must only return the space, see tune_spaces/"
+        ) from None
     except OSError as error:
         raise UserError(f"space file {path}: {error.strerror}; give a Python file, see tune_spaces/") from None
     except KeyError as error:
@@ -45,6 +50,12 @@ def load_space(path: str | Path, base: Config) -> Space:
     return make_space(base, domains, objectives, source, f"space file {path}")
 
 
+def _run(path: Path) -> tuple[Any, Any]:
+    """The domains and the objectives of a space file."""
+    names = runpy.run_path(str(path))
+    return names["space"](), names["OBJECTIVES"]
+
+
 def make_space(
     base: Config, domains: Mapping[str, Any], objectives: dict[str, str], source: str = "", where: str = "space"
 ) -> Space:
@@ -53,10 +64,12 @@ def make_space(
         raise UserError(f"{where}: space() must return a dict of config keys and Ray Tune domains, see tune_spaces/")
     converted = {}
     for key, domain in domains.items():
+        if not isinstance(key, str):
+            raise UserError(f"{where}: key {shortened(repr(key))} must be a config key such as 'wml.alpha'")
         try:
             converted[key] = _distribution(domain)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{where}: '{key}': {error}; allowed: {ALLOWED}") from None
+        except (ValueError, TypeError, OverflowError, LookupError, ArithmeticError, RecursionError) as error:
+            raise UserError(f"{where}: {shortened(repr(key))}: {one_line(error)}; allowed: {ALLOWED}") from None
     space = Space(base, converted, objectives, source)
     check_space(space, where)
     return space

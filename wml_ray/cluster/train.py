@@ -10,7 +10,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -57,12 +56,12 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: OnEvent, lease: Le
         Diverged: training turned non-finite.
         UserError: a mistake in the user's input that only a worker meets, such as an image that cannot be read.
     """
-    settings: dict[str, Any] = {"tracked": asdict(tracked) if tracked else None}
     name = uuid.uuid4().hex
+    environment = WorkerEnvironment.capture(config.run_folder, lease, tracked)
     if config.scale.workers == 0:
-        return _train(config, settings | {"on_event": on_event}, name, lease)
+        return _train(config, {"on_event": on_event}, name, environment)
     with DriverQueue({"on_event": on_event}) as queue:
-        return _train(config, settings | {"on_event": queue.sender("on_event", acknowledge=False)}, name, lease)
+        return _train(config, {"on_event": queue.sender("on_event", acknowledge=False)}, name, environment)
 
 
 def fit_trial(
@@ -83,10 +82,10 @@ def fit_trial(
     """
     with DriverQueue({"log": log, "on_placement": on_placement}) as queue:
         senders = {"log": queue.sender("log"), "on_placement": queue.sender("on_placement", acknowledge=False)}
-        _train(config, senders, name, lease)
+        _train(config, senders, name, WorkerEnvironment.capture(config.run_folder, lease))
 
 
-def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | None) -> int:
+def _train(config: Config, settings: dict[str, Any], name: str, environment: WorkerEnvironment) -> int:
     retry_storage(lambda: (config.run_folder / STATUS_FILE).unlink(missing_ok=True), config.run_folder)
     for noisy in ("ray.train", "ray.data", "ray.tune"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -94,7 +93,7 @@ def _train(config: Config, settings: dict[str, Any], name: str, lease: Lease | N
     settings |= {
         "config": with_absolute_paths(config),
         "threads": training_threads(config, cpus_per_worker(config) if config.scale.workers else None),
-        "worker_environment": WorkerEnvironment.capture(config.run_folder, lease),
+        "worker_environment": environment.send(),
     }
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
@@ -168,13 +167,13 @@ def train_loop_per_worker(settings: dict[str, Any]) -> None:
     Ray Train starts the workers again after any error. An attempt that finds a status file ends at once: the error of
     the attempt before it would occur again.
     """
-    environment: WorkerEnvironment = settings["worker_environment"]
+    environment = WorkerEnvironment.receive(settings["worker_environment"])
     environment.apply()
     config = parse_config(settings["config"])
     if _status(config):
         return
     device = ray.train.torch.get_device() if config.scale.gpu else torch.device("cpu")
-    callbacks = _Callbacks(config, settings)
+    callbacks = _Callbacks(config, settings, environment.tracked)
     worker = callbacks.worker
     notice = PreemptionNotice(lambda: ray.train.get_preemption_info() is not None)
     context = WorkerContext(worker, device, callbacks.report, callbacks.log, environment.lease, notice.preempted)
@@ -208,15 +207,15 @@ class _Callbacks:
     None of it goes through `ray.train.report`: Ray Train takes one report a poll, so short epochs would wait for it.
     """
 
-    def __init__(self, config: Config, settings: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config, settings: Mapping[str, Any], tracked: TrackedRun | None) -> None:
         context = ray.train.get_context()
         self.worker = WorkerRank(context.get_world_rank(), context.get_world_size())
         self._settings, self._gauges = settings, Gauges(config.run_id)
         self._continues = True  # false once the trial was stopped; known on rank 0
         self._tracker: MetricLogger | None = None
         if self.worker.rank == 0:
-            if tracked := settings.get("tracked"):
-                self._tracker = MetricLogger(TrackedRun(**tracked), config.run.system_metrics)
+            if tracked:
+                self._tracker = MetricLogger(tracked, config.run.system_metrics)
             if "on_placement" in settings:
                 settings["on_placement"](get_current_placement_group())
 
@@ -259,7 +258,7 @@ def _raise_retried_error(error: Any) -> None:
 
 def _status(config: Config) -> dict[str, Any]:
     """How the latest attempt ended; empty while it runs."""
-    return read_json(config.run_folder / STATUS_FILE) or {}
+    return read_json(config.run_folder / STATUS_FILE, "run the same command again") or {}
 
 
 def _write_status(config: Config, status: Mapping[str, Any]) -> None:

@@ -29,18 +29,21 @@ from wml_ray.training.worker import WorkerContext, run_worker
 STOP_TIMEOUT_S = 60  # for a stopped trial to finish its epoch and to end its workers
 
 
-def train_trial(settings: dict[str, Any], worker_environment: WorkerEnvironment) -> None:
-    """Train a trial in this actor, or on workers that this actor starts. `settings` are those of `StudySearcher`."""
-    worker_environment.apply()
+def train_trial(settings: dict[str, Any], worker_environment: ray.ObjectRef) -> None:
+    """Train a trial in this actor, or on workers that this actor starts. `settings` are those of `StudySearcher`,
+    `worker_environment` is that of `WorkerEnvironment.send`.
+    """
+    environment = WorkerEnvironment.receive(worker_environment)
+    environment.apply()
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(STOP_TIMEOUT_S)  # after it, Ray Tune fails the next trial
     try:
         config = parse_config(json.loads(settings["config"]))
         reporter = _Reporter(config.optim.epochs)
         if has_several_workers(config):
             name = ray.tune.get_context().get_trial_id()
-            fit_trial(config, reporter.log, reporter.on_placement, name, worker_environment.lease)
+            fit_trial(config, reporter.log, reporter.on_placement, name, environment.lease)
         else:
-            _train_here(config, reporter, worker_environment.lease)
+            _train_here(config, reporter, environment.lease)
     except (LeaseLost, StorageUnavailable) as error:  # all other trials would fail in the same way
         ray.tune.report({"study_error": str(error)})
         raise

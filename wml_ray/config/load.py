@@ -13,14 +13,17 @@ import yaml
 from pydantic import ValidationError
 
 from wml_ray.config.schema import Config, ModelConfig, PruningConfig
-from wml_ray.config.yaml_text import read_yaml
+from wml_ray.config.yaml_text import MAX_CHARACTERS, read_yaml
 from wml_ray.errors import UserError, root_cause, shortened
 from wml_ray.settings import Section
 from wml_ray.storage.paths import is_remote, to_path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `key=value` overrides. The modules of a user's own functions may be beside the file.
+    """Read a YAML file and apply `key=value` overrides.
+
+    A config that names the user's own code as `package.module:name` adds the file's folder and the current directory
+    to the end of the import path.
 
     Raises:
         UserError: no such file, an unknown protocol, not YAML, an unknown key, or a value outside its range.
@@ -28,7 +31,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     name = shortened(path) if str(path).isprintable() else _quoted(str(path))
     file = to_path(path)
     try:
-        raw = read_yaml(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as opened:
+            raw = read_yaml(opened.read(MAX_CHARACTERS + 1))
     except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"config file {name} is not valid YAML: {error}; see jobs/ for examples") from None
     except Exception as error:  # OSError, and any error of a remote storage's client
@@ -37,8 +41,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         raise UserError(f"config file {name} contains a {type(raw).__name__}, not keys such as `seed: 0`")
     config = parse_config(raw, overrides)
-    if config.user_functions and not is_remote(file):
-        sys.path.append(str(Path(path).resolve().parent))
+    if config.user_functions:
+        folders = [Path.cwd()] if is_remote(file) else [Path(path).resolve().parent, Path.cwd()]
+        sys.path.extend(str(folder) for folder in folders if str(folder) not in sys.path)
     return config
 
 
@@ -103,7 +108,7 @@ def validation_message(error: ValidationError, fields: Mapping[str, Any]) -> str
         return f"unknown key {_quoted(key)}{_did_you_mean(key)}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{message}{more}"
+        return f"{message if not key or key in message else f'{key}: {message}'}{more}"
     field = fields.get(key) or fields.get(key.rpartition(".")[0])
     meaning = f" ({field.description})" if field is not None else ""
     value = shortened(repr(first["input"]))
@@ -117,7 +122,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text)
     except UserError as error:
-        raise UserError(f"override {_quoted(override)}: the value is not valid YAML: {error}") from None
+        shown = f"{key}=..." if "@" in text else override  # the value may hold a password
+        raise UserError(f"override {_quoted(shown)}: the value is not valid YAML: {error}") from None
     _set(raw, key, value)
 
 

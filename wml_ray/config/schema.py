@@ -29,8 +29,10 @@ from wml_ray.methods.settings import (
     unused_sections,
 )
 from wml_ray.settings import (
+    IMPORT_PATH,
     MAX_INTEGER,
     NAME,
+    Address,
     Count,
     CountOrZero,
     NonNegative,
@@ -41,6 +43,9 @@ from wml_ray.settings import (
 )
 from wml_ray.storage.paths import to_path
 
+MAX_PEERS, MAX_WORKERS = 64, 4096
+MAX_PIXELS = 100_000_000
+
 
 class DataConfig(Section):
     """The dataset, its splits, and the augmentation."""
@@ -50,30 +55,34 @@ class DataConfig(Section):
     )
     root: Text = Field("data", description="folder of the dataset")
     download: bool = Field(False, description="download the dataset into `data.root` if it is not there")
-    batch_size: Annotated[Count, Field(ge=2)] = Field(
-        64, description="images per training step, summed over all workers; at least 2"
+    batch_size: Annotated[Count, Field(ge=2, le=2**16)] = Field(
+        64, description="images per training step, summed over all workers; from 2 to 65,536"
     )
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1,
         description="share of the training images used for validation instead, drawn by the seed; between 0 and 0.5",
     )
-    resolution: Annotated[Count, Field(ge=8)] = Field(
+    resolution: Annotated[Count, Field(ge=8, le=4096)] = Field(
         224,
-        description="width and height of the images in pixels, at least 8; `imagefolder` only",
+        description="width and height of the images in pixels, from 8 to 4,096; `imagefolder` only",
     )
-    crop_padding: CountOrZero = Field(
+    crop_padding: Annotated[CountOrZero, Field(le=64)] = Field(
         0,
-        description="pixels of zero padding before a random crop to the original size; 0 is off; not for `imagefolder`",
+        description="pixels of zero padding, at most 64, before a random crop to the original size; 0 is off; not for "
+        "`imagefolder`",
     )
     flip: bool = Field(False, description="mirror half of the training images horizontally, at random")
-    cutout: CountOrZero = Field(
+    cutout: Annotated[CountOrZero, Field(le=4096)] = Field(
         0, description="side in pixels of a random square that is set to the mean; 0 is off; not for `imagefolder`"
     )
-    loader_workers: CountOrZero = Field(
-        2, description="processes that load images, per training worker; `imagefolder` only"
+    loader_workers: Annotated[CountOrZero, Field(le=256)] = Field(
+        2, description="processes that load images, per training worker, at most 256; `imagefolder` only"
     )
     skip_bad: bool = Field(
         False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
+    )
+    max_pixels: Count = Field(
+        MAX_PIXELS, description="images with more pixels are refused by their header, unread; `imagefolder` only"
     )
     train_images: Count | None = Field(
         None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
@@ -92,13 +101,15 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The backbone and the tree of its shared stages."""
 
-    backbone: Text = Field(
+    backbone: Annotated[Text, Field(pattern=IMPORT_PATH, max_length=200)] = Field(
         "resnet20", description="name of a backbone, or `package.module:function` that returns a list of stages"
     )
-    sharing: tuple[Count, ...] = Field(
+    sharing: tuple[Annotated[Count, Field(le=MAX_PEERS)], ...] = Field(
         (1, 1, 2, 4, 4),
         min_length=1,
-        description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M",
+        max_length=100,
+        description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M, "
+        "at most 64",
     )
     trunk_gradient: Literal["sum", "mean"] = Field(
         "sum", description="gradient of a shared copy: the sum of its peers' gradients, or their mean"
@@ -121,6 +132,7 @@ class PruningConfig(Section):
     ratios: tuple[Ratio, ...] = Field(
         (0.0, 0.2, 0.4, 0.6),
         min_length=1,
+        max_length=MAX_PEERS,
         description="share removed from each peer, from 0 to below 1, one entry per peer; 0 keeps the peer whole",
     )
     unit: Literal["channels", "params", "macs"] = Field("channels", description="unit that the ratios are shares of")
@@ -128,8 +140,8 @@ class PruningConfig(Section):
     round_to: Count = Field(
         1, description="number of which every layer keeps a multiple of channels; 8 or 16 is fastest on GPUs"
     )
-    saliency_images: Annotated[Count, Field(ge=2)] = Field(
-        256, description="training images for the saliency that decides which channels are removed; at least 2"
+    saliency_images: Annotated[Count, Field(ge=2, le=2**16)] = Field(
+        256, description="training images for the saliency that decides which channels are removed; from 2 to 65,536"
     )
 
 
@@ -137,11 +149,17 @@ class OptimConfig(Section):
     """The optimiser, its schedule, and the arithmetic of the training step."""
 
     name: Literal["sgd", "adamw"] = Field("sgd", description="optimizer")
-    learning_rate: Positive = Field(0.1, description="learning rate after the warm-up, above 0")
+    learning_rate: Annotated[Positive, Field(le=100.0)] = Field(
+        0.1, description="learning rate after the warm-up, above 0, at most 100"
+    )
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum of `sgd`, from 0 to below 1")
     nesterov: bool = Field(True, description="Nesterov momentum for `sgd`")
-    weight_decay: NonNegative = Field(5e-4, description="weight decay of all parameters, 0 or more")
-    epochs: Count = Field(30, description="passes over the training images")
+    weight_decay: Annotated[NonNegative, Field(le=10.0)] = Field(
+        5e-4, description="weight decay of all parameters, from 0 to 10"
+    )
+    epochs: Annotated[Count, Field(le=100_000)] = Field(
+        30, description="passes over the training images, at most 100,000"
+    )
     schedule: Literal["cosine", "multistep", "onecycle", "constant"] = Field(
         "cosine", description="schedule of the learning rate after the warm-up"
     )
@@ -149,7 +167,7 @@ class OptimConfig(Section):
         0.0, description="epochs in which the learning rate rises linearly from 0, fewer than `optim.epochs`"
     )
     milestones: tuple[Count, ...] = Field(
-        (), description="increasing epochs after which `multistep` lowers the learning rate"
+        (), max_length=100, description="increasing epochs after which `multistep` lowers the learning rate"
     )
     decay_factor: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.1, description="factor on the learning rate at each milestone of `multistep`, between 0 and 1"
@@ -183,11 +201,11 @@ class OptimConfig(Section):
 
 def _workers(value: Any) -> Any:
     numbers = value if isinstance(value, list) and len(value) == 2 else [value, value]
-    ordered = all(type(number) is int for number in numbers) and numbers[0] <= numbers[1]
+    ordered = all(type(number) is int for number in numbers) and numbers[0] <= numbers[1] <= MAX_WORKERS
     if not ordered or numbers[0] < (1 if numbers is value else 0):
         raise ValueError(
             f"scale.workers = {shortened(repr(value))} must be 0 (this process), a number of workers, or [min, max] "
-            "with 1 <= min <= max, for example [1, 4]"
+            f"with 1 <= min <= max <= {MAX_WORKERS}, for example [1, 4]"
         )
     return value
 
@@ -200,7 +218,7 @@ class ScaleConfig(Section):
         description="0 trains in this process, N on N Ray workers, [min, max] on as many as the cluster has slots for",
     )
     gpu: bool = Field(False, description="use one GPU per worker")
-    cpus_per_worker: Count | None = Field(
+    cpus_per_worker: Annotated[Count, Field(le=1024)] | None = Field(
         None,
         description="CPU threads per worker; null divides the cores, and uses one thread for small images",
     )
@@ -217,7 +235,7 @@ class ScaleConfig(Section):
 class RunConfig(Section):
     """Storage, name, checkpoints and tracking of a run."""
 
-    storage_path: Text = Field(
+    storage_path: Address = Field(
         "results", description="folder of all runs, or an address such as s3://bucket/folder, that all nodes can reach"
     )
     name: Annotated[str, Field(pattern=NAME)] = Field(
@@ -232,7 +250,9 @@ class RunConfig(Section):
     )
     system_metrics: bool = Field(False, description="log the load of CPU, memory and GPU to MLflow")
     study: str | None = Field(
-        None, description="study and trial that this config comes from, such as wml-smoke/7; set by `wml-ray tune`"
+        None,
+        max_length=200,
+        description="study and trial that this config comes from, such as wml-smoke/7; set by `wml-ray tune`",
     )
 
 
@@ -331,13 +351,23 @@ class Config(Section):
 
     @property
     def user_functions(self) -> dict[str, str]:
-        """The keys that name a user's own `package.module:function` or `package.module:Class`, and these names."""
-        functions = {
-            "model.backbone": self.model.backbone,
-            "method.name": self.method.name,
-            "teacher.function": self.teacher.function or "",
-        }
-        return {key: name for key, name in functions.items() if ":" in name}
+        """The keys that name a user's own `package.module:function`, and these names."""
+        return user_functions(self.model_dump(mode="json"))
+
+
+def user_functions(raw: Any) -> dict[str, str]:
+    """The keys of nested settings that name a user's own `package.module:name`, and these names.
+
+    The settings may be of any kind, as in a checkpoint that was not checked yet.
+    """
+    named = {}
+    for key in ("model.backbone", "method.name", "teacher.function"):
+        section, _, last = key.partition(".")
+        settings = raw.get(section) if isinstance(raw, dict) else None
+        name = settings.get(last) if isinstance(settings, dict) else None
+        if isinstance(name, str) and ":" in name:
+            named[key] = name
+    return named
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

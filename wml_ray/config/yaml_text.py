@@ -10,6 +10,7 @@ import yaml
 from wml_ray.errors import UserError, one_line, shortened
 
 MAX_DEPTH = 10  # of nested lists and mappings
+MAX_CHARACTERS = 100_000
 
 
 def read_yaml(text: str) -> Any:
@@ -17,32 +18,40 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         UserError: not valid YAML, a key that is given twice or is not a word, an alias or a tag, a control character,
-            or more than ten levels. The message is the reason alone.
+            more than ten levels or more than 100,000 characters. The message is the reason alone, with the key.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1})" if mark else ""
-        raise UserError(f"{shortened(error.problem or error.context)}{line}") from None
+        raise UserError(f"{shortened(error.problem or error.context, 400)}{line}") from None
     except yaml.YAMLError as error:
         raise UserError(one_line(error)) from None
 
 
 class _Loader(yaml.SafeLoader):
-    depth = 0
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.path: list[str] = []  # of the node that is composed: keys and numbers of list entries
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        depth = len(self.path)
+        if index is not None:  # None for the document and for keys
+            self.path.append(str(getattr(index, "value", index)))
+        event.path = ".".join(self.path)
         if isinstance(event, yaml.AliasEvent):  # a few lines of them can stand for gigabytes
             raise _error("aliases such as *name are not supported", event)
         if getattr(event, "tag", None):
             raise _error("tags such as !!int are not supported", event)
-        if self.depth > MAX_DEPTH:
+        if depth > MAX_DEPTH:
             raise _error(f"lists and mappings are nested deeper than {MAX_DEPTH} levels", event)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
+        node: Any = super().compose_node(parent, index)
+        node.path = event.path
+        del self.path[depth:]
         return node
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
@@ -76,4 +85,6 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _error(problem: str, at: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+    """The error of an event or a node, with its key."""
+    key = f"{shortened(repr(at.path), 100)}: " if at.path else ""
+    return yaml.MarkedYAMLError(problem=f"{key}{shortened(problem)}", problem_mark=at.start_mark)

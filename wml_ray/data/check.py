@@ -33,7 +33,7 @@ def undecodable_images(config: DataConfig, decode_all: bool = False, show_progre
     if config.name != "imagefolder":
         return {}
     listing = list_images(config)
-    bad = _find_undecodable(listing, decode_all, show_progress)
+    bad = _find_undecodable(listing, config.max_pixels, decode_all, show_progress)
     if bad and not config.skip_bad:
         lines = [f"{printable(name)}: {reason}" for name, reason in list(bad.items())[:LISTED]]
         if len(bad) > LISTED:
@@ -46,42 +46,48 @@ def undecodable_images(config: DataConfig, decode_all: bool = False, show_progre
     return bad
 
 
-def _find_undecodable(listing: ImageListing, decode_all: bool, show_progress: bool) -> dict[str, str]:
+def _find_undecodable(listing: ImageListing, max_pixels: int, decode_all: bool, show_progress: bool) -> dict[str, str]:
     paths = [path for path, _ in listing.samples]
     sample = set(paths[:: max(1, len(paths) // SAMPLE)])
     bad: dict[str, str] = {}
     with _progress(bar=show_progress) as on_progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), CHUNK):
             chunk = paths[start : start + CHUNK]
-            for path, reason in zip(chunk, pool.map(partial(_damage, decode_all, sample), chunk), strict=True):
+            for path, reason in zip(
+                chunk, pool.map(partial(_damage, max_pixels, decode_all, sample), chunk), strict=True
+            ):
                 if reason:
                     bad[listing.name(path)] = reason
             on_progress(start + len(chunk), len(paths))
     return bad
 
 
-def _damage(decode_all: bool, sample: set[str], path: str) -> str:
+def _damage(max_pixels: int, decode_all: bool, sample: set[str], path: str) -> str:
     """Why the file cannot be decoded; empty if it can, or if it was not decoded and looks whole."""
     try:
-        if decode_all or path in sample or not _looks_whole(path):
-            read_image(path)
+        if decode_all or path in sample or not _looks_whole(path, max_pixels):
+            read_image(path, max_pixels)
     except (UserError, OSError) as error:
         return decode_reason(error.__cause__ or error)
     return ""
 
 
-def _looks_whole(path: str) -> bool:
-    """Whether a JPEG, PNG or WebP file starts and ends as its format requires. A False does not prove damage."""
+def _looks_whole(path: str, max_pixels: int) -> bool:
+    """Whether a JPEG, PNG or WebP file starts and ends as its format requires. A False does not prove damage.
+
+    False too for a PNG file with more than `max_pixels` pixels.
+    """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        head = file.read(12)
+        head = file.read(24)
         file.seek(max(0, size - 12))
         tail = file.read()
     if head.startswith(b"\xff\xd8\xff"):
         return tail.endswith(b"\xff\xd9")
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" in tail
-    is_webp = head.startswith(b"RIFF") and head.endswith(b"WEBP")
+        width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+        return b"IEND" in tail and width * height <= max_pixels
+    is_webp = head.startswith(b"RIFF") and head[8:12] == b"WEBP"
     return is_webp and int.from_bytes(head[4:8], "little") + 8 <= size
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from wml_ray.config.schema import DataConfig
+from wml_ray.config.schema import MAX_PIXELS, DataConfig
 from wml_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,17 +64,52 @@ def list_images(config: DataConfig) -> ImageListing:
     Raises:
         UserError: a folder is missing, a class has no image, or the parts have different classes.
     """
-    from torchvision.datasets import ImageFolder
-
     root = Path(config.root)
     has_test = (root / "test").is_dir()
     parts = ["train", "test" if has_test else "val", *(["val"] if has_test and (root / "val").is_dir() else [])]
-    train, test, *validation = (_read_folder(config.root, ImageFolder, root / part) for part in parts)
-    for other in (test, *validation):
-        if other.classes != train.classes:
-            raise UserError(f"data.root = '{root}': {other.root} has other class folders than {train.root}")
-    samples = [sample for part in (train, test, *validation) for sample in part.samples]
-    return ImageListing(config.root, train.classes, samples, len(train.samples), len(test.samples))
+    train, test, *validation = (_read_folder(config.root, _list_part, root / part) for part in parts)
+    for part, (classes, _) in zip(parts[1:], (test, *validation), strict=True):
+        if classes != train[0]:
+            raise UserError(f"data.root = '{root}': {root / part} has other class folders than {root / 'train'}")
+    samples = [sample for _, samples in (train, test, *validation) for sample in samples]
+    return ImageListing(config.root, train[0], samples, len(train[1]), len(test[1]))
+
+
+def _list_part(folder: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """Class names of a folder, and path and label of each image, in the order of torchvision's ImageFolder.
+
+    Raises:
+        FileNotFoundError: the folder is missing, or a class has no image.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
+
+    classes, _ = find_classes(folder)
+    samples: list[tuple[str, int]] = []
+    for label, name in enumerate(classes):
+        files = _files_below(os.path.join(folder, name))
+        found = [(path, label) for path in files if path.lower().endswith(IMG_EXTENSIONS)]
+        if not found:
+            raise FileNotFoundError(f"found no image in {os.path.join(folder, name)}")
+        samples += found
+    return classes, samples
+
+
+def _files_below(folder: str) -> list[str]:
+    """All files below a folder, sorted by folder and name.
+
+    Links to folders are followed, but no folder is entered twice, nor one that contains `folder`: links can form loops.
+    """
+    top = os.path.realpath(folder)
+    entered, files = {top}, []
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
+        folders.clear()
+        for name, target in real.items():
+            if target not in entered and not f"{top}/".startswith(f"{target.rstrip('/')}/"):
+                entered.add(target)
+                folders.append(name)
+        files.append((here, sorted(names)))
+    return [os.path.join(here, name) for here, names in sorted(files) for name in names]
 
 
 def class_names(config: DataConfig) -> list[str]:
@@ -89,17 +124,17 @@ def class_names(config: DataConfig) -> list[str]:
     return list(classes)
 
 
-def read_image(path: str) -> Tensor:
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image file to uint8 RGB (3, H, W), rotated by its EXIF orientation.
 
     Pillow decodes: torchvision's decoder, which is deprecated, crashes the process on some damaged PNG files, ignores
     the orientation of WebP, and reads no BMP or TIFF.
 
     Raises:
-        UserError: the file cannot be decoded.
+        UserError: the file cannot be decoded, or its header names more than `max_pixels` pixels.
     """
     try:
-        return _decode(path)
+        return _decode(path, max_pixels)
     except Exception as error:  # decoders raise many types; each means that this file cannot be decoded
         raise UserError(
             f"image {printable(path)} cannot be decoded ({decode_reason(error)}); repair or remove the file, or set "
@@ -121,17 +156,29 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def _decode(path: str) -> Tensor:
+def _decode(path: str, max_pixels: int) -> Tensor:
     import torch
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses images of twice that
+    try:
+        image = Image.open(path)
+    except Image.DecompressionBombError:
+        raise _too_many_pixels(max_pixels) from None
+    with image:
+        if image.width * image.height > max_pixels:
+            raise _too_many_pixels(max_pixels)
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
             pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
         else:
             pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _too_many_pixels(max_pixels: int) -> ValueError:
+    return ValueError(f"more than data.max_pixels = {max_pixels:,} pixels")
 
 
 def _read_folder(root: str, read: Callable[[str], T], folder: Path) -> T:

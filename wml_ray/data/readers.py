@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,9 +61,17 @@ def read_images(config: DataConfig) -> Images:
     The training images come first; the rest is the set's own test set.
 
     Raises:
-        UserError: the folder is missing or broken, or the download failed.
+        UserError: the folder is missing or broken, a label is none of the classes, or the download failed.
     """
-    return DATASETS[config.name].read(config)
+    dataset = DATASETS[config.name]
+    images, labels, num_train = dataset.read(config)
+    for label in np.unique(labels):
+        if not 0 <= label < dataset.spec.num_classes:
+            raise UserError(
+                f"data.root = '{config.root}': label {label} of {config.name} is none of its "
+                f"{dataset.spec.num_classes} classes; fetch the dataset again"
+            )
+    return images, labels, num_train
 
 
 def check_dataset(config: DataConfig) -> str:
@@ -105,9 +114,9 @@ def _read_fashion_mnist(config: DataConfig) -> Images:
         raise _missing(config, "train-images-idx3-ubyte[.gz] and its three companions")
     images, labels = [], []
     for prefix in ("train", "t10k"):
-        images.append(_read_idx(folder, f"{prefix}-images-idx3", 16))
-        labels.append(_read_idx(folder, f"{prefix}-labels-idx1", 8))
-        if len(images[-1]) != 784 * len(labels[-1]):
+        images.append(_read_idx(folder, f"{prefix}-images-idx3", (28, 28)))
+        labels.append(_read_idx(folder, f"{prefix}-labels-idx1", ()))
+        if len(images[-1]) != len(labels[-1]):
             raise UserError(
                 f"data.root = '{root}': the {prefix} images and labels in {folder} do not match; fetch them again"
             )
@@ -119,7 +128,8 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
     return next((path for suffix in ("", ".gz") if (path := folder / f"{stem}-ubyte{suffix}").is_file()), None)
 
 
-def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _read_idx(folder: Path, stem: str, shape: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of an IDX file, (N, *shape)."""
     path = _idx_file(folder, stem)
     if path is None:
         raise UserError(f"data.root: {folder / stem}-ubyte[.gz] is missing; fetch the dataset again")
@@ -127,11 +137,14 @@ def _read_idx(folder: Path, stem: str, header_bytes: int) -> np.ndarray[Any, np.
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"data.root: {path} is broken ({error}); fetch it again") from None
-    count = int.from_bytes(raw[4:8], "big")
-    values = np.frombuffer(raw, np.uint8, offset=min(header_bytes, len(raw)))
-    if count == 0 or len(values) % count:
-        raise UserError(f"data.root: {path} is cut short or not an IDX file; fetch it again")
-    return values
+    ndim = 1 + len(shape)
+    sizes = tuple(int.from_bytes(raw[4 * i : 4 * i + 4], "big") for i in range(1, 1 + ndim))
+    header = (0x0800 + ndim).to_bytes(4, "big")  # unsigned bytes, and the number of dimensions
+    values = np.frombuffer(raw, np.uint8, offset=min(4 + 4 * ndim, len(raw)))
+    if raw[:4] != header or sizes[0] == 0 or sizes[1:] != shape or len(values) != math.prod(sizes):
+        kind = "x".join(["N", *map(str, shape)])
+        raise UserError(f"data.root: {path} is cut short or not an IDX file of {kind} bytes; fetch it again")
+    return values.reshape(sizes)
 
 
 def _read_cifar(config: DataConfig) -> Images:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wml_ray.config.schema import Config
+from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.dataset import EVAL_BATCH, Dataset, NumberedBatches, view_keys
 from wml_ray.data.images import ImageListing, read_image
 from wml_ray.data.splits import Split, make_splits, seed_for
@@ -34,7 +34,7 @@ class StreamedDataset(Dataset):
         super().__init__(config, spec, splits, device)
         self.skipped = tuple(skipped)
         self.mean, self.std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.files = ImageFiles(listing.samples, spec.resolution, config.data.flip)
+        self.files = ImageFiles(listing.samples, config.data)
 
     def _plain(self, indices: Tensor) -> Batch:
         return next(self._stream([[(index, ()) for index in indices.tolist()]], workers=0))
@@ -74,19 +74,20 @@ class StreamedDataset(Dataset):
 class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Reads (index, seeds): a random crop and flip drawn from each seed, or the centre crop if there is no seed."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], resolution: int, flip: bool) -> None:
+    def __init__(self, samples: Sequence[tuple[str, int]], config: DataConfig) -> None:
         from torchvision.transforms import v2
 
-        self.samples = samples
+        self.samples, self.max_pixels = samples, config.max_pixels
+        resolution = config.resolution
         self.training = v2.Compose(
-            [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if flip else 0.0)]
+            [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)]
         )
         self.evaluation = v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
 
     def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, int]:
         index, seeds = key
         path, label = self.samples[index]
-        image = read_image(path)
+        image = read_image(path, self.max_pixels)
         if not seeds:
             return self.evaluation(image)[None], label
         with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from wml_ray.errors import shortened
-from wml_ray.settings import Count, CountOrZero, NonNegative, Positive, Section, Share, Text
+from wml_ray.settings import Address, Count, CountOrZero, NonNegative, Section, Share, Temperature
 
 METHOD_NAMES = ("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer", "rkd", "fitnets", "ctsl_mkt")
 TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
@@ -46,12 +46,12 @@ class MethodConfig(Section):
 class TeacherConfig(Section):
     """The frozen teacher of a method of `TEACHER_METHODS`; no other method reads it."""
 
-    run: Text | None = Field(
+    run: Address | None = Field(
         None, description="finished run that teaches: its folder or address, or its run id below `run.storage_path`"
     )
     peer: CountOrZero | None = Field(0, description="peer of `teacher.run` that teaches; null is the mean of all")
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
-        None, description="your own network as the teacher: `package.module:function` that returns it"
+        None, max_length=200, description="your own network as the teacher: `package.module:function` that returns it"
     )
 
     @property
@@ -122,7 +122,9 @@ class WmlConfig(Section):
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1, description="share of the training images kept for the outer loss when outer_data is holdout"
     )
-    temperature: Positive = Field(3.0, description="temperature tau of the KL term (multiplied by tau squared)")
+    temperature: Temperature = Field(
+        3.0, description="temperature tau of the KL term (multiplied by tau squared), from 0.01 to 100"
+    )
     kl_direction: Literal["teacher_to_student", "student_to_teacher"] = Field(
         "teacher_to_student", description="KL(p_teacher || p_student), or the other way round"
     )
@@ -138,35 +140,45 @@ class IndependentConfig(Section):
 class DmlConfig(Section):
     """Deep Mutual Learning."""
 
-    temperature: Positive = Field(1.0, description="temperature T of the divergences (multiplied by T squared)")
+    temperature: Temperature = Field(
+        1.0, description="temperature T of the divergences (multiplied by T squared), from 0.01 to 100"
+    )
     weight: NonNegative = Field(1.0, description="weight w of the divergence from the other peers against the labels")
 
 
 class ClIlrConfig(Section):
     """Collaborative learning with intermediate-level representation sharing."""
 
-    temperature: Positive = Field(2.0, description="temperature T of the divergence (multiplied by T squared)")
+    temperature: Temperature = Field(
+        2.0, description="temperature T of the divergence (multiplied by T squared), from 0.01 to 100"
+    )
     alpha: Share = Field(0.5, description="weight of the divergence from the mean of the other peers; labels 1 - alpha")
 
 
 class KdclConfig(Section):
     """Online Knowledge Distillation via Collaborative Learning."""
 
-    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    temperature: Temperature = Field(
+        4.0, description="temperature T of the divergence (multiplied by T squared), from 0.01 to 100"
+    )
     alpha: Share = Field(0.5, description="weight of the divergence from the mean of all peers; labels 1 - alpha")
 
 
 class KdConfig(Section):
     """Knowledge distillation from a frozen teacher."""
 
-    temperature: Positive = Field(4.0, description="temperature T of the divergence (multiplied by T squared)")
+    temperature: Temperature = Field(
+        4.0, description="temperature T of the divergence (multiplied by T squared), from 0.01 to 100"
+    )
     alpha: Share = Field(0.9, description="weight of the divergence from the teacher; labels 1 - alpha")
 
 
 class PeerToPeerConfig(Section):
     """A teacher, peer 0, trained beside students that also learn from each other."""
 
-    temperature: Positive = Field(4.0, description="temperature T of the divergences (multiplied by T squared)")
+    temperature: Temperature = Field(
+        4.0, description="temperature T of the divergences (multiplied by T squared), from 0.01 to 100"
+    )
     teacher_weight: NonNegative = Field(0.2, description="weight a of the divergence from the teacher, peer 0")
     mutual_weight: NonNegative = Field(0.2, description="weight b of the divergence from the other students")
 
@@ -194,4 +206,6 @@ class CtslMktConfig(Section):
     mutual_weight: NonNegative = Field(1.0, description="weight b of relations and divergences between the peers")
     angle_weight: NonNegative = Field(2.0, description="weight a of the angles in the relations; distances have 1")
     self_weight: NonNegative = Field(1.0, description="weight c of the divergence from the peer as the run began")
-    temperature: Positive = Field(4.0, description="temperature T of that divergence (multiplied by T squared)")
+    temperature: Temperature = Field(
+        4.0, description="temperature T of that divergence (multiplied by T squared), from 0.01 to 100"
+    )

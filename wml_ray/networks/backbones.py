@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.networks.cnn import cifar_resnet, densenet_bc, mobilenet_v2, resnet, vgg16_bn, wide_resnet
 from wml_ray.networks.spec import ImageSpec, Stages
 
@@ -35,7 +35,7 @@ def build_stages(name: str, spec: ImageSpec) -> Stages:
 
 
 def import_function(name: str, key: str) -> Callable[[ImageSpec], Any]:
-    """The function of a user's `package.module:function`, also found in the current directory.
+    """The function of a user's `package.module:function`, from the import path.
 
     `key` is the config key that names it.
 
@@ -43,15 +43,26 @@ def import_function(name: str, key: str) -> Callable[[ImageSpec], Any]:
         UserError: it cannot be imported.
     """
     module_name, _, function_name = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
         return cast("Callable[[ImageSpec], Any]", getattr(importlib.import_module(module_name), function_name))
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the user's own code
         raise UserError(
-            f"{key} = '{name}' cannot be imported: {error}; its module must be beside the config file, in the "
-            "current directory or on PYTHONPATH"
+            f"{key} = '{name}' cannot be imported: {_described(error)}; its module must be beside the config file, in "
+            "the current directory or on PYTHONPATH"
         ) from error
+
+
+def call_function(name: str, key: str, spec: ImageSpec) -> Any:
+    """The value of a user's `package.module:function(spec)`; `key` is the config key that names it.
+
+    Raises:
+        UserError: it cannot be imported, or raises an error.
+    """
+    function = import_function(name, key)
+    try:
+        return function(spec)
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise UserError(f"{key} = '{name}' failed: {_described(error)}") from error
 
 
 def named_stages(stages: Any) -> Stages | None:
@@ -64,10 +75,18 @@ def named_stages(stages: Any) -> Stages | None:
 
 
 def _user_stages(name: str, spec: ImageSpec) -> Stages:
-    stages = named_stages(import_function(name, "model.backbone")(spec))
+    stages = named_stages(call_function(name, "model.backbone", spec))
     if stages is None:
         raise UserError(f"model.backbone = '{name}' must return a list or dict of torch.nn.Module, one a stage")
     return stages
+
+
+def _described(error: BaseException) -> str:
+    """The type and text of an error of the user's code, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<")]
+    place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 BACKBONES: dict[str, Callable[[ImageSpec], Stages]] = {

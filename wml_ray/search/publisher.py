@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
 from wml_ray.report.run_report import peer_markdown, write_files
 from wml_ray.search.comparison import VARIANT
 from wml_ray.search.study import Study
 from wml_ray.search.trials import Trial
-from wml_ray.storage.files import read_json, write_text
-from wml_ray.storage.retry import RetryQueue
+from wml_ray.storage.files import write_text
+from wml_ray.storage.retry import RetryQueue, StorageUnavailable
 from wml_ray.storage.runs import RESULT
 from wml_ray.tracking.origin import dataset_inputs
 from wml_ray.tracking.runs import UNREACHABLE, MetricSender, TrackedRun, finish_run, open_run
@@ -26,6 +30,7 @@ from wml_ray.tracking.tags import (
     VARIANT_TAG,
     TrialState,
 )
+from wml_ray.training.result import read_result
 
 _STATUS: dict[TrialState, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED", "FAILED": "FAILED"}
 
@@ -101,7 +106,7 @@ class Publisher:
         write_text(folder / "config.yaml", config.to_yaml())
         files, inputs = [folder / "config.yaml"], []
         tags = {STATE_TAG: trial.state, EPOCHS_TAG: str(trial.epochs)}
-        if trial.state == "COMPLETE" and (result := read_json(folder / config.run_id / RESULT)):
+        if trial.state == "COMPLETE" and (result := _result_of(folder / config.run_id / RESULT)):
             files += write_files(result, folder / "report")
             tags[NOTE_TAG], inputs = peer_markdown(result), dataset_inputs(result)
         if trial.state == "STOPPED":
@@ -112,3 +117,14 @@ class Publisher:
         trial.delivered = True
         self.study.store.write(trial)
         del self._senders[trial.number]
+
+
+def _result_of(path: Path) -> dict[str, Any] | None:
+    """The result in a file; None if there is no file, or, with a warning, if it is damaged."""
+    try:
+        return read_result(path)
+    except StorageUnavailable:
+        raise
+    except UserError as error:
+        warnings.warn(f"{error}; MLflow has no pictures of this trial", stacklevel=2)
+        return None

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 
 from wml_ray.config.load import validation_message
 from wml_ray.errors import UserError
-from wml_ray.settings import NAME, Count, CountOrZero, Section, Text
+from wml_ray.settings import MAX_INTEGER, NAME, Count, CountOrZero, Section, Text
 
 MAX_SEEDS = 1000
 
@@ -35,14 +35,18 @@ class SearchConfig(_Options):
     study: Annotated[str, Field(pattern=NAME)] = Field(
         description="name of the study, of its folder and of its MLflow experiment"
     )
-    trials: Count = Field(description="number of trials of the study, those of earlier starts included")
+    trials: Annotated[Count, Field(le=1_000_000)] = Field(
+        description="number of trials of the study, those of earlier starts included"
+    )
     sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="Optuna sampler that suggests points")
     scheduler: Literal["asha", "median", "none"] = Field("asha", description="rule that stops trials early")
-    stop_metric: str = Field("val/accuracy/method", description="metric that the scheduler compares")
+    stop_metric: Annotated[Text, Field(max_length=200)] = Field(
+        "val/accuracy/method", description="metric that the scheduler compares"
+    )
     grace_epochs: Count | None = Field(
         None, description="epochs before a trial can be stopped; none is the square root of all epochs"
     )
-    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+    reduction_factor: Annotated[Count, Field(ge=2)] = Field(
         3, description="ASHA keeps one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
     )
     storage: str | None = Field(
@@ -51,7 +55,7 @@ class SearchConfig(_Options):
     )
     concurrent: Count | None = Field(None, description="trials at a time; none is as many as fit in the cluster")
     keep_stopped: bool = Field(False, description="keep the checkpoints of trials that were stopped early")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of the sampler")
+    seed: Annotated[int, Field(ge=0, le=MAX_INTEGER)] = Field(0, description="seed of the sampler")
 
     def grace(self, budget: int) -> int:
         """`grace_epochs`, or its default, for trials with a budget of `budget` epochs; at most the budget."""

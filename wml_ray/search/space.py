@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
-from wml_ray.errors import UserError, one_line
+from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.methods.settings import has_effect
 from wml_ray.search.ratios import Increasing, from_uniform, to_uniform
 from wml_ray.search.settings import SearchConfig
@@ -134,6 +134,8 @@ def check_space(space: Space, where: str) -> None:
         UserError: an unknown metric or key, a key that cannot be searched, or values that the config refuses.
     """
     for key, domain in space.domains.items():
+        if parent := next((other for other in space.domains if key.startswith(f"{other}.")), None):
+            raise UserError(f"{where}: '{key}' is a part of '{parent}', which is searched too; leave one of them out")
         _check_domain(space.base, key, domain, where)
         if not any(has_effect(key, method) for method in space.methods()):
             raise UserError(
@@ -147,7 +149,7 @@ def check_space(space: Space, where: str) -> None:
         try:
             space.config(point)
         except UserError as error:
-            values = ", ".join(f"{key}={value}" for key, value in space.values(point).items())
+            values = shortened(", ".join(f"{key}={value}" for key, value in space.values(point).items()), 500)
             raise UserError(f"{where}: the space contains {values}, which the config refuses: {error}") from None
 
 
@@ -239,20 +241,23 @@ def _check_objectives(space: Space, where: str) -> None:
     if not isinstance(objectives, dict) or not objectives:
         raise UserError(f"{where}: OBJECTIVES must be a dict such as {{'val/accuracy/ensemble_weighted': 'max'}}")
     for metric, mode in objectives.items():
-        if str(metric).startswith("test/"):
+        metric, mode = shortened(metric), shortened(mode)
+        if metric.startswith("test/"):
             raise UserError(f"{where}: objective '{metric}' is measured on the test images; search on val/ instead")
         if metric not in names:
             raise UserError(f"{where}: objective '{metric}' is not logged; allowed: {', '.join(names)}")
         if mode not in ("max", "min"):
-            raise UserError(f"{where}: objective '{metric}' has the mode {mode!r}; allowed: 'max', 'min'")
+            raise UserError(f"{where}: objective '{metric}' has the mode '{mode}'; allowed: 'max', 'min'")
 
 
 def _check_domain(base: Config, key: str, domain: Domain, where: str) -> None:
     if reason := reason_to_refuse(key):
         raise UserError(f"{where}: '{key}' cannot be searched: {reason}")
     if isinstance(domain, Increasing):
-        candidates: list[Any] = [[bound] * base.num_peers for bound in (domain.lower, domain.upper)]
-        if key != "pruning.ratios" or not domain.lower < domain.upper:
+        bounds = (domain.lower, domain.upper)
+        candidates: list[Any] = [[bound] * base.num_peers for bound in bounds]
+        numbers = all(type(bound) in (int, float) for bound in bounds)
+        if key != "pruning.ratios" or not numbers or not domain.lower < domain.upper:
             raise UserError(f"{where}: '{key}': increasing(lower, upper) is for pruning.ratios, with lower < upper")
     else:
         candidates = extremes(domain)

@@ -48,6 +48,7 @@ class Study:
         self.interrupted = [trial for trial in self.trials.values() if trial.state == "RUNNING"]
         self.publisher: Publisher | None = None  # called at each change of a trial, before `on_change`
         self._on_change = on_change or (lambda study: None)
+        self._next_number = self.store.next_number()
         self._started: set[int] = set()
         self._deaths: Counter[int] = Counter()
         self._first_start: tuple[float, int] | None = None  # seconds and epochs at the first start of a trial
@@ -69,7 +70,7 @@ class Study:
 
     def add_trial(self, point: Mapping[str, Any], system_attributes: dict[str, Any]) -> Trial:
         """A new trial at a point that the config accepts."""
-        number = max(self.trials, default=-1) + 1
+        number, self._next_number = self._next_number, self._next_number + 1
         trial = Trial(number, dict(point), created_ms=now_ms(), system_attributes=system_attributes)
         self.store.write(trial)
         self.trials[trial.number] = trial

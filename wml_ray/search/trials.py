@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from wml_ray.storage.files import get_text, remove_tree, write_json
+from wml_ray.errors import one_line
+from wml_ray.storage.files import DamagedFile, get_text, parse_object, remove_tree, write_json
 from wml_ray.storage.lease import Lease
 from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.tags import TrialState
@@ -55,9 +57,22 @@ class TrialStore:
         self.folder, self.lease = folder, lease
 
     def trials(self) -> list[Trial]:
-        """All trials by number."""
-        texts = retry_storage(lambda: [get_text(path) for path in self.folder.glob("trials/*/trial.json")], self.folder)
-        return sorted((Trial(**json.loads(text)) for text in texts), key=lambda trial: trial.number)
+        """All trials by number. A damaged file is passed over with a warning."""
+        trials = []
+        for path in self._files():
+            try:
+                trials.append(Trial(**parse_object(retry_storage(partial(get_text, path), path))))
+            except (DamagedFile, TypeError) as error:
+                warnings.warn(
+                    f"{path} is damaged ({one_line(error)}); the study continues without this trial and trains another",
+                    stacklevel=2,
+                )
+        return sorted(trials, key=lambda trial: trial.number)
+
+    def next_number(self) -> int:
+        """The number after those of all trials, the damaged ones included."""
+        folders = [path.parent.name for path in self._files()]
+        return max((int(name) for name in folders if name.isdigit()), default=-1) + 1
 
     def write(self, trial: Trial) -> None:
         """Write a trial's file.
@@ -76,6 +91,9 @@ class TrialStore:
     def delete_checkpoints(self, number: int) -> None:
         """Delete all checkpoints of a trial."""
         retry_storage(lambda: self._delete_checkpoints(number), self.folder)
+
+    def _files(self) -> list[Path]:
+        return retry_storage(lambda: list(self.folder.glob("trials/*/trial.json")), self.folder)
 
     def _delete_checkpoints(self, number: int) -> None:
         for name in ("checkpoints", ".ray"):

@@ -22,6 +22,10 @@ STORAGE_VARIABLES = (  # the address and the credentials of a storage; profiles 
 )
 
 
+class DamagedFile(ValueError):
+    """The content of a file is not what was written."""
+
+
 def check_storage(folder: Path) -> None:
     """Check that a remote storage can be reached; a local folder is not checked.
 
@@ -64,27 +68,37 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def put_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that readers see the old text or the new; missing folders are made."""
+    """Replace a file in one step, so that readers see the old text or the new; missing folders are made.
+
+    The text of a local file is on the disk when this returns.
+    """
     if is_remote(path):
         path.write_text(text)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     temporary.replace(path)
+    flush(path.parent)
 
 
 def get_text(path: Path) -> str:
     """The text of a file.
 
     A remote file is read in one request: `open` takes two, and fails if the file is replaced between them.
+
+    Raises:
+        DamagedFile: it is no text.
     """
-    if is_remote(path):
-        remote: Any = path
-        return bytes(remote.fs.cat_file(remote.path)).decode()
-    check_regular(path)
-    return path.read_text()
+    try:
+        if is_remote(path):
+            remote: Any = path
+            return bytes(remote.fs.cat_file(remote.path)).decode()
+        check_regular(path)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"it is no text: {error}") from None
 
 
 def check_regular(path: Path) -> None:
@@ -107,16 +121,37 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any] | None:
     """The object in a JSON file; None if there is no file.
 
     Raises:
+        UserError: the file is empty, cut short, or lacks one of `keys`; the message ends in `remedy`.
         StorageUnavailable: the storage failed for ten minutes.
     """
     try:
-        return dict(json.loads(retry_storage(lambda: get_text(path), path)))
+        return parse_object(retry_storage(lambda: get_text(path), path), keys)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except DamagedFile as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def parse_object(text: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The object in a JSON text.
+
+    Raises:
+        DamagedFile: the text is no object, or one without one of `keys`.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile("it is empty" if not text.strip() else one_line(error)) from None
+    if not isinstance(value, dict):
+        raise DamagedFile("it holds no object")
+    for key in keys:
+        if key not in value:
+            raise DamagedFile(f"it lacks '{key}'")
+    return value
 
 
 @contextmanager

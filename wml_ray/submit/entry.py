@@ -1,10 +1,9 @@
-"""The environment of a Ray job: its variables, its working directory and its SIGTERM handler."""
+"""The environment of a Ray job: its variables and its working directory."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def apply_environment() -> None:
 
 
 def enter_ray_job(verbose: bool) -> None:
-    """Move to a lasting folder, join the cluster, and let `ray job stop` act as Ctrl-C.
+    """Move to a lasting folder and join the cluster.
 
     Raises:
         UserError: the cluster cannot be joined.
@@ -34,7 +33,6 @@ def enter_ray_job(verbose: bool) -> None:
 
     leave_ray_working_dir()
     join_cluster(verbose)
-    _handle_sigterm_as_ctrl_c()  # after ray.init, which installs a SIGTERM handler of its own
 
 
 def leave_ray_working_dir() -> None:
@@ -50,17 +48,3 @@ def leave_ray_working_dir() -> None:
     lasting.mkdir(parents=True, exist_ok=True)
     os.chdir(lasting)
     print(f"relative paths start at {lasting}", flush=True)
-
-
-def _handle_sigterm_as_ctrl_c() -> None:
-    """Raise KeyboardInterrupt on SIGTERM, which `ray job stop` sends, so that MLflow shows KILLED.
-
-    Ray Train's own handler of Ctrl-C is not used: it needs more than the 3 s that Ray gives a job by default, and the
-    actors of a job end with its driver.
-    """
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal does not interrupt the clean-up
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.retry import call_within
 
 DEFAULT_STORE = "mlflow.db"
 CONNECT_S, RESPONSE_S = 3, 6  # time limits for a connection to the server, and for a response
@@ -53,7 +53,7 @@ def check_reachable(uri: str) -> None:
     try:
         _client_class()  # its import can take seconds, which are not the server's
         socket.create_connection((host, port or _PORTS[kind]), timeout=CONNECT_S).close()
-        _within(RESPONSE_S, lambda: client_of(uri).search_experiments(max_results=1))
+        call_within(RESPONSE_S, lambda: client_of(uri).search_experiments(max_results=1))
     except Exception as error:  # client libraries raise errors of any type
         raise UserError(
             f"MLFLOW_TRACKING_URI = '{redacted(uri)}': the MLflow server does not answer ({root_cause(error)}); start "
@@ -97,29 +97,6 @@ def _check_file(uri: str) -> None:
             f"MLFLOW_TRACKING_URI = '{uri}': {path} cannot be written; name another file, or unset it to log to "
             f"./{DEFAULT_STORE}"
         )
-
-
-def _within(seconds: float, call: Callable[[], object]) -> None:
-    """Run `call` in a thread, with a time limit: a database client retries for minutes.
-
-    Raises:
-        TimeoutError: `call` has not returned. It continues in the background.
-    """
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds:.0f} s")
 
 
 def client_of(uri: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from wml_ray.config.schema import Config
@@ -13,10 +14,21 @@ from wml_ray.training.events import LogMetrics, now_ms
 from wml_ray.training.latency import LATENCY_THREADS, measure_latency
 from wml_ray.training.trainer import Trainer
 
+KEYS = ("run_id", "config", "peers", "history", "final", "test_epoch", "timestamp_ms")  # without which it is damaged
+
 
 def stored_result(config: Config) -> dict[str, Any] | None:
     """The result of a finished run, or None."""
-    return read_json(config.run_folder / RESULT)
+    return read_result(config.run_folder / RESULT)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The result in a file, or None if there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    return read_json(path, "delete it: the run then ends anew from its last checkpoint", KEYS)
 
 
 def log_result(result: dict[str, Any], log: LogMetrics) -> None:

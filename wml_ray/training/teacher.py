@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint, epoch_folder, read_checkpoint
-from wml_ray.checkpoints.load import config_and_spec, rebuild_tree
+from wml_ray.checkpoints.load import check_trusted, config_and_spec, rebuild_tree
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.readers import image_spec
@@ -20,7 +20,7 @@ from wml_ray.errors import UserError, one_line, root_cause, shortened
 from wml_ray.methods.base import TaughtMethod
 from wml_ray.methods.registry import METHODS
 from wml_ray.methods.settings import TEACHER_METHODS
-from wml_ray.networks.backbones import import_function, named_stages
+from wml_ray.networks.backbones import call_function, named_stages
 from wml_ray.networks.features import Features
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
@@ -163,6 +163,13 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
     peer, epoch = config.teacher.peer, result["test_epoch"]
     try:
         checkpoint = read_checkpoint(epoch_folder(folder / "checkpoints", epoch))
+    except (DamagedCheckpoint, *UNREADABLE) as error:
+        raise _refused(config, f"{one_line(error)}; restore its files, or train it again") from None
+    remedy = "if you trust it, name it as model.backbone or teacher.function of this run instead"
+    check_trusted(
+        checkpoint, f"teacher.run = '{shortened(config.teacher.run)}'", remedy, config.user_functions.values()
+    )
+    try:
         tree = rebuild_tree(checkpoint, f"of epoch {epoch}")
         own_config, own_spec = config_and_spec(checkpoint, f"of epoch {epoch}")
         statistics = checkpoint.metadata["normalisation"]["mean"], checkpoint.metadata["normalisation"]["std"]
@@ -195,9 +202,9 @@ def _finished_run(config: Config) -> tuple[Path, dict[str, Any]]:
             "address or the id of a finished run",
         )
     try:
-        result = read_json(folder / RESULT)
+        result = read_json(folder / RESULT, "restore it", ("test_epoch",))
     except UNREADABLE as error:
-        raise _refused(config, f"its {RESULT} cannot be read ({one_line(error)}); restore it") from None
+        raise _refused(config, one_line(error)) from None
     if result is None:
         raise _refused(config, f"the run has not finished, as {folder} has no {RESULT}; train it to its end")
     return folder, result
@@ -245,7 +252,7 @@ def _from_function(config: Config, spec: ImageSpec) -> tuple[FrozenTeacher, Stat
     assert name is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "teacher"))
-        network = import_function(name, "teacher.function")(spec)
+        network = call_function(name, "teacher.function", spec)
     if isinstance(network, nn.Module) and _method(config).needs_features:
         raise UserError(
             f"teacher.function = '{name}' returns one module, but {config.method.name} needs its stages; return a list "

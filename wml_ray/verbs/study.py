@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 STUDY_FILE = "study.json"
+STUDY_FILE_REMEDY = "delete it: the study continues from its trial files, in a new MLflow run"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def study_folder(space: Space, search_name: str) -> Iterator[tuple[Path, Lease, 
     check_storage(folder)
     check_reachable(tracking_uri())
     with exclusive_access(folder) as lease:
-        yield folder, lease, read_json(folder / STUDY_FILE) or {}
+        yield folder, lease, read_json(folder / STUDY_FILE, STUDY_FILE_REMEDY, ("token",)) or {}
 
 
 def run_study(
@@ -103,7 +104,11 @@ def run_study(
         kind.check()
     file = study.folder / STUDY_FILE
     contents = {"token": study.token, **kind.fixed}
-    if read_json(file) != contents:
+    stored = read_json(file, STUDY_FILE_REMEDY)
+    if stored is None:
+        for trial in study.trials.values():  # of a study whose file was lost
+            trial.delivered = False
+    if stored != contents:
         write_json(file, contents)
     publisher = Publisher(study, _open_run(study, kind))
     try:

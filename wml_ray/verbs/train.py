@@ -108,6 +108,8 @@ def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
     try:
         check_reachable(tracking_uri())
     except UserError:  # the result can be returned without MLflow
+        if record["tracked"] is None:
+            raise
         return RunResult(result, folder, TrackedRun(**record["tracked"]), False, 1)
     tracked = _open(config, record["token"])
     tracker = MetricLogger(tracked)
@@ -134,7 +136,8 @@ def _publish(folder: Path, tracked: TrackedRun, result: dict[str, Any]) -> int:
 def _run_record(folder: Path) -> dict[str, Any]:
     """The folder's run.json, created if it is missing. Its random token is a tag of the folder's MLflow run."""
     path = folder / "run.json"
-    record = read_json(path)
+    remedy = "delete it: the run continues, in a new MLflow run"
+    record = read_json(path, remedy, ("token", "tracked", "delivered"))
     if record is None:
         record = {"token": uuid.uuid4().hex, "tracked": None, "delivered": False}
         write_json(path, record)
