@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint, read_checkpoint
 from wml_ray.config.load import parse_config
-from wml_ray.config.schema import Config, user_functions
+from wml_ray.config.nested import functions_named_in
+from wml_ray.config.schema import Config
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.networks.backbones import build_stages
@@ -59,7 +60,7 @@ def check_trusted(checkpoint: Checkpoint, name: str, remedy: str, trusted: Colle
     Raises:
         UserError: it names another one; the message begins with `name` and ends with `remedy`.
     """
-    for key, function in user_functions(checkpoint.metadata.get("config")).items():
+    for key, function in functions_named_in(checkpoint.metadata.get("config")).items():
         if function not in trusted:
             raise UserError(f"{name} would run {shortened(function)}, its {key}; {remedy}")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.errors import shortened
 from wml_ray.methods.settings import (
     ClIlrConfig,
@@ -326,7 +326,7 @@ class Config(Section):
 
     def flatten(self) -> dict[str, Any]:
         """Dotted keys to scalars (`wml.alpha`, `pruning.ratios.0`), the names of the MLflow params."""
-        return dict(_flatten("", self.dump()))
+        return dict(flatten("", self.dump()))
 
     def dump(self) -> dict[str, Any]:
         """The config as JSON types, without unused sections that are at their defaults."""
@@ -352,28 +352,4 @@ class Config(Section):
     @property
     def user_functions(self) -> dict[str, str]:
         """The keys that name a user's own `package.module:function`, and these names."""
-        return user_functions(self.model_dump(mode="json"))
-
-
-def user_functions(raw: Any) -> dict[str, str]:
-    """The keys of nested settings that name a user's own `package.module:name`, and these names.
-
-    The settings may be of any kind, as in a checkpoint that was not checked yet.
-    """
-    named = {}
-    for key in ("model.backbone", "method.name", "teacher.function"):
-        section, _, last = key.partition(".")
-        settings = raw.get(section) if isinstance(raw, dict) else None
-        name = settings.get(last) if isinstance(settings, dict) else None
-        if isinstance(name, str) and ":" in name:
-            named[key] = name
-    return named
-
-
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) or (isinstance(value, list) and value):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in items:
-            yield from _flatten(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-        yield prefix, value
+        return functions_named_in(self.model_dump(mode="json"))
