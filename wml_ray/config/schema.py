@@ -12,22 +12,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.errors import shortened
-from wml_ray.methods.settings import (
-    ClIlrConfig,
-    CtslMktConfig,
-    DmlConfig,
-    FitnetsConfig,
-    IndependentConfig,
-    KdclConfig,
-    KdConfig,
-    MethodConfig,
-    PeerToPeerConfig,
-    RkdConfig,
-    TeacherConfig,
-    WmlConfig,
-    is_own_method,
-    unused_sections,
-)
+from wml_ray.methods import settings as methods
+from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
     IMPORT_PATH,
     MAX_INTEGER,
@@ -265,18 +251,18 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     pruning: PruningConfig = PruningConfig()
-    method: MethodConfig = MethodConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    wml: WmlConfig = WmlConfig()
-    independent: IndependentConfig = IndependentConfig()
-    dml: DmlConfig = DmlConfig()
-    cl_ilr: ClIlrConfig = ClIlrConfig()
-    kdcl: KdclConfig = KdclConfig()
-    kd: KdConfig = KdConfig()
-    peer_to_peer: PeerToPeerConfig = PeerToPeerConfig()
-    rkd: RkdConfig = RkdConfig()
-    fitnets: FitnetsConfig = FitnetsConfig()
-    ctsl_mkt: CtslMktConfig = CtslMktConfig()
+    method: methods.MethodConfig = methods.MethodConfig()
+    teacher: methods.TeacherConfig = methods.TeacherConfig()
+    wml: methods.WmlConfig = methods.WmlConfig()
+    independent: methods.IndependentConfig = methods.IndependentConfig()
+    dml: methods.DmlConfig = methods.DmlConfig()
+    cl_ilr: methods.ClIlrConfig = methods.ClIlrConfig()
+    kdcl: methods.KdclConfig = methods.KdclConfig()
+    kd: methods.KdConfig = methods.KdConfig()
+    peer_to_peer: methods.PeerToPeerConfig = methods.PeerToPeerConfig()
+    rkd: methods.RkdConfig = methods.RkdConfig()
+    fitnets: methods.FitnetsConfig = methods.FitnetsConfig()
+    ctsl_mkt: methods.CtslMktConfig = methods.CtslMktConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()
