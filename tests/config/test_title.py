@@ -16,7 +16,7 @@ def test_the_method_comes_first_and_settings_of_other_methods_are_left_out():
 
 
 def test_a_title_fits_an_mlflow_run_name():
-    copies = {"model": {"sharing": [100] * 5}, "pruning": {"ratios": [0.123] * 100}}
+    copies = {"model": {"sharing": [64] * 5}, "pruning": {"ratios": [0.123] * 64}}
     assert len(run_title(parse_config(copies, []))) == MAX_TITLE
 
 
