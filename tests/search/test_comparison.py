@@ -1,14 +1,12 @@
 """The points of a comparison, and the small space of each method."""
 
-from typing import get_args
-
 import pytest
 from family import tiny_config
 
 from wml_ray.config.load import known_keys
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
-from wml_ray.methods.settings import TEACHER_METHODS, MethodName
+from wml_ray.methods.settings import METHOD_NAMES, TEACHER_METHODS
 from wml_ray.search.comparison import comparison_of, make_comparison
 from wml_ray.search.method_spaces import METHOD_SPACES, method_space, start_at_config
 from wml_ray.search.settings import CompareConfig
@@ -29,7 +27,7 @@ def test_each_method_has_the_same_seeds_and_all_other_settings_of_the_config():
         *(("wml", 5), ("independent", 5), ("dml", 5), ("wml", 6))
     ]
     assert len(points) == 9
-    sections = {*get_args(MethodName), "method", "seed"}
+    sections = {*METHOD_NAMES, "method", "seed"}
     for point in points:
         config = comparison.config(point)
         assert (config.method.name, config.seed) == (point["variant"], point["seed"])
@@ -116,7 +114,7 @@ def test_the_point_of_a_config_is_found():
         comparison.point(tiny_config("seed=9"))
 
 
-@pytest.mark.parametrize("method", get_args(MethodName))
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_small_space_of_a_method_holds_the_learning_rate_and_the_config(method):
     teacher = ["teacher.function=a.b:c"] if method in TEACHER_METHODS else []
     config = tiny_config(f"method.name={method}", "optim.learning_rate=0.01", *teacher)
@@ -129,7 +127,7 @@ def test_the_small_space_of_a_method_holds_the_learning_rate_and_the_config(meth
 
 
 def test_the_small_spaces_are_of_methods_and_keys_that_exist():
-    assert METHOD_SPACES.keys() <= set(get_args(MethodName))
+    assert METHOD_SPACES.keys() <= set(METHOD_NAMES)
     assert {key for space in METHOD_SPACES.values() for key in space} <= known_keys().keys()
 
 

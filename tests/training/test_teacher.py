@@ -36,7 +36,7 @@ def test_the_methods_with_a_teacher_are_those_the_config_knows():
 
 
 def test_a_run_is_found_by_its_id_and_its_folder_and_teaches_with_the_peer_that_is_chosen(teacher_run, monkeypatch):
-    tree, images = load_tree(teacher_run / "checkpoints" / "epoch-0001"), torch.randn(3, 1, 8, 8)
+    tree, images = load_tree(teacher_run / "checkpoints" / "epoch-0001", trust=True), torch.randn(3, 1, 8, 8)
     monkeypatch.chdir(teacher_run.parent)
     for run in (teacher_run, teacher_run.name, f"{teacher_run}/"):
         config = student_of(run, "teacher.peer=2", f"run.storage_path={teacher_run.parents[1]}")
@@ -189,7 +189,7 @@ def test_the_estimate_of_memory_counts_the_teacher(teacher_run):
     def memory(*overrides):
         return plan(tiny_config(*overrides)).memory_bytes
 
-    tree = load_tree(teacher_run / "checkpoints/epoch-0001")
+    tree = load_tree(teacher_run / "checkpoints/epoch-0001", trust=True)
     (one, everyone) = (memory(*taught_by(teacher_run, "kd"), f"teacher.peer={peer}") for peer in (0, "null"))
     sizes = [sum(4 * p.numel() for p in network.parameters()) for network in (tree.peer(0), tree)]
     assert one - memory("method.name=independent") == sizes[0]
@@ -275,7 +275,10 @@ def ctsl(folder, *overrides):
 
 def test_peers_of_ctsl_mkt_start_with_the_tensors_and_widths_of_the_independent_run(teacher_run):
     config = ctsl(teacher_run)
-    start, tree = initial_checkpoint(config, load_dataset(config)), load_tree(teacher_run / "checkpoints/epoch-0001")
+    start, tree = (
+        initial_checkpoint(config, load_dataset(config)),
+        load_tree(teacher_run / "checkpoints/epoch-0001", trust=True),
+    )
     assert start.model.keys() == tree.state_dict().keys()
     assert all(tensor.equal(start.model[name]) for name, tensor in tree.state_dict().items())
     sizes = json.loads((teacher_run / "result.json").read_text())["peers"]

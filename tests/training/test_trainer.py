@@ -83,7 +83,8 @@ def test_every_switch_trains(switch):
 
 def test_independent_training_is_as_if_each_peer_trained_alone():
     """Sharing, teaching and learned weights off: peer 0 moves by its own gradient at 1/M of the learning rate."""
-    off = ["model.sharing=[2,2,2,2]", "wml.alpha=0", "wml.weights=fixed", "optim.weight_decay=0", "optim.epochs=1"]
+    off = ["model.sharing=[2,2,2,2]", "wml.alpha=0", "wml.weights=fixed", "wml.balance=paper"]
+    off += ["optim.weight_decay=0", "optim.epochs=1"]
     pair, _ = fitted("pruning.ratios=[0,0]", *off)
     config = tiny_config("pruning.ratios=[0,0]", *off)
     alone = trainer_of(config)

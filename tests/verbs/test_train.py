@@ -122,7 +122,7 @@ def test_a_diverged_run_is_failed_in_mlflow_and_keeps_its_last_good_checkpoint(w
     config = tiny_config(*DIVERGES, "optim.epochs=2")
     (workplace / "config.yaml").write_text(config.to_yaml())
     assert main(["train", "config.yaml"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()  # before it, a loss that grew may have been warned of
     assert "peer" in line
     assert "step" in line
     assert "learning rate 100" in line
