@@ -175,6 +175,61 @@ def ctsl_mkt(method, outputs, targets, context):
     return total
 
 
+def one(method, outputs, targets, context):
+    peers, settings = list(outputs["logits_MBK"]), method.settings
+    mixture = []
+    for image, gate in enumerate(outputs["gate_BM"]):
+        mixture.append(sum(share * peer[image] for share, peer in zip(gate, peers, strict=True)))
+    total = cross_entropy(torch.stack(mixture), targets)
+    for student in peers:
+        taught = divergence(student, torch.stack(mixture).detach(), settings.temperature)
+        weight = settings.weight * ramp(context, settings.ramp)
+        total = total + cross_entropy(student, targets) + weight * taught
+    return total
+
+
+def okddip(method, outputs, targets, context):
+    peers, settings = list(outputs["logits_MBK"]), method.settings
+    leader = len(peers) - 1 if settings.leader is None else settings.leader
+    others = [peer for peer in range(len(peers)) if peer != leader]
+    pooled = list(outputs["pooled_BC"].split(method.widths, dim=1))
+    stop = (lambda tensor: tensor.detach()) if settings.stop_gradient_teacher else (lambda tensor: tensor)
+    weight = settings.weight * ramp(context, settings.ramp)
+    total = independent(method, outputs, targets, context)
+    for a, student in enumerate(others):
+        mixed = []
+        for image in range(len(targets)):
+            query = method.query[str(method.widths[a])].weight @ pooled[a][image]
+            keys = [method.key[str(method.widths[b])].weight @ pooled[b][image] for b in range(len(others))]
+            attention = probabilities(torch.stack([(query * key).sum() for key in keys]))
+            mixed.append(sum(share * stop(peers[b][image]) for share, b in zip(attention, others, strict=True)))
+        total = total + weight * divergence(peers[student], torch.stack(mixed), settings.temperature)
+    target = stop(mean([peers[b] for b in others]))
+    return total + weight * divergence(peers[leader], target, settings.temperature)
+
+
+def ffl(method, outputs, targets, context):
+    peers, fused, settings = list(outputs["logits_MBK"]), outputs["fused_BK"], method.settings
+    weight = settings.weight * ramp(context, settings.ramp)
+    total = independent(method, outputs, targets, context) + cross_entropy(fused, targets)
+    for student in peers:
+        total = total + weight * divergence(student, fused.detach(), settings.temperature)
+    return total + weight * divergence(fused, mean(peers).detach(), settings.temperature)
+
+
+def boc_kd(method, outputs, targets, context):
+    peers, settings = list(outputs["logits_MBK"]), method.settings
+    everyone, total = mean(peers).detach(), 0.0
+    for student in peers:
+        total = total + settings.label_weight * cross_entropy(student, targets)
+        total = total + settings.mutual_weight * divergence(student, everyone, settings.temperature)
+    for stage, copies in enumerate(method.tree.sharing[:-1]):
+        for copy in range(1, copies):
+            errors = (outputs[f"adapted{stage}_{copy}"] - outputs[f"map{stage}"].detach()).flatten()
+            total = total + settings.map_weight * sum(error * error for error in errors) / len(errors)
+    return total
+
+
 TWINS = {
     "independent": independent,
     "dml": dml,
@@ -185,5 +240,9 @@ TWINS = {
     "rkd": rkd,
     "fitnets": fitnets,
     "ctsl_mkt": ctsl_mkt,
+    "one": one,
+    "okddip": okddip,
+    "ffl": ffl,
+    "boc_kd": boc_kd,
 }
 """By method; the twins of `wml` are in tests/reference.py, as Eq. 5 needs them too."""

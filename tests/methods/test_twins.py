@@ -29,6 +29,14 @@ CASES = [
     ("fitnets", {}),
     ("fitnets", {"weight": 0.3, "stage": 1}),
     ("ctsl_mkt", {}),
+    ("one", {}),
+    ("one", {"temperature": 1.5, "weight": 0.4, "ramp": 0.8}),
+    ("okddip", {}),
+    ("okddip", {"leader": 1, "weight": 0.4, "stop_gradient_teacher": True, "key_width": 3}),
+    ("ffl", {}),
+    ("ffl", {"temperature": 1.5, "weight": 0.4, "ramp": 0.8}),
+    ("boc_kd", {}),
+    ("boc_kd", {"label_weight": 1.0, "map_weight": 0.3, "mutual_weight": 0.6, "temperature": 3.0}),
     ("ctsl_mkt", {"mutual_weight": 0.4, "angle_weight": 3.0, "self_weight": 2.0, "temperature": 1.5}),
 ]
 """A method and the settings that differ from its defaults."""

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.errors import shortened
 from wml_ray.methods import settings as methods
+from wml_ray.methods.feature_settings import BocKdConfig, FflConfig, OkddipConfig, OneConfig
 from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
     IMPORT_PATH,
@@ -257,12 +258,16 @@ class Config(Section):
     independent: methods.IndependentConfig = methods.IndependentConfig()
     dml: methods.DmlConfig = methods.DmlConfig()
     cl_ilr: methods.ClIlrConfig = methods.ClIlrConfig()
+    one: OneConfig = OneConfig()
+    okddip: OkddipConfig = OkddipConfig()
+    ffl: FflConfig = FflConfig()
     kdcl: methods.KdclConfig = methods.KdclConfig()
     kd: methods.KdConfig = methods.KdConfig()
     peer_to_peer: methods.PeerToPeerConfig = methods.PeerToPeerConfig()
     rkd: methods.RkdConfig = methods.RkdConfig()
     fitnets: methods.FitnetsConfig = methods.FitnetsConfig()
     ctsl_mkt: methods.CtslMktConfig = methods.CtslMktConfig()
+    boc_kd: BocKdConfig = BocKdConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     run: RunConfig = RunConfig()

@@ -10,13 +10,17 @@ from pydantic import ValidationError
 
 from wml_ray.errors import UserError, shortened
 from wml_ray.methods.base import Method, TaughtMethod, Teacher
+from wml_ray.methods.boc_kd import BocKd
 from wml_ray.methods.cl_ilr import ClIlr
 from wml_ray.methods.ctsl_mkt import CtslMkt
 from wml_ray.methods.dml import Dml
+from wml_ray.methods.ffl import Ffl
 from wml_ray.methods.fitnets import Fitnets
 from wml_ray.methods.independent import Independent
 from wml_ray.methods.kd import Kd
 from wml_ray.methods.kdcl import Kdcl
+from wml_ray.methods.okddip import Okddip
+from wml_ray.methods.one import One
 from wml_ray.methods.peer_to_peer import PeerToPeer
 from wml_ray.methods.rkd import Rkd
 from wml_ray.methods.wml import Wml
@@ -30,12 +34,16 @@ METHODS: dict[str, type[Method]] = {
     "independent": Independent,
     "dml": Dml,
     "cl_ilr": ClIlr,
+    "one": One,
+    "okddip": Okddip,
+    "ffl": Ffl,
     "kdcl": Kdcl,
     "kd": Kd,
     "peer_to_peer": PeerToPeer,
     "rkd": Rkd,
     "fitnets": Fitnets,
     "ctsl_mkt": CtslMkt,
+    "boc_kd": BocKd,
 }
 
 

@@ -11,7 +11,22 @@ from pydantic import AfterValidator, Field
 from wml_ray.errors import shortened
 from wml_ray.settings import Address, Count, CountOrZero, NonNegative, Section, Share, Temperature
 
-METHOD_NAMES = ("wml", "independent", "dml", "cl_ilr", "kdcl", "kd", "peer_to_peer", "rkd", "fitnets", "ctsl_mkt")
+METHOD_NAMES = (
+    "wml",
+    "independent",
+    "dml",
+    "cl_ilr",
+    "one",
+    "okddip",
+    "ffl",
+    "kdcl",
+    "kd",
+    "peer_to_peer",
+    "rkd",
+    "fitnets",
+    "ctsl_mkt",
+    "boc_kd",
+)
 TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
 

@@ -19,9 +19,13 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "wml": {"wml.alpha": SHARES},
     "dml": {"dml.weight": WEIGHTS},
     "cl_ilr": {"cl_ilr.alpha": SHARES},
+    "one": {"one.weight": WEIGHTS},
+    "okddip": {"okddip.weight": WEIGHTS},
+    "ffl": {"ffl.weight": WEIGHTS},
     "kdcl": {"kdcl.alpha": SHARES},
     "kd": {"kd.alpha": FloatDistribution(0.1, 0.9)},
     "peer_to_peer": {"peer_to_peer.teacher_weight": WEIGHTS, "peer_to_peer.mutual_weight": WEIGHTS},
+    "boc_kd": {"boc_kd.map_weight": WEIGHTS, "boc_kd.mutual_weight": WEIGHTS},
 }
 """Config key -> distribution, beside the learning rate. A method without an entry is searched in that alone."""
 

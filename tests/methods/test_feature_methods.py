@@ -1,0 +1,159 @@
+"""ONE, OKDDip, FFL and BOC-KD: a property of each, the losses of public code, and trees that they refuse."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from family import SPEC, at_rate, batch, enumerate_names, pruned_tree, stages
+from torch import nn
+
+from wml_ray.config.schema import Config
+from wml_ray.errors import UserError
+from wml_ray.methods.base import StepContext
+from wml_ray.methods.ffl import fusion
+from wml_ray.methods.registry import build
+from wml_ray.networks.peer_tree import PeerTree
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_losses.json").read_text())
+FIRST_STEP = at_rate(0.1)
+
+
+def method_of(name, tree=None, **changed):
+    settings = getattr(Config(), name)
+    return build(name, tree or pruned_tree(), settings.model_copy(update=changed), SPEC, seed=0).double()
+
+
+def tree_of(sharing):
+    torch.manual_seed(0)
+    return PeerTree(lambda: dict(enumerate_names(stages(SPEC))), sharing)
+
+
+def test_the_gate_of_one_is_on_the_simplex_and_learns_from_its_own_labels_alone():
+    method, (inputs, targets) = method_of("one"), batch(6)
+    outputs = method(inputs)
+    torch.testing.assert_close(outputs["gate_BM"].sum(1), torch.ones(6, dtype=torch.float64))
+    assert (outputs["gate_BM"] >= 0).all()
+    terms, gate = method.losses(outputs, targets, FIRST_STEP), list(method.gate.parameters())
+    for name in ("labels", "mutual"):
+        gradients = torch.autograd.grad(terms[name], gate, retain_graph=True, allow_unused=True)
+        assert all(gradient is None or not gradient.any() for gradient in gradients)
+    assert torch.autograd.grad(terms["gate"], gate[0])[0].any()
+
+
+def test_the_leader_of_okddip_teaches_nobody_and_attention_rows_are_on_the_simplex():
+    method, (inputs, targets) = method_of("okddip"), batch(6)
+    outputs = method(inputs)
+    rows = method.attention(outputs["pooled_BC"]).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    logits = outputs["logits_MBK"].detach().requires_grad_()
+    terms = method.losses({**outputs, "logits_MBK": logits}, targets, FIRST_STEP)
+    of_peers = torch.autograd.grad(terms["mutual"], logits, retain_graph=True)[0]
+    assert not of_peers[method.leader].any()
+    assert of_peers[: method.leader].any()
+
+
+def test_the_teachers_of_okddip_can_be_detached():
+    logits = method_of("okddip")(batch(6)[0])["logits_MBK"].detach().requires_grad_()
+    for stop, taught in ((False, True), (True, False)):
+        method = method_of("okddip", stop_gradient_teacher=stop)
+        outputs = {**method(batch(6)[0]), "logits_MBK": logits}
+        leader = method.losses(outputs, batch(6)[1], FIRST_STEP)["leader"]
+        assert bool(torch.autograd.grad(leader, logits)[0][0].any()) == taught
+
+
+def test_the_fused_classifier_of_ffl_learns_from_the_mean_and_teaches_detached():
+    method, (inputs, targets) = method_of("ffl"), batch(6)
+    outputs = {name: tensor.detach().requires_grad_() for name, tensor in method(inputs).items()}
+    terms = method.losses(outputs, targets, FIRST_STEP)
+    for name, learner in (("mutual", "logits_MBK"), ("fused", "fused_BK")):
+        for leaf in ("logits_MBK", "fused_BK"):
+            (gradient,) = torch.autograd.grad(terms[name], outputs[leaf], retain_graph=True, allow_unused=True)
+            assert (gradient is not None and bool(gradient.any())) == (leaf == learner)
+
+
+def test_the_maps_of_the_whole_network_teach_and_learn_nothing_from_boc_kd():
+    method, (inputs, targets) = method_of("boc_kd"), batch(6)
+    whole = {name for name, _ in method.tree.named_parameters() if 0 in method.tree.peers_through(name)}
+    own = [
+        p for name, p in method.tree.named_parameters() if name in whole and len(method.tree.peers_through(name)) == 1
+    ]
+    loss = method.losses(method(inputs), targets, FIRST_STEP)["maps"]
+    assert all(gradient is None for gradient in torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True))
+    for name, adapter in method.adapters.items():
+        stage, copy = map(int, name.split("_"))
+        maps = method.shapes(method.tree, SPEC).maps[stage]
+        assert (adapter.in_channels, adapter.out_channels) == (maps[copy].shape[1], maps[0].shape[1])
+    assert len({adapter.in_channels for adapter in method.adapters.values()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "mend"),
+    [
+        ("one", lambda: tree_of([4, 4, 4, 4]), "model.sharing"),
+        ("okddip", lambda: tree_of([1, 1, 1, 2]), "model.sharing"),
+        ("boc_kd", lambda: pruned_tree((0.4, 0.2, 0.3, 0.0)), "pruning.ratios"),
+    ],
+    ids=["one", "okddip", "boc_kd"],
+)
+def test_a_tree_that_does_not_fit_is_refused_with_the_key_to_change(name, tree, mend):
+    with pytest.raises(UserError, match=mend):
+        method_of(name, tree())
+
+
+def test_a_leader_that_is_no_peer_is_refused():
+    with pytest.raises(UserError, match=r"okddip.leader = 4: the peers are 0 to 3"):
+        method_of("okddip", leader=4)
+
+
+def published(name):
+    return [case for case in PUBLISHED["cases"] if case["method"] == name]
+
+
+def given(name):
+    return torch.tensor(PUBLISHED["inputs"][name], dtype=torch.float64)
+
+
+def assert_equals_the_public_code(method, outputs, logits, case):
+    context = StepContext(step=0, epoch=case["epoch"], total_epochs=case["total_epochs"], learning_rate=0.1)
+    loss = sum(method.losses(outputs, torch.tensor(PUBLISHED["inputs"]["targets_B"]), context).values())
+    assert math.isclose(loss.item(), case["loss"], rel_tol=1e-10)
+    if "gradient_logits_MBK" in case:
+        theirs = torch.tensor(case["gradient_logits_MBK"], dtype=torch.float64)
+        ours = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", published("one"), ids=lambda case: f"epoch {case['epoch']}")
+def test_one_equals_the_code_of_its_authors(case):
+    method, logits = method_of("one", tree_of([1, 3, 3, 3]), **case["settings"]), given("logits_MBK")[:3]
+    method.gate[0] = nn.Linear(6, 3).double()
+    method.gate[0].load_state_dict({"weight": given("gate_weight"), "bias": given("gate_bias")})
+    logits.requires_grad_()
+    outputs = {"logits_MBK": logits, "gate_BM": method.gate(given("trunk_mean_BC"))}
+    assert_equals_the_public_code(method, outputs, logits, case)
+
+
+@pytest.mark.parametrize("case", published("okddip"), ids=lambda case: f"epoch {case['epoch']}")
+def test_okddip_equals_the_code_of_its_authors(case):
+    method, logits = method_of("okddip", tree_of([4, 4, 4, 4]), **case["settings"]), given("logits_MBK")
+    method.widths = [16] * 3
+    for maps, weight in ((method.query, "query_weight"), (method.key, "key_weight")):
+        maps["16"] = nn.Linear(16, 2, bias=False).double()
+        maps["16"].load_state_dict({"weight": given(weight)})
+    logits.requires_grad_()
+    outputs = {"logits_MBK": logits, "pooled_BC": torch.cat(list(given("pooled_MBC")[:3]), dim=1)}
+    assert_equals_the_public_code(method, outputs, logits, case)
+
+
+@pytest.mark.parametrize("case", published("ffl"), ids=lambda case: f"epoch {case['epoch']}")
+def test_ffl_equals_the_code_of_its_authors(case):
+    method, logits = method_of("ffl", tree_of([2, 2, 2, 2]), **case["settings"]), given("logits_MBK")[:2]
+    fused = fusion([2, 2], 5).double()
+    fused[0].weight.data.copy_(given("depthwise_weight"))
+    fused[3].weight.data.copy_(given("pointwise_weight"))
+    fused[-1].load_state_dict({"weight": given("classifier_weight"), "bias": given("classifier_bias")})
+    logits.requires_grad_()
+    outputs = {"logits_MBK": logits, "fused_BK": fused(torch.cat(list(given("last_maps_MBCHW")), dim=1))}
+    assert_equals_the_public_code(method, outputs, logits, case)
