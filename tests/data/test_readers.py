@@ -100,6 +100,19 @@ def test_a_missing_folder_is_named_with_the_correction(tmp_path, name):
     assert not root.exists()
 
 
+@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "imagefolder"])
+@pytest.mark.parametrize("download", [False, True])
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, name, download):
+    """A loop of links; a name that no file system takes is refused with the config."""
+    (tmp_path / "loop").symlink_to("loop")
+    data = {"name": name, "download": download}
+    with pytest.raises(UserError, match=r"data\.root") as caught:
+        load_dataset(parse_config({"data": {**data, "root": str(tmp_path / "loop")}}))
+    one_line(caught)
+    with pytest.raises(UserError, match=r"data\.root: a part of it is longer than 255 bytes") as caught:
+        parse_config({"data": {**data, "root": "x" * 256}})
+
+
 def test_a_batch_larger_than_the_training_split_is_refused():
     with pytest.raises(UserError, match=r"data\.batch_size = 1500.* \d+ training images .*smaller"):
         digits(data={"batch_size": 1500})

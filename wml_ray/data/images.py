@@ -184,8 +184,8 @@ def _too_many_pixels(max_pixels: int) -> ValueError:
 def _read_folder(root: str, read: Callable[[str], T], folder: Path) -> T:
     try:
         return read(str(folder))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = str(error).splitlines()[0]
+    except OSError as error:
+        reason = printable(str(error))
         raise UserError(
             f"data.root = '{root}': {reason}; it needs train/<class>/<image>, and the same classes in val/ or test/"
         ) from None

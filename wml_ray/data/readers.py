@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from wml_ray.config.schema import DataConfig
 from wml_ray.data.images import class_names
-from wml_ray.errors import UserError, one_line
+from wml_ray.errors import UserError, one_line, root_cause
 from wml_ray.networks.spec import ImageSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -64,7 +64,12 @@ def read_images(config: DataConfig) -> Images:
         UserError: the folder is missing or broken, a label is none of the classes, or the download failed.
     """
     dataset = DATASETS[config.name]
-    images, labels, num_train = dataset.read(config)
+    try:
+        images, labels, num_train = dataset.read(config)
+    except OSError as error:
+        raise UserError(
+            f"data.root = '{config.root}' cannot be read ({root_cause(error)}); name another folder"
+        ) from None
     for label in np.unique(labels):
         if not 0 <= label < dataset.spec.num_classes:
             raise UserError(
