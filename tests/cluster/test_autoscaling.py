@@ -14,7 +14,7 @@ from family import tiny_config, write_study
 from wml_ray.search.trials import TrialStore
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 COUNT_NODES = """
 import sys, time, ray

@@ -39,7 +39,7 @@ from wml_ray.verbs import tune as tune_verb
 from wml_ray.verbs.train import train
 from wml_ray.verbs.tune import check_ratios, tune
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
