@@ -15,7 +15,6 @@ from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.storage.lease import LEASE_FILE
 
 TESTS = Path(__file__).parent
-END_S = 30.0  # for the end after a signal: less than 10 s on an idle machine
 
 
 def client():
@@ -75,11 +74,8 @@ def interrupt_training(config, number):
 
 def end(process, number):
     """Send a process SIGINT or SIGTERM; returns what it writes to stderr."""
-    start_s = time.monotonic()
     process.send_signal(number)
     _, errors = process.communicate(timeout=DEADLINE_S)
-    print("ended after", time.monotonic() - start_s, "s")
-    assert time.monotonic() - start_s < END_S
     assert process.returncode == {signal.SIGINT: 1, signal.SIGTERM: 143}[number], errors
     assert "Traceback" not in errors
     return errors
