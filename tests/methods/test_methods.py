@@ -29,7 +29,7 @@ def test_every_method_of_the_config_is_built():
 def test_what_a_method_evaluates_and_logs_is_known_without_a_batch(name):
     method = method_of(name)
     inputs, targets = batch(6)
-    outputs = method(inputs)
+    outputs = method.eval()(inputs)
     assert tuple(method.predictions(outputs)) == method.prediction_names(4)
     assert tuple(method.metrics()) == method.metric_names(4)
     logged = [*evaluate(method, [(inputs, targets)], "float32").metrics("val"), *method.metrics()]
@@ -39,7 +39,8 @@ def test_what_a_method_evaluates_and_logs_is_known_without_a_batch(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_has_a_gradient_in_each_step(name):
-    method, (inputs, targets) = method_of(name), batch(4)
+    method, targets = method_of(name), batch(4)[1]
+    inputs, _ = batch(4 * method.num_views)
     sum(method.losses(method(inputs), targets, FIRST_STEP).values()).backward()
     assert all(parameter.grad is not None for parameter in method.parameters())
 

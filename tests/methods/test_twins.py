@@ -46,7 +46,7 @@ def method_of(name, settings):
 def outputs_of(method):
     """The outputs of a random batch as leaves in float64, so that the loss can be differentiated by each."""
     with torch.no_grad():
-        outputs = method(batch(IMAGES)[0])
+        outputs = method(batch(IMAGES * method.num_views)[0])
     return {
         name: (3 * tensor).requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in outputs.items()
