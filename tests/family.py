@@ -9,7 +9,7 @@ from wml_ray.checkpoints.checkpoint import Checkpoint
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config, PruningConfig
 from wml_ray.methods.base import StepContext
-from wml_ray.methods.settings import TEACHER_METHODS
+from wml_ray.methods.settings import TEACHER_METHODS, WmlConfig
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
@@ -41,6 +41,12 @@ def batch(images: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tup
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(images, *SPEC.shape, generator=generator, dtype=dtype)
     return inputs, torch.randint(SPEC.num_classes, (images,), generator=generator)
+
+
+def eq_1(**options: object) -> WmlConfig:
+    """The settings at which WML's loss is Eq. 1 as the paper writes it."""
+    paper = {"balance": "paper", "weigh_labels": True, "temperature": 1.0, "stop_gradient_teacher": False}
+    return WmlConfig.model_validate({"alpha": 0.5, **paper, **options})
 
 
 def at_rate(learning_rate: float) -> StepContext:

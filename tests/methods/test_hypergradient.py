@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 import workers
-from family import SPEC, at_rate, batch, pruned_tree, stages
+from family import SPEC, at_rate, batch, eq_1, pruned_tree, stages
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -12,13 +12,12 @@ from torch import nn
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.hypergradient import log_mirror_descent, weight_gradient
 from wml_ray.methods.losses import ensemble_loss, peer_losses
-from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.sync_batchnorm import convert_sync_batchnorm
 from wml_ray.networks.trunk_gradient import divide_shared_gradients
 
 OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
-EXACT, SAME_POINT = WmlConfig(alpha=0.4, unroll="exact"), WmlConfig(alpha=0.4, unroll="same_point")
+EXACT, SAME_POINT = eq_1(alpha=0.4, unroll="exact"), eq_1(alpha=0.4, unroll="same_point")
 OPTIONS = [
     {},
     {"temperature": 2.0, "kl_direction": "student_to_teacher"},
@@ -98,7 +97,7 @@ def test_dropout_draws_the_same_masks_in_both_inner_passes():
     omega = torch.ones(1, dtype=torch.float64)
     inner, outer = batch(8, 1), batch(6, 2)
     torch.manual_seed(7)
-    ours = weight_gradient(tree, inner, outer, omega, WmlConfig(alpha=0.0, unroll="exact"), at_rate(0.3))
+    ours = weight_gradient(tree, inner, outer, omega, eq_1(alpha=0.0, unroll="exact"), at_rate(0.3))
     torch.manual_seed(7)
     twin = reference.unrolled_gradient(tree, [inner], [outer], omega, 0.0, 0.3)
     torch.testing.assert_close(ours, twin, rtol=1e-10, atol=1e-12)
@@ -115,7 +114,7 @@ def test_a_list_of_logits_serves_as_well_as_a_stack():
 
     torch.manual_seed(0)
     pair, omega = Pair().double(), torch.tensor([0.3, 0.7], dtype=torch.float64)
-    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), at_rate(0.1))
+    ours = weight_gradient(pair, batch(8, 1), batch(6, 2), omega, eq_1(unroll="exact"), at_rate(0.1))
     twin = reference.unrolled_gradient(pair, [batch(8, 1)], [batch(6, 2)], omega, 0.5, 0.1)
     torch.testing.assert_close(ours, twin, rtol=1e-11, atol=1e-13)
 
@@ -136,7 +135,7 @@ def test_equal_peers_keep_equal_weights_to_the_bit():
         for twin in copies[1:]:
             twin.load_state_dict(copies[0].state_dict())
     omega = torch.full((4,), 0.25, dtype=torch.float64)
-    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, WmlConfig(unroll="exact"), at_rate(0.1))
+    gradient = weight_gradient(tree, batch(8, 1), batch(6, 2), omega, eq_1(unroll="exact"), at_rate(0.1))
     updated = log_mirror_descent(omega.log(), gradient, 1.0)
     assert updated.eq(updated[0]).all()
 

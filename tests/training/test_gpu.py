@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from family import at_rate, batch, pruned_tree, tiny_config
+from family import at_rate, batch, eq_1, pruned_tree, tiny_config
 from runs import ignore, only_run
 
 from wml_ray.methods.hypergradient import weight_gradient
-from wml_ray.methods.settings import WmlConfig
 from wml_ray.verbs.train import train
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +16,7 @@ OMEGA = torch.tensor([0.1, 0.4, 0.3, 0.2], dtype=torch.float64)
 @pytest.mark.parametrize("unroll", ["exact", "same_point"])
 def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
     inner, outer = batch(8, 1), batch(6, 2)
-    settings = WmlConfig(alpha=0.4, unroll=unroll)
+    settings = eq_1(alpha=0.4, unroll=unroll)
     expected = weight_gradient(pruned_tree(), inner, outer, OMEGA, settings, at_rate(0.3))
     moved = [tuple(part.cuda() for part in pair) for pair in (inner, outer)]
     found = weight_gradient(pruned_tree().cuda(), *moved, OMEGA.cuda(), settings, at_rate(0.3))

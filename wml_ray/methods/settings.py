@@ -92,14 +92,14 @@ def has_effect(key: str, method: str) -> bool:
 class WmlConfig(Section):
     """Weighted Mutual Learning: Eq. 1, and how omega is learned by Eqs. 5 and 7."""
 
-    alpha: Share = Field(0.5, description="weight of mutual learning against the labels in Eq. 1")
+    alpha: Share = Field(0.2, description="weight of mutual learning against the labels in Eq. 1")
     balance: Literal["peer", "paper"] = Field(
-        "paper",
+        "peer",
         description="weight of each label loss: `paper` is (1 - alpha) omega_i, as in Eq. 1; `peer` is M times that, "
         "so that alpha and the learning rate mean the same for any number of peers",
     )
     weigh_labels: bool = Field(
-        True,
+        False,
         description="weigh each peer's label loss by omega, as in Eq. 1; false: only teachers and ensemble",
     )
     ramp: Share = Field(
@@ -122,11 +122,11 @@ class WmlConfig(Section):
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1, description="share of the training images kept for the outer loss when outer_data is holdout"
     )
-    temperature: Positive = Field(1.0, description="temperature tau of the KL term (multiplied by tau squared)")
+    temperature: Positive = Field(3.0, description="temperature tau of the KL term (multiplied by tau squared)")
     kl_direction: Literal["teacher_to_student", "student_to_teacher"] = Field(
         "teacher_to_student", description="KL(p_teacher || p_student), or the other way round"
     )
-    stop_gradient_teacher: bool = Field(False, description="let no gradient flow into the teaching peer")
+    stop_gradient_teacher: bool = Field(True, description="let no gradient flow into the teaching peer")
 
     own_views: bool = Field(False, description="train each peer on an augmented view of its own of every image")
 
