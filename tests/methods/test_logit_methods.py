@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from family import SPEC, at_rate, batch, pruned_tree
+from family import SPEC, at_rate, batch, enumerate_names, pruned_tree, stages
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.registry import build
+from wml_ray.networks.peer_tree import PeerTree
 
 FIRST_STEP = at_rate(0.1)
 
@@ -80,6 +81,16 @@ def test_no_gradient_flows_into_a_mean_of_peers(name):
     means = {"kdcl": everyone.mean(0).expand(4, -1, -1), "cl_ilr": (everyone.sum(0) - everyone) / 3}[name]
     target, own = ((z / settings.temperature).softmax(-1) for z in (means, everyone))
     torch.testing.assert_close(ours, settings.alpha * settings.temperature * (own - target) / 5)
+
+
+def test_each_peer_of_kdcl_is_trained_on_its_own_view():
+    """Nothing is shared here: another view of peer 2 changes the logits of peer 2 alone."""
+    tree = PeerTree(lambda: dict(enumerate_names(stages(SPEC))), [4, 4, 4, 4]).double().train()
+    method, views = method_of("kdcl", tree), batch(4 * 5)[0]
+    before = method(views)["logits_MBK"]
+    views[10:15] = batch(5, seed=1)[0]
+    changed = (method(views)["logits_MBK"] - before).abs().amax((1, 2)) > 1e-6
+    assert changed.tolist() == [False, False, True, False]
 
 
 def test_the_teacher_of_peer_to_peer_learns_from_the_labels_alone():
