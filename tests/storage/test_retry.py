@@ -89,7 +89,7 @@ def test_a_path_that_is_too_long_is_one_line_at_once(empty_workplace, capsys):
     Path("c.yaml").write_text("seed: 0")
     assert main(["plan", "c.yaml", f"run.storage_path={'x' * 300}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "File name too long" in line
+    assert "longer than 255 bytes" in line
     assert "x" * 201 not in line
 
 

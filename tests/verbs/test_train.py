@@ -208,6 +208,7 @@ def test_system_metrics_are_logged_if_the_config_sets_them(workplace, monkeypatc
     assert "MLFLOW_TRACKING_URI" not in os.environ  # the next run may use another store
 
 
+@pytest.mark.slow  # with the other tests of the shared cluster
 @pytest.mark.usefixtures("ray_cluster")
 def test_too_many_workers_for_a_batch_are_refused_before_anything_is_written(empty_workplace):
     with pytest.raises(UserError, match=r"scale\.workers = 2 is too many for batches of 3 images"):
