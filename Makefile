@@ -1,7 +1,7 @@
 # make quickstart     install into .venv, then train four peers on the digits scans
-# make test           the fast tests, and one slow test for each thing that must never break (8 minutes on 2 cores)
-# make test-all       what CI runs: all tests but the nightly ones (20 minutes)
-# make test-nightly   all tests, with outages of a minute
+# make test           what CI runs: the fast tests, and one slow test for each thing that must never break
+# make test-all       all tests but the nightly ones
+# make test-nightly   all tests: also lost nodes and heads, autoscaling, and outages of a minute
 # make lint types     ruff and mypy
 # make docs           write docs/config.md, the table of all config keys
 # make bench          the benchmarks of benchmarks/README.md
