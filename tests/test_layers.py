@@ -15,8 +15,7 @@ ORDER = [  # a folder imports from the lines above its own, never from a neighbo
     {"config", "report"},
     {"data", "pruning"},
     {"checkpoints"},
-    {"training", "export"},
-    *({"search"}, {"cluster"}, {"verbs"}, {"submit"}, {"cli"}),
+    *({"training"}, {"export"}, {"search"}, {"cluster"}, {"verbs"}, {"submit"}, {"cli"}),
 ]
 HOMES = {
     "ray": {"cluster", "submit"},

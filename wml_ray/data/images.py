@@ -14,6 +14,7 @@ from wml_ray.config.schema import MAX_PIXELS, DataConfig
 from wml_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PilImage
     from torch import Tensor
 
 T = TypeVar("T")
@@ -112,7 +113,7 @@ def _files_below(folder: str) -> list[str]:
     return [os.path.join(here, name) for here, names in sorted(files) for name in names]
 
 
-def class_names(config: DataConfig) -> list[str]:
+def class_folders(config: DataConfig) -> list[str]:
     """Names of the class folders of root/train; lists no image, as there may be a million.
 
     Raises:
@@ -157,8 +158,7 @@ def printable(text: str) -> str:
 
 
 def _decode(path: str, max_pixels: int) -> Tensor:
-    import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses images of twice that
@@ -169,11 +169,19 @@ def _decode(path: str, max_pixels: int) -> Tensor:
     with image:
         if image.width * image.height > max_pixels:
             raise _too_many_pixels(max_pixels)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
-            pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-        else:
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return decoded(image)
+
+
+def decoded(image: PilImage) -> Tensor:
+    """A PIL image as uint8 RGB (3, H, W), rotated by its EXIF orientation."""
+    import torch
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip instead of scale
+        pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    else:
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

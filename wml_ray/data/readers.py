@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock
 
 from wml_ray.config.schema import DataConfig
-from wml_ray.data.images import class_names
+from wml_ray.data.images import class_folders
 from wml_ray.errors import UserError, one_line, root_cause
 from wml_ray.networks.spec import ImageSpec
 
@@ -37,6 +37,8 @@ class SmallDataset:
 
     spec: ImageSpec
     read: Callable[[DataConfig], Images]
+    classes: tuple[str, ...]
+    white: int = 255  # the largest value of a pixel
 
 
 def image_spec(config: DataConfig) -> ImageSpec:
@@ -47,7 +49,18 @@ def image_spec(config: DataConfig) -> ImageSpec:
     """
     if config.name != "imagefolder":
         return DATASETS[config.name].spec
-    return ImageSpec(3, config.resolution, len(class_names(config)))
+    return ImageSpec(3, config.resolution, len(class_folders(config)))
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """Names of the classes in the order of their labels; of an image folder, its folders.
+
+    Raises:
+        UserError: an image folder that is missing or has no classes.
+    """
+    if config.name == "imagefolder":
+        return class_folders(config)
+    return list(DATASETS[config.name].classes)
 
 
 def image_resolution(config: DataConfig) -> int:
@@ -86,7 +99,7 @@ def check_dataset(config: DataConfig) -> str:
         UserError: it is missing or broken.
     """
     if config.name == "imagefolder":
-        return f"is there, {len(class_names(config))} classes"
+        return f"is there, {len(class_folders(config))} classes"
     try:
         images, _, _ = read_images(config.model_copy(update={"download": False}))
     except DataMissing:
@@ -193,9 +206,23 @@ def _missing(config: DataConfig, expected: str) -> DataMissing:
     )
 
 
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = (
+    *("apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle"),
+    *("bowl", "boy", "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle"),
+    *("chair", "chimpanzee", "clock", "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur"),
+    *("dolphin", "elephant", "flatfish", "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard"),
+    *("lamp", "lawn_mower", "leopard", "lion", "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain"),
+    *("mouse", "mushroom", "oak_tree", "orange", "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree"),
+    *("plain", "plate", "poppy", "porcupine", "possum", "rabbit", "raccoon", "ray", "road", "rocket"),
+    *("rose", "sea", "seal", "shark", "shrew", "skunk", "skyscraper", "snail", "snake", "spider"),
+    *("squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank", "telephone", "television", "tiger"),
+    *("tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale", "willow_tree", "wolf", "woman", "worm"),
+)
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DATASETS = {
-    "digits": SmallDataset(ImageSpec(1, 8, 10), _read_digits),
-    "fashion_mnist": SmallDataset(ImageSpec(1, 28, 10), _read_fashion_mnist),
-    "cifar10": SmallDataset(ImageSpec(3, 32, 10), _read_cifar),
-    "cifar100": SmallDataset(ImageSpec(3, 32, 100), _read_cifar),
+    "digits": SmallDataset(ImageSpec(1, 8, 10), _read_digits, tuple("0123456789"), white=16),
+    "fashion_mnist": SmallDataset(ImageSpec(1, 28, 10), _read_fashion_mnist, _FASHION),
+    "cifar10": SmallDataset(ImageSpec(3, 32, 10), _read_cifar, _CIFAR10),
+    "cifar100": SmallDataset(ImageSpec(3, 32, 100), _read_cifar, _CIFAR100),
 }

@@ -71,6 +71,13 @@ class StreamedDataset(Dataset):
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
+def evaluation_transform(resolution: int) -> Any:
+    """A resize and a centre crop of images (C, H, W) to (C, resolution, resolution)."""
+    from torchvision.transforms import v2
+
+    return v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
+
+
 class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Reads (index, seeds): a random crop and flip drawn from each seed, or the centre crop if there is no seed."""
 
@@ -82,7 +89,7 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         self.training = v2.Compose(
             [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)]
         )
-        self.evaluation = v2.Compose([v2.Resize(resolution * 8 // 7, antialias=True), v2.CenterCrop(resolution)])
+        self.evaluation = evaluation_transform(resolution)
 
     def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, int]:
         index, seeds = key

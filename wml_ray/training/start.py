@@ -14,6 +14,7 @@ from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
+from wml_ray.data.readers import class_names
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError
 from wml_ray.methods.base import Method, Teacher
@@ -84,6 +85,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "selects": method_class(config.method.name).selects,
         "sharing": list(tree.sharing),
         "image_spec": vars(dataset.spec),
+        "classes": class_names(config.data),
         "skipped_images": list(dataset.skipped),
         "normalisation": {"mean": dataset.mean, "std": dataset.std},
         "channels": channels,

@@ -1,0 +1,189 @@
+"""Network: one peer or an ensemble of a run as a module that takes images as they are stored."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint
+from wml_ray.checkpoints.load import config_and_spec, rebuild_tree
+from wml_ray.data.readers import class_names
+from wml_ray.errors import UserError, one_line, shortened
+from wml_ray.export.images import Image, pixels_of
+from wml_ray.methods.registry import method_class
+from wml_ray.networks.costs import count_macs, count_params
+from wml_ray.networks.peer_tree import PeerTree
+from wml_ray.networks.spec import ImageSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from wml_ray.config.schema import Config
+
+ENSEMBLES = ("average", "weighted")
+PREDICT_BATCH = 64  # images that `predict` holds at once
+
+
+@dataclass(frozen=True)
+class NetworkInfo:
+    """What a network is and where it comes from."""
+
+    run_id: str
+    epoch: int
+    choice: str  # "peer2", "ensemble_average" or "ensemble_weighted"; val/accuracy/<choice> is its accuracy
+    classes: tuple[str, ...]
+    spec: ImageSpec
+    mean: tuple[float, ...]  # of each channel, in the units of the pixels
+    std: tuple[float, ...]
+    params: int
+    macs: int
+    metrics: Mapping[str, float]  # of the run at this epoch, under their MLflow names
+    config: Config
+
+    @property
+    def title(self) -> str:
+        """Such as `peer 2 of digits-resnet20-0123456789`."""
+        words = self.choice.replace("peer", "peer ").replace("ensemble_", "") + (
+            "" if self.choice.startswith("peer") else " ensemble"
+        )
+        return f"{words} of {self.run_id}"
+
+    @property
+    def validation_accuracy(self) -> float:
+        """Share of the validation images that the run classified correctly at this epoch; nan at epoch 0."""
+        return self.metrics.get(f"val/accuracy/{self.choice}", float("nan"))
+
+
+class Network(nn.Module):
+    """A network in evaluation mode that takes images as they are: the normalisation is inside.
+
+    `network(images)` takes pixels (B, C, H, W), uint8 or float, in the units in which the dataset stores them whatever
+    their type: 0 to 255, `digits` 0 to 16. It returns logits (B, K), one for each of `network.classes`.
+    """
+
+    mean_C11: Tensor
+    std_C11: Tensor
+
+    def __init__(self, body: nn.Module, info: NetworkInfo) -> None:
+        """`body` takes normalised images (B, C, H, W) and returns logits (B, K)."""
+        super().__init__()
+        self.info = info
+        self.body = body
+        for name, values in (("mean_C11", info.mean), ("std_C11", info.std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return self.info.classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K) of images (B, C, H, W), uint8 or float pixels.
+
+        Raises:
+            UserError: the images have another shape.
+        """
+        if tuple(images.shape[1:]) != self.info.spec.shape:
+            channels, height, width = self.info.spec.shape
+            raise UserError(
+                f"images have the shape {tuple(images.shape)}; this network takes (images, {channels}, {height}, "
+                f"{width}), and `predict` takes files and images of any size"
+            )
+        logits_BK: Tensor = self.body((images.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11)
+        return logits_BK
+
+    @torch.no_grad()
+    def predict(self, images: Image | Sequence[Image]) -> pd.DataFrame:
+        """The class of each image: a frame with a row an image and the columns `class`, `probability` and `label`.
+
+        `images` is one or several paths, PIL images or tensors (C, H, W). Files and PIL images are rotated by their
+        EXIF orientation, resized and cropped as the run's validation images were; tensors are taken as `forward` does.
+
+        Raises:
+            UserError: an image cannot be read, or has another shape.
+        """
+        import pandas as pd
+
+        several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        rows: list[tuple[str, float, int]] = []
+        for start in range(0, len(several), PREDICT_BATCH):
+            batch = several[start : start + PREDICT_BATCH]
+            pixels = [pixels_of(image, self.info.config.data, self.info.spec) for image in batch]
+            _warn_of_unit_interval(pixels)
+            probabilities_BK = self(torch.stack(pixels).to(self.mean_C11.device)).softmax(-1)
+            best = probabilities_BK.max(-1)
+            rows += [
+                (self.classes[label], probability, label)
+                for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+            ]
+        return pd.DataFrame(rows, columns=["class", "probability", "label"])
+
+
+def _warn_of_unit_interval(pixels: Sequence[Tensor]) -> None:
+    """Warn of float images of 0 to 1, which are nearly black to a network that takes 0 to 255."""
+    if all(image.is_floating_point() and 0 < float(image.max()) <= 1 for image in pixels):
+        warnings.warn("the pixels are between 0 and 1; this network takes 0 to 255: multiply them by 255", stacklevel=3)
+
+
+class _Ensemble(nn.Module):
+    """The weighted sum of the logits of a tree's peers; the tree runs once."""
+
+    weights_M: Tensor
+
+    def __init__(self, tree: PeerTree, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.tree = tree
+        self.register_buffer("weights_M", torch.tensor(weights, dtype=torch.float32))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.einsum("m,mbk->bk", self.weights_M, self.tree(inputs))
+
+
+def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> Network:
+    """A peer (its number) or an ensemble (`average` or `weighted`) of a checkpoint; `name` is shown in errors.
+
+    Code that the checkpoint names is imported and called: check it with `checkpoints.load.check_trusted` before.
+
+    Raises:
+        DamagedCheckpoint: the tensors do not fit the network that the metadata describes.
+        UserError: there is no such peer or ensemble, or the backbone cannot be imported.
+    """
+    config, spec = config_and_spec(checkpoint, name)
+    _check_choice(config, choice)
+    tree = rebuild_tree(checkpoint, name).eval()
+    metadata = checkpoint.metadata
+    try:
+        metrics = metadata["history"][-1]["metrics"] if metadata["history"] else {}
+        mean, std = metadata["normalisation"]["mean"], metadata["normalisation"]["std"]
+        classes = metadata.get("classes") or class_names(config.data)
+        run_id = metadata["run_id"]
+        if isinstance(choice, int):
+            body: nn.Module = tree.peer(choice).eval()
+            costs, label = {key: metadata["peers"][choice][key] for key in ("params", "macs")}, f"peer{choice}"
+        else:
+            weights = [metrics.get(f"weights/peer{peer}", 1 / tree.num_peers) for peer in range(tree.num_peers)]
+            body = _Ensemble(tree, weights if choice == "weighted" else [1 / tree.num_peers] * tree.num_peers)
+            costs = {"params": count_params(tree), "macs": count_macs(tree, spec)}
+            label = f"ensemble_{choice}"
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
+    stored = (run_id, checkpoint.epoch, label, tuple(classes), spec, tuple(mean), tuple(std))
+    return Network(body, NetworkInfo(*stored, **costs, metrics=metrics, config=config))
+
+
+def _check_choice(config: Config, choice: int | str) -> None:
+    """Check that the run has this peer or ensemble."""
+    if isinstance(choice, int):
+        if not 0 <= choice < config.num_peers:
+            raise UserError(f"there is no peer {choice}; give a number from 0 to {config.num_peers - 1}, or `ensemble`")
+    elif choice not in ENSEMBLES:
+        raise UserError(f"'{shortened(choice)}' is no ensemble; allowed: {', '.join(ENSEMBLES)}")
+    elif choice == "weighted" and not method_class(config.method.name).metric_names(config.num_peers):
+        raise UserError(f"{config.method.name} has no peer weights, so there is no weighted ensemble; use average")
