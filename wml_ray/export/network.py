@@ -11,8 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from wml_ray.checkpoints.checkpoint import UNREADABLE, Checkpoint, DamagedCheckpoint
-from wml_ray.checkpoints.load import config_and_spec, rebuild_tree
+from wml_ray.checkpoints.checkpoint import (
+    UNREADABLE,
+    Checkpoint,
+    DamagedCheckpoint,
+    epoch_folder,
+    epochs_of,
+    read_checkpoint,
+)
+from wml_ray.checkpoints.load import check_trusted, config_and_spec, rebuild_tree
 from wml_ray.data.readers import class_names
 from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.export.images import Image, pixels_of
@@ -20,6 +27,9 @@ from wml_ray.methods.registry import method_class
 from wml_ray.networks.costs import count_macs, count_params
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.storage.retry import retry_storage
+from wml_ray.storage.runs import RESULT
+from wml_ray.training.result import read_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,6 +154,35 @@ class _Ensemble(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.einsum("m,mbk->bk", self.weights_M, self.tree(inputs))
+
+
+def load_network(folder: Path, choice: int | str, epoch: int | None = None, trust: bool = False) -> Network:
+    """A peer or an ensemble of a run in `folder`, local or remote: of the epoch that the run was tested at.
+
+    `epoch` names another epoch whose checkpoint is kept, also of a run that has not finished. Code that the run names
+    as `package.module:function` is imported and called with `trust=True` only.
+
+    Raises:
+        DamagedCheckpoint: a file is missing or changed.
+        StorageUnavailable: the storage failed for ten minutes.
+        UserError: the run has not finished and no epoch is given, it has no such epoch, peer or ensemble, or it names
+            code that is not trusted.
+    """
+    checkpoints = folder / "checkpoints"
+    result = retry_storage(lambda: read_result(folder / RESULT), folder)
+    kept = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
+    if result is None and epoch is None:
+        remedy = f"epoch {kept[-1]} is the last it reached" if kept else "it has no checkpoint yet"
+        raise UserError(f"run {folder} has not finished; train it to its end, or name an epoch (--epoch N): {remedy}")
+    epoch = result["test_epoch"] if epoch is None and result else epoch
+    if epoch not in kept:
+        raise UserError(
+            f"run {folder} has no checkpoint of epoch {epoch}; it has {', '.join(map(str, kept)) or 'none'}"
+        )
+    checkpoint = read_checkpoint(epoch_folder(checkpoints, epoch))
+    if not trust:
+        check_trusted(checkpoint, f"run {folder}", "pass trust=True (--trust) if you trust it")
+    return network_of(checkpoint, epoch_folder(checkpoints, epoch), choice)
 
 
 def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> Network:
