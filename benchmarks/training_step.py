@@ -67,14 +67,14 @@ def _peak_bytes(kind: str) -> int:
 
 
 def _measure(kind: str, sender: Any) -> None:
-    before = _peak_resident_bytes()
+    before = peak_resident_bytes()
     step = _step(kind)
     for _ in range(3):
         step()
-    sender.send(_peak_resident_bytes() - before)
+    sender.send(peak_resident_bytes() - before)
 
 
-def _peak_resident_bytes() -> int:
+def peak_resident_bytes() -> int:
     """VmHWM of Linux, since the start of this process; `ru_maxrss` would include the parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
