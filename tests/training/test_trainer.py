@@ -15,6 +15,7 @@ from wml_ray.methods.registry import METHODS
 from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.training.memory import training_memory_bytes
 from wml_ray.training.optimizer import learning_rate
+from wml_ray.training.precision import describe_precision
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import load_teacher
 from wml_ray.training.trainer import STEPS_BETWEEN_PREEMPTION_CHECKS, Trainer
@@ -79,6 +80,14 @@ def test_every_switch_trains(switch):
     _, events = fitted("optim.epochs=2", *switch)
     ends = [event for event in events if isinstance(event, EpochEnd)]
     assert ends[1].metrics["train/loss"] < ends[0].metrics["train/loss"]
+
+
+def test_precision_auto_is_bit_equal_to_the_precision_that_it_names():
+    config = tiny_config("optim.precision=auto")
+    chosen, _, reason = describe_precision(config).partition(" ")
+    assert reason.startswith("(the CPU has ")
+    runs = [fitted("optim.epochs=1", f"optim.precision={precision}")[0] for precision in ("auto", chosen)]
+    assert all(torch.equal(one, other) for one, other in zip(*(run.tree.parameters() for run in runs), strict=True))
 
 
 def test_independent_training_is_as_if_each_peer_trained_alone():

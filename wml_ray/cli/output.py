@@ -27,6 +27,7 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     from rich.console import Console
 
     from wml_ray.report.run_report import plan_table
+    from wml_ray.training.precision import describe_precision
 
     Console().print(plan_table(plan.peers))
     separate_params = sum(peer["params"] for peer in plan.peers)
@@ -40,6 +41,7 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")
     print_line(f"memory      about {plan.memory_bytes / 2**20:,.0f} MiB a worker")
     print_line(f"resources   {where}, {device}")
+    print_line(f"precision   {describe_precision(config)}")
     print_line(f"run id      {config.run_id}")
     print_line(f"folder      {config.run_folder} ({plan.state})")
 

@@ -160,8 +160,10 @@ class OptimConfig(Section):
         0.1, description="factor on the learning rate at each milestone of `multistep`, between 0 and 1"
     )
     gradient_clip: NonNegative = Field(0.0, description="largest norm of the gradient; 0 is off")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="floating-point type of the training step; `float16` needs a GPU"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="floating-point type of the training step; `auto` is bfloat16 where the device computes it "
+        "natively, else float32; `float16` needs a GPU",
     )
     channels_last: bool = Field(True, description="memory layout with channels last, which is faster")
     compile: bool = Field(False, description="compile the training step with torch.compile")

@@ -28,7 +28,7 @@ def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, opti
     copies = 2 + (2 if optim.name == "adamw" else int(optim.momentum > 0))
     copies += method.extra_copies
     kept_per_image = _saved_bytes(method, spec, images=2) / 2
-    if optim.precision != "float32":
+    if optim.precision in ("bfloat16", "float16"):
         kept_per_image /= 2
     teacher = _bytes_of(method.teacher.tree) if isinstance(method, TaughtMethod) else 0
     return int(parameters * copies + teacher + kept_per_image * batch_size)

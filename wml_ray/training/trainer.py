@@ -23,7 +23,7 @@ from wml_ray.training.divergence import DivergenceMonitor, diverged
 from wml_ray.training.evaluation import evaluate
 from wml_ray.training.events import EpochEnd, MidEpochState, OnEvent, Preempted, StepProgress
 from wml_ray.training.optimizer import learning_rate, make_optimizer
-from wml_ray.training.precision import forward
+from wml_ray.training.precision import forward, resolve_precision
 from wml_ray.training.state import (
     below,
     load_method,
@@ -75,7 +75,8 @@ class Trainer:
         if config.optim.sync_batchnorm and self.worker.world_size > 1:
             convert_sync_batchnorm(self.method)
         self.optimizer = make_optimizer(config.optim, self.method)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.optim.precision == "float16")
+        self.precision = resolve_precision(config.optim.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.epoch = 0  # epochs done
         self.step = 0  # steps done of the next epoch
         self._loss_sums: dict[str, Tensor] = {}  # of each term, over those steps
@@ -105,7 +106,7 @@ class Trainer:
         """Accuracies on a split, under their MLflow names."""
         prefix = {"validation": "val", "test": "test"}[split]
         batches = self.dataset.evaluation_batches(split, self.worker)
-        return evaluate(self.method, batches, self.config.optim.precision).metrics(prefix)
+        return evaluate(self.method, batches, self.precision).metrics(prefix)
 
     def train_step(self, context: StepContext, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step. Returns the terms of this worker's loss, scaled so that their mean over workers is the
@@ -114,7 +115,7 @@ class Trainer:
         inputs, targets = batch
         for group in self.optimizer.param_groups:
             group["lr"] = context.learning_rate
-        outputs = forward(self._model, inputs, self.config.optim.precision)
+        outputs = forward(self._model, inputs, self.precision)
         share = len(targets) * self.worker.world_size / self.config.data.batch_size
         terms = {name: term * share for name, term in self.method.losses(outputs, targets, context).items()}
         self.optimizer.zero_grad(set_to_none=True)

@@ -23,10 +23,12 @@ PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
 
 def run_line(config: Config) -> str:
     """The first line of a run."""
+    from wml_ray.training.precision import describe_precision
     from wml_ray.training.threads import describe_threads
 
     peers = f"{config.num_peers} peers of {config.model.backbone}"
-    return f"run {config.run_id}: {peers} on {config.data.name}, {describe_threads(config)}"
+    how = f"{describe_threads(config)}, {describe_precision(config)}"
+    return f"run {config.run_id}: {peers} on {config.data.name}, {how}"
 
 
 class TrainingProgress:
