@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MAX_NAME = 100
+NAME = rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}$"
 IMPORT_PATH = r"^\w+$|^\w+(\.\w+)*:\w+$"  # a name, or the user's own as package.module:name
 MAX_INTEGER = 2**31 - 1
 MAX_NAME_BYTES = 255  # of a file or folder

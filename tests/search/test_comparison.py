@@ -7,9 +7,9 @@ from wml_ray.config.load import known_keys
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.methods.settings import METHOD_NAMES, TEACHER_METHODS
-from wml_ray.search.comparison import comparison_of, make_comparison
+from wml_ray.search.comparison import comparison_of, make_comparison, tuning_study
 from wml_ray.search.method_spaces import METHOD_SPACES, method_space, start_at_config
-from wml_ray.search.settings import CompareConfig
+from wml_ray.search.settings import CompareConfig, SearchConfig
 from wml_ray.search.space import check_space, result_settings
 from wml_ray.training.start import initial_checkpoint
 
@@ -142,3 +142,9 @@ def test_the_source_of_a_comparison_names_its_rows_and_seeds():
     assert make_comparison(tiny_config(), {"a": {"method.name": "dml"}}, [4]).source == (
         "variants:\n  a:\n    method.name: dml\nseeds:\n- 4\n"
     )
+
+
+def test_rows_of_many_keys_are_tuned_in_studies_of_different_names():
+    rows = [f"wml {' '.join(f'wml.alpha={i}' for i in range(count))}" for count in (1, 40, 41)]
+    names = [SearchConfig(study=tuning_study("digits-compare", row), trials=1).study for row in rows]
+    assert len(set(names)) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from wml_ray.methods.settings import TEACHER_METHODS, unused_sections
 from wml_ray.report.comparison_tables import published_rows
 from wml_ray.search.settings import CompareConfig
 from wml_ray.search.space import Space, reason_to_refuse, result_settings
+from wml_ray.settings import MAX_NAME
 
 VARIANT = "variant"
 TEACHER = "independent"
@@ -26,6 +28,15 @@ TEACHER = "independent"
 OBJECTIVES = {"val/accuracy/method": "max"}
 Values = dict[str, Any]
 """Config keys and values."""
+
+
+def tuning_study(study: str, row: str) -> str:
+    """Name of the study that tunes a row of the comparison `study`; a long one ends in a digest instead."""
+    name = f"{study}-tune-{re.sub(r'[^A-Za-z0-9._-]+', '-', row)}"
+    if len(name) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(row.encode()).hexdigest()[:8]
+    return f"{name[: MAX_NAME - len(digest) - 1]}-{digest}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,15 @@ from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
 from wml_ray.report.comparison_page import study_report
-from wml_ray.search.comparison import OBJECTIVES, TEACHER, VARIANT, Comparison, comparison_of, make_comparison
+from wml_ray.search.comparison import (
+    OBJECTIVES,
+    TEACHER,
+    VARIANT,
+    Comparison,
+    comparison_of,
+    make_comparison,
+    tuning_study,
+)
 from wml_ray.search.method_spaces import method_space, start_at_config
 from wml_ray.search.optuna_study import open_storage
 from wml_ray.search.settings import CompareConfig, SearchConfig
@@ -156,7 +163,7 @@ def _tuned(
         if comparison.needed_point({VARIANT: name, "seed": values["seed"]}):
             values["teacher.run"] = teacher
         space = method_space(with_values(comparison.base, values), OBJECTIVES)
-        study = f"{settings.study}-tune-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}"
+        study = tuning_study(settings.study, name)
         search = SearchConfig(study=study, trials=settings.tune, scheduler="none", concurrent=settings.concurrent)
         result = tune(space, search, on_change, start_at_config(space), verbose=verbose)
         config_file = result.folder / "config.yaml"
