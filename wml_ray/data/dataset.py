@@ -93,6 +93,10 @@ class Dataset(ABC):
         """
 
     @abstractmethod
+    def pixels(self, indices: Tensor) -> Batch:
+        """The images of `indices` as evaluation sees them but not normalised, uint8 (B, C, H, W), and targets (B,)."""
+
+    @abstractmethod
     def _plain(self, indices: Tensor) -> Batch:
         """The images of `indices`, normalised and not augmented, and their targets."""
 

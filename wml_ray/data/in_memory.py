@@ -32,9 +32,13 @@ class InMemoryDataset(Dataset):
         self.mean, self.std = _channel_statistics(images[splits["train"]])
         self.images, self.labels = images.to(device), labels.to(device)
 
-    def _plain(self, indices: Tensor) -> Batch:
+    def pixels(self, indices: Tensor) -> Batch:
         indices = indices.to(self.device)
-        return self._normalised(self.images[indices].float()), self.labels[indices]
+        return self.images[indices], self.labels[indices]
+
+    def _plain(self, indices: Tensor) -> Batch:
+        images, labels = self.pixels(indices)
+        return self._normalised(images.float()), labels
 
     def _augmented(
         self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank, views: int = 1

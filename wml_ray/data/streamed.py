@@ -36,8 +36,12 @@ class StreamedDataset(Dataset):
         self.mean, self.std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.files = ImageFiles(listing.samples, config.data)
 
+    def pixels(self, indices: Tensor) -> Batch:
+        return next(self._decoded([[(index, ()) for index in indices.tolist()]], workers=0))
+
     def _plain(self, indices: Tensor) -> Batch:
-        return next(self._stream([[(index, ()) for index in indices.tolist()]], workers=0))
+        images, labels = self.pixels(indices)
+        return self._normalised(images.float()), labels
 
     def evaluation_batches(self, split: Split, worker: WorkerRank) -> Iterator[Batch]:
         batches = [
@@ -56,7 +60,12 @@ class StreamedDataset(Dataset):
             [(index, seeds(step, index)) for index in worker.share_of(indices).tolist()] for step, indices in batches
         )
 
-    def _stream(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:
+    def _stream(self, batches: Any) -> Iterator[Batch]:
+        for images, labels in self._decoded(batches):
+            yield self._normalised(images.float()), labels
+
+    def _decoded(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:
+        """Uint8 images (views * B, C, H, W), all first views first, and labels (B,), on the training device."""
         loader: Any = torch.utils.data.DataLoader(
             self.files,
             batch_sampler=batches,
@@ -65,8 +74,8 @@ class StreamedDataset(Dataset):
         )
         try:
             for images, labels in loader:  # images (B, views, C, H, W)
-                on_device = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float()
-                yield self._normalised(on_device), labels.to(self.device, non_blocking=True)
+                on_device = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+                yield on_device, labels.to(self.device, non_blocking=True)
         except UserError as error:  # the message of a loader process starts with its traceback
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 

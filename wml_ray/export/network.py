@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from wml_ray.checkpoints.checkpoint import (
     read_checkpoint,
 )
 from wml_ray.checkpoints.load import check_trusted, config_and_spec, rebuild_tree
-from wml_ray.data.readers import class_names
+from wml_ray.config.load import parse_config
+from wml_ray.data.readers import DATASETS, class_names
 from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.export.images import Image, pixels_of
 from wml_ray.methods.registry import method_class
-from wml_ray.networks.costs import count_macs, count_params
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.storage.retry import retry_storage
@@ -55,6 +55,12 @@ class NetworkInfo:
     macs: int
     metrics: Mapping[str, float]  # of the run at this epoch, under their MLflow names
     config: Config
+    plan: Mapping[str, Any]  # the metadata of its checkpoint
+
+    @property
+    def white(self) -> int:
+        """The largest value of a pixel."""
+        return 255 if self.config.data.name == "imagefolder" else DATASETS[self.config.data.name].white
 
     @property
     def title(self) -> str:
@@ -79,14 +85,16 @@ class Network(nn.Module):
 
     mean_C11: Tensor
     std_C11: Tensor
+    weights_M: Tensor
 
-    def __init__(self, body: nn.Module, info: NetworkInfo) -> None:
-        """`body` takes normalised images (B, C, H, W) and returns logits (B, K)."""
+    def __init__(self, tree: PeerTree, weights: Sequence[float], info: NetworkInfo) -> None:
+        """`tree` takes normalised images (B, C, H, W); the logits of its peers are summed with `weights`."""
         super().__init__()
         self.info = info
-        self.body = body
+        self.tree = tree
         for name, values in (("mean_C11", info.mean), ("std_C11", info.std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("weights_M", torch.tensor(weights, dtype=torch.float32))
         self.eval().requires_grad_(False)
 
     @property
@@ -106,8 +114,10 @@ class Network(nn.Module):
                 f"images have the shape {tuple(images.shape)}; this network takes (images, {channels}, {height}, "
                 f"{width}), and `predict` takes files and images of any size"
             )
-        logits_BK: Tensor = self.body((images.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11)
-        return logits_BK
+        logits = self.tree.logits((images.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11)
+        if len(logits) == 1:
+            return logits[0]
+        return torch.einsum("m,mbk->bk", self.weights_M, torch.stack(logits))
 
     @torch.no_grad()
     def predict(self, images: Image | Sequence[Image]) -> pd.DataFrame:
@@ -142,22 +152,10 @@ def _warn_of_unit_interval(pixels: Sequence[Tensor]) -> None:
         warnings.warn("the pixels are between 0 and 1; this network takes 0 to 255: multiply them by 255", stacklevel=3)
 
 
-class _Ensemble(nn.Module):
-    """The weighted sum of the logits of a tree's peers; the tree runs once."""
-
-    weights_M: Tensor
-
-    def __init__(self, tree: PeerTree, weights: Sequence[float]) -> None:
-        super().__init__()
-        self.tree = tree
-        self.register_buffer("weights_M", torch.tensor(weights, dtype=torch.float32))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return torch.einsum("m,mbk->bk", self.weights_M, self.tree(inputs))
-
-
 def load_network(folder: Path, choice: int | str, epoch: int | None = None, trust: bool = False) -> Network:
     """A peer or an ensemble of a run in `folder`, local or remote: of the epoch that the run was tested at.
+
+    `folder` may also be what `wml-ray export --to safetensors` wrote, which holds a single network.
 
     `epoch` names another epoch whose checkpoint is kept, also of a run that has not finished. Code that the run names
     as `package.module:function` is imported and called with `trust=True` only.
@@ -168,6 +166,31 @@ def load_network(folder: Path, choice: int | str, epoch: int | None = None, trus
         UserError: the run has not finished and no epoch is given, it has no such epoch, peer or ensemble, or it names
             code that is not trusted.
     """
+    if retry_storage((folder / "plan.json").exists, folder):
+        network = load_standalone(folder, trust)
+        if network.info.choice != _label(choice):
+            raise UserError(f"{folder} holds {network.info.title}, not {_label(choice)}")
+        return network
+    checkpoint, name = _checkpoint_of(folder, epoch)
+    if not trust:
+        check_trusted(checkpoint, f"run {folder}", "pass trust=True (--trust) if you trust it")
+    return network_of(checkpoint, name, choice)
+
+
+def load_standalone(folder: Path, trust: bool = False) -> Network:
+    """The network that `wml-ray export --to safetensors` wrote into `folder`; raises as `load_network`."""
+    checkpoint = read_checkpoint(folder)
+    if not trust:
+        check_trusted(checkpoint, f"network {folder}", "pass trust=True (--trust) if you trust it")
+    try:
+        choice, weights = checkpoint.metadata["network"]["choice"], checkpoint.metadata["network"]["weights"]
+    except UNREADABLE as error:
+        raise DamagedCheckpoint(f"{folder} is damaged (plan.json: {one_line(error)})") from error
+    return Network(rebuild_tree(checkpoint, folder), weights, _info(checkpoint, folder, choice))
+
+
+def _checkpoint_of(folder: Path, epoch: int | None) -> tuple[Checkpoint, Path]:
+    """The checkpoint of the epoch that a run was tested at, or of `epoch`, and its folder."""
     checkpoints = folder / "checkpoints"
     result = retry_storage(lambda: read_result(folder / RESULT), folder)
     kept = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
@@ -179,10 +202,8 @@ def load_network(folder: Path, choice: int | str, epoch: int | None = None, trus
         raise UserError(
             f"run {folder} has no checkpoint of epoch {epoch}; it has {', '.join(map(str, kept)) or 'none'}"
         )
-    checkpoint = read_checkpoint(epoch_folder(checkpoints, epoch))
-    if not trust:
-        check_trusted(checkpoint, f"run {folder}", "pass trust=True (--trust) if you trust it")
-    return network_of(checkpoint, epoch_folder(checkpoints, epoch), choice)
+    path = epoch_folder(checkpoints, epoch)
+    return read_checkpoint(path), path
 
 
 def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> Network:
@@ -194,27 +215,50 @@ def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> N
         DamagedCheckpoint: the tensors do not fit the network that the metadata describes.
         UserError: there is no such peer or ensemble, or the backbone cannot be imported.
     """
-    config, spec = config_and_spec(checkpoint, name)
+    config, _ = config_and_spec(checkpoint, name)
     _check_choice(config, choice)
-    tree = rebuild_tree(checkpoint, name).eval()
+    tree = rebuild_tree(checkpoint, name)
+    info = _info(checkpoint, name, _label(choice))
+    if isinstance(choice, int):
+        return Network(_alone(tree, choice), [1.0], info)
+    equal = 1 / tree.num_peers
+    weights = [info.metrics.get(f"weights/peer{peer}", equal) for peer in range(tree.num_peers)]
+    return Network(tree, weights if choice == "weighted" else [equal] * tree.num_peers, info)
+
+
+def _label(choice: int | str) -> str:
+    """As in the names of metrics: `peer2`, `ensemble_average`."""
+    return f"peer{choice}" if isinstance(choice, int) else f"ensemble_{choice}"
+
+
+def _alone(tree: PeerTree, peer: int) -> PeerTree:
+    """The tree of one peer alone."""
+    stages = dict(zip(tree.stages, tree.peer(peer), strict=True))
+    return PeerTree(lambda: stages, [1] * len(stages))
+
+
+def _info(checkpoint: Checkpoint, name: str | Path, choice: str) -> NetworkInfo:
+    config, spec = config_and_spec(checkpoint, name)
     metadata = checkpoint.metadata
     try:
-        metrics = metadata["history"][-1]["metrics"] if metadata["history"] else {}
-        mean, std = metadata["normalisation"]["mean"], metadata["normalisation"]["std"]
-        classes = metadata.get("classes") or class_names(config.data)
-        run_id = metadata["run_id"]
-        if isinstance(choice, int):
-            body: nn.Module = tree.peer(choice).eval()
-            costs, label = {key: metadata["peers"][choice][key] for key in ("params", "macs")}, f"peer{choice}"
-        else:
-            weights = [metrics.get(f"weights/peer{peer}", 1 / tree.num_peers) for peer in range(tree.num_peers)]
-            body = _Ensemble(tree, weights if choice == "weighted" else [1 / tree.num_peers] * tree.num_peers)
-            costs = {"params": count_params(tree), "macs": count_macs(tree, spec)}
-            label = f"ensemble_{choice}"
+        alone = choice.startswith("peer") and "network" not in metadata
+        costs = metadata["peers"][int(choice.removeprefix("peer"))] if alone else metadata["tree"]
+        return NetworkInfo(
+            metadata["run_id"],
+            checkpoint.epoch,
+            choice,
+            tuple(metadata.get("classes") or class_names(config.data)),
+            spec,
+            tuple(metadata["normalisation"]["mean"]),
+            tuple(metadata["normalisation"]["std"]),
+            costs["params"],
+            costs["macs"],
+            metadata["history"][-1]["metrics"] if metadata["history"] else {},
+            parse_config(metadata.get("run_config", metadata["config"])),
+            metadata,
+        )
     except UNREADABLE as error:
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
-    stored = (run_id, checkpoint.epoch, label, tuple(classes), spec, tuple(mean), tuple(std))
-    return Network(body, NetworkInfo(*stored, **costs, metrics=metrics, config=config))
 
 
 def _check_choice(config: Config, choice: int | str) -> None:
