@@ -37,9 +37,7 @@ print(network.classes[int(network(images)[0].argmax())])
 }
 
 
-def make_card(
-    info: NetworkInfo, images: Mapping[str, int], test_accuracy: float | None, to: str, int8: bool, found: Verification
-) -> dict[str, Any]:
+def make_card(info: NetworkInfo, images: Mapping[str, int], to: str, int8: bool, found: Verification) -> dict[str, Any]:
     """The card as JSON types. `images` are the sizes of the splits; accuracies are shares with 95 % intervals.
 
     The accuracies are the run's own, in PyTorch; those of the file are in `verification`.
@@ -47,7 +45,7 @@ def make_card(
     choice = f".peer({info.choice.removeprefix('peer')})"
     if not info.choice.startswith("peer"):
         choice = f'.ensemble("{info.choice.removeprefix("ensemble_")}")'
-    accuracies = {"validation": info.validation_accuracy, "test": test_accuracy}
+    accuracies = {"validation": info.validation_accuracy, "test": info.test_accuracy}
     return {
         "title": info.title,
         "format": f"{to} int8" if int8 else to,

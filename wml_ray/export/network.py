@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ class NetworkInfo:
     metrics: Mapping[str, float]  # of the run at this epoch, under their MLflow names
     config: Config
     plan: Mapping[str, Any]  # the metadata of its checkpoint
+    test_accuracy: float | None = None  # None of a run that was not tested at this epoch
 
     @property
     def white(self) -> int:
@@ -168,13 +169,21 @@ def load_network(folder: Path, choice: int | str, epoch: int | None = None, trus
     """
     if retry_storage((folder / "plan.json").exists, folder):
         network = load_standalone(folder, trust)
-        if network.info.choice != _label(choice):
-            raise UserError(f"{folder} holds {network.info.title}, not {_label(choice)}")
+        kind = network.info.choice.partition("_")[0]
+        if choice not in (kind, network.info.choice.removeprefix("ensemble_")) and kind != f"peer{choice}":
+            raise UserError(f"{folder} holds {network.info.title} and no other network")
         return network
-    checkpoint, name = _checkpoint_of(folder, epoch)
+    result = retry_storage(lambda: read_result(folder / RESULT), folder)
+    path = _checkpoint_folder(folder, result, epoch)
+    checkpoint = read_checkpoint(path)
     if not trust:
         check_trusted(checkpoint, f"run {folder}", "pass trust=True (--trust) if you trust it")
-    return network_of(checkpoint, name, choice)
+    network = network_of(checkpoint, path, choice)
+    if result and result["test_epoch"] == checkpoint.epoch:
+        label = network.info.choice
+        tested = result["final"].get(f"test/accuracy/{label}")
+        network.info = replace(network.info, test_accuracy=tested)
+    return network
 
 
 def load_standalone(folder: Path, trust: bool = False) -> Network:
@@ -189,34 +198,32 @@ def load_standalone(folder: Path, trust: bool = False) -> Network:
     return Network(rebuild_tree(checkpoint, folder), weights, _info(checkpoint, folder, choice))
 
 
-def _checkpoint_of(folder: Path, epoch: int | None) -> tuple[Checkpoint, Path]:
-    """The checkpoint of the epoch that a run was tested at, or of `epoch`, and its folder."""
+def _checkpoint_folder(folder: Path, result: Mapping[str, Any] | None, epoch: int | None) -> Path:
+    """The checkpoint of the epoch that a run was tested at, or of `epoch`."""
     checkpoints = folder / "checkpoints"
-    result = retry_storage(lambda: read_result(folder / RESULT), folder)
     kept = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
     if result is None and epoch is None:
         remedy = f"epoch {kept[-1]} is the last it reached" if kept else "it has no checkpoint yet"
         raise UserError(f"run {folder} has not finished; train it to its end, or name an epoch (--epoch N): {remedy}")
     epoch = result["test_epoch"] if epoch is None and result else epoch
     if epoch not in kept:
-        raise UserError(
-            f"run {folder} has no checkpoint of epoch {epoch}; it has {', '.join(map(str, kept)) or 'none'}"
-        )
-    path = epoch_folder(checkpoints, epoch)
-    return read_checkpoint(path), path
+        there = ", ".join(map(str, kept)) or "none"
+        raise UserError(f"run {folder} has no checkpoint of epoch {epoch}; it has {there}")
+    return epoch_folder(checkpoints, epoch)
 
 
 def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> Network:
-    """A peer (its number) or an ensemble (`average` or `weighted`) of a checkpoint; `name` is shown in errors.
+    """A peer (its number) or an ensemble of a checkpoint; `name` is shown in errors.
 
-    Code that the checkpoint names is imported and called: check it with `checkpoints.load.check_trusted` before.
+    The ensemble is `average`, `weighted`, or `ensemble`: weighted where the method has peer weights, else average. Code
+    that the checkpoint names is imported and called: check it with `checkpoints.load.check_trusted` before.
 
     Raises:
         DamagedCheckpoint: the tensors do not fit the network that the metadata describes.
         UserError: there is no such peer or ensemble, or the backbone cannot be imported.
     """
     config, _ = config_and_spec(checkpoint, name)
-    _check_choice(config, choice)
+    choice = _checked_choice(config, choice)
     tree = rebuild_tree(checkpoint, name)
     info = _info(checkpoint, name, _label(choice))
     if isinstance(choice, int):
@@ -261,12 +268,20 @@ def _info(checkpoint: Checkpoint, name: str | Path, choice: str) -> NetworkInfo:
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
 
 
-def _check_choice(config: Config, choice: int | str) -> None:
-    """Check that the run has this peer or ensemble."""
+def _checked_choice(config: Config, choice: int | str) -> int | str:
+    """The peer or ensemble that `choice` names.
+
+    Raises:
+        UserError: the run has no such peer or ensemble.
+    """
+    has_weights = "weights/peer0" in method_class(config.method.name).metric_names(config.num_peers)
+    if choice == "ensemble":
+        return "weighted" if has_weights else "average"
     if isinstance(choice, int):
         if not 0 <= choice < config.num_peers:
             raise UserError(f"there is no peer {choice}; give a number from 0 to {config.num_peers - 1}, or `ensemble`")
     elif choice not in ENSEMBLES:
         raise UserError(f"'{shortened(choice)}' is no ensemble; allowed: {', '.join(ENSEMBLES)}")
-    elif choice == "weighted" and not method_class(config.method.name).metric_names(config.num_peers):
+    elif choice == "weighted" and not has_weights:
         raise UserError(f"{config.method.name} has no peer weights, so there is no weighted ensemble; use average")
+    return choice

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from wml_ray.report.intervals import wilson_interval
 from wml_ray.report.style import (
     colours,
     count_labels,
@@ -60,14 +61,6 @@ def peer_markdown(result: dict[str, Any]) -> str:
             f"images. The 95 % interval of a test accuracy is {high - low:.1f} percentage points wide.",
         ]
     )
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a share of `count` images (Wilson's score interval)."""
-    z = 1.96
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return centre - half, centre + half
 
 
 def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]], list[list[str]]]:

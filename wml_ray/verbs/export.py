@@ -36,14 +36,13 @@ def export(
     out: str | Path | None = None,
     int8: bool = False,
     max_drop: float = MAX_DROP,
-    test_accuracy: float | None = None,
 ) -> Exported:
     """Write a network as `onnx`, `pt2` or `safetensors`, check the file in its own runtime, and add a model card.
 
     The check runs at least 256 images through the file and through PyTorch. A file in float32 may differ by 1e-4 in
     its logits; an `int8` one, calibrated on training images, may be `max_drop` less accurate on the validation images.
     A file that fails is removed. `out` is a folder, by default `exports/<run id>-<network>-<format>`; files of an
-    earlier export in it are replaced. `test_accuracy` is shown in the card.
+    earlier export in it are replaced.
 
     Raises:
         UserError: the format is unknown, a library is missing, the dataset is not there, the network cannot be
@@ -66,7 +65,7 @@ def export(
             found = verify(network, written, staging, dataset)
             check(network, found, max_drop if int8 else None)
             sizes = {str(split): len(indices) for split, indices in dataset.splits.items()}
-            card = make_card(info, sizes, test_accuracy, to, int8, found)
+            card = make_card(info, sizes, to, int8, found)
             write_card(card, found, staging)
             for path in staging.iterdir():
                 shutil.move(path, folder / path.name)
