@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from wml_ray.cli.exit_codes import OK, exit_code
-from wml_ray.cli.export import export_network
+from wml_ray.cli.export import export_network, register_network
 from wml_ray.cli.job import job_from_options, run_job
 from wml_ray.cli.options import parse_arguments
 from wml_ray.cli.output import configure_warnings, print_line, show_comparison, show_plan, show_study
@@ -95,6 +95,7 @@ VERBS = {
     "compare": _run,
     "report": _report,
     "export": export_network,
+    "register": register_network,
     "submit": submit_job,
     "jobs": manage_jobs,
 }

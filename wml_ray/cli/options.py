@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from wml_ray.cli.exit_codes import USER_ERROR
-from wml_ray.cli.export import add_export
+from wml_ray.cli.export import add_export, add_register
 
 if TYPE_CHECKING:
     from wml_ray.config.schema import Config
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--csv", action="store_true", help="print only the table, as CSV with every metric and key")
     report.set_defaults(command="report")
     add_export(verbs)
+    add_register(verbs)
     _add_submit(verbs)
     _add_jobs(verbs)
     return parser
