@@ -45,7 +45,7 @@ def images_per_second(rounds: int = 2) -> dict[str, Any]:
                 "2 workers, sync_batchnorm": ["scale.workers=2", "optim.sync_batchnorm=true"],
             }.items():
                 config = _config(folder, turn, *overrides)
-                history = train(config, lambda event: None).result["history"]
+                history = train(config, lambda event: None).record["history"]
                 speeds.setdefault(kind, []).extend(entry["metrics"][SPEED] for entry in history[1:])
         ray.shutdown()
     return {kind: statistics.median(values) for kind, values in speeds.items()}

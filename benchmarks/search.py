@@ -27,7 +27,7 @@ from wml_ray.search.publisher import Publisher
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.tracking.runs import open_run
 from wml_ray.training.worker import WorkerContext, run_worker
 from wml_ray.verbs.tune import tune
@@ -58,11 +58,11 @@ def warm_start(trials: int = 8) -> dict[str, float]:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", base)
         suggested_ms: dict[int, int] = {}
 
-        def record(study: Study) -> None:
+        def record(study: RunningStudy) -> None:
             suggested_ms.update({number: trial.created_ms for number, trial in study.trials.items()})
 
         settings = SearchConfig(study="warm", trials=trials, scheduler="none", concurrent=1)
-        study = Study(space, settings, folder / "warm", "token", record)
+        study = RunningStudy(space, settings, folder / "warm", "token", record)
         run_trials(study, InMemoryStorage(), trial_function=_train_and_record_first_step)
         first_ms = {int(path.stem): float(path.read_text()) for path in (folder / "warm").glob("trials/*.first")}
     starts_s = [(first_ms[number] - suggested_ms[number]) / 1000 for number in sorted(suggested_ms)]
@@ -91,7 +91,7 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
         space = load_space(ROOT / "tune_spaces" / "smoke.py", _base(folder, "optim.epochs=10"))
         settings = SearchConfig(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
         parent = open_run("cost", "cost", "token", {})
-        study = Study(space, settings, folder / "cost", "token")
+        study = RunningStudy(space, settings, folder / "cost", "token")
         publisher = Publisher(study, parent)
         start_s = time.perf_counter()
         run_trials(study, InMemoryStorage())
@@ -113,14 +113,14 @@ def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
         space = load_space(ROOT / "tune_spaces" / "wml.py", _base(folder, "optim.epochs=1"))
         ended_s: list[float] = []
 
-        def record(study: Study) -> None:
+        def record(study: RunningStudy) -> None:
             done = len(study.trials) - study.counts()["RUNNING"]
             if done > len(ended_s):
                 ended_s.append(time.perf_counter())
 
         settings = SearchConfig(study="many", trials=trials, sampler=sampler)
         parent = open_run("many", "many", "token", {})
-        study = Study(space, settings, folder / "many", "token", record)
+        study = RunningStudy(space, settings, folder / "many", "token", record)
         publisher = Publisher(study, parent)
         run_trials(study, InMemoryStorage(), trial_function=_report_without_training)
         publisher.close(600)
@@ -168,7 +168,7 @@ def _epochs_until(space: Space, settings: SearchConfig, target: float) -> tuple[
 
     reached: list[tuple[int, float]] = []
 
-    def check(study: Study) -> None:
+    def check(study: RunningStudy) -> None:
         best = study.best()
         if best is not None and study.values(best)[0] >= target:
             reached.append((study.epochs, study.values(best)[0]))

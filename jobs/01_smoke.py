@@ -11,7 +11,7 @@ import wml_ray
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
+def main(overrides: list[str], trials: int) -> wml_ray.Study:
     base = wml_ray.load_config(HERE / "search.yaml", overrides)
     space = wml_ray.load_space(HERE.parent / "tune_spaces" / "smoke.py", base)
     result = wml_ray.tune(space, wml_ray.SearchConfig(study="smoke", trials=trials))

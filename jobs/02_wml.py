@@ -14,7 +14,7 @@ import wml_ray
 CONFIG = Path(__file__).parent / "search.yaml"
 
 
-def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
+def main(overrides: list[str], trials: int) -> wml_ray.Study:
     base = wml_ray.load_config(CONFIG, overrides)
     domains = {
         "pruning.ratios": wml_ray.increasing(0.0, 0.5),

@@ -11,7 +11,7 @@ import wml_ray
 HERE = Path(__file__).parent
 
 
-def main(overrides: list[str], trials: int) -> wml_ray.StudyResult:
+def main(overrides: list[str], trials: int) -> wml_ray.Study:
     for study, epochs, learn_from in (("short", 5, []), ("long", 30, ["short"])):
         base = wml_ray.load_config(HERE / "search.yaml", [f"optim.epochs={epochs}", *overrides])
         space = wml_ray.load_space(HERE.parent / "tune_spaces" / "wml.py", base)

@@ -13,7 +13,7 @@ from wml_ray.training.events import EpochEnd
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
-    *("__version__", "Config", "SearchConfig", "RunPlan", "RunResult", "StudyResult", "UserError", "Diverged"),
+    *("__version__", "Config", "SearchConfig", "RunPlan", "RunResult", "Study", "UserError", "Diverged"),
     *("load_config", "load_space", "make_space", "increasing", "load_study", "load_tree", "load_peer"),
     *("plan", "train", "tune", "pareto_front", "Method", "Section", "compare", "CompareConfig"),
 }

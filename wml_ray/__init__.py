@@ -2,8 +2,9 @@
 
 import wml_ray
 
-result = wml_ray.train(wml_ray.load_config("jobs/quickstart.yaml"))
-print(result.peers)
+run = wml_ray.train("jobs/quickstart.yaml", seed=1)
+print(run.peers)
+network = run.smallest_within(macs=1.5e6)
 """
 
 from importlib import import_module
@@ -16,19 +17,20 @@ _MODULES = {  # imported when a name is first used, so that `import wml_ray` loa
     "Config": "wml_ray.config.schema",
     "Diverged": "wml_ray.errors",
     "Method": "wml_ray.methods.base",
-    "RunPlan": "wml_ray.verbs.plan",
-    "RunResult": "wml_ray.verbs.train",
+    "Network": "wml_ray.export.network",
+    "Run": "wml_ray.verbs.run",
     "SearchConfig": "wml_ray.search.settings",
     "Section": "wml_ray.settings",
-    "StudyResult": "wml_ray.verbs.study",
+    "Study": "wml_ray.verbs.study",
     "UserError": "wml_ray.errors",
     "compare": "wml_ray.verbs.compare",
+    "evaluate": "wml_ray.verbs.evaluate",
+    "export": "wml_ray.verbs.export",
     "increasing": "wml_ray.search.ratios",
     "load_config": "wml_ray.config.load",
-    "load_peer": "wml_ray.checkpoints.load",
+    "load_run": "wml_ray.verbs.run",
     "load_space": "wml_ray.cluster.space",
     "load_study": "wml_ray.tracking.results",
-    "load_tree": "wml_ray.checkpoints.load",
     "make_space": "wml_ray.cluster.space",
     "pareto_front": "wml_ray.report.analysis",
     "plan": "wml_ray.verbs.plan",

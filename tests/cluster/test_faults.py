@@ -123,7 +123,7 @@ def wait_until(true, process):
 def test_an_elastic_run_that_loses_and_gains_nodes_in_mid_epoch_gives_the_same_result(server, two_nodes, workplace):
     """Two nodes, then one, then three. The node with the driver's queue is killed, if it is on a node of workers."""
     overrides = ["optim.epochs=8", "optim.sync_batchnorm=true", "scale.cpus_per_worker=1"]
-    undisturbed = train(tiny_config(*overrides, "run.name=undisturbed"), ignore).result
+    undisturbed = train(tiny_config(*overrides, "run.name=undisturbed"), ignore).record
     config = tiny_config(*overrides, "scale.workers=[1,4]", "run.name=elastic")
     (workplace / "c.yaml").write_text(config.to_yaml())
     place = Place("results")

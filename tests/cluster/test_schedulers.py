@@ -5,7 +5,7 @@ from studies import small_space
 
 from wml_ray.cluster.schedulers import EarlierTrial, make_scheduler, replay
 from wml_ray.search.settings import SearchConfig
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import Trial, TrialStore
 
 
@@ -16,7 +16,7 @@ def continued_scheduler(folder, search, earlier):
         history = [{"epoch": e, "timestamp_ms": 0, "metrics": {search.stop_metric: score}} for e in range(1, last + 1)]
         store.write(Trial(number, {"wml.alpha": 0.1}, "STOPPED", history=history))
     scheduler = make_scheduler(search, space, stopped)
-    replay(scheduler, Study(space, search, folder, "token"))
+    replay(scheduler, RunningStudy(space, search, folder, "token"))
     return scheduler, stopped
 
 

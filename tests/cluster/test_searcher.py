@@ -11,7 +11,7 @@ from wml_ray.cluster.searcher import PendingError, StudySearcher
 from wml_ray.errors import UserError
 from wml_ray.search.optuna_study import OptunaStudy
 from wml_ray.search.settings import SearchConfig
-from wml_ray.search.study import DIED, Study
+from wml_ray.search.study import DIED, RunningStudy
 from wml_ray.search.trials import Trial, TrialStore
 
 ACCURACY = "val/accuracy/ensemble_weighted"
@@ -24,7 +24,7 @@ def two_trials_at_a_time(monkeypatch):
 
 def make_searcher(folder, start_points=()):
     space, search = small_space("scale.max_failures=1"), SearchConfig(study="s", trials=9, sampler="random")
-    study, storage = Study(space, search, folder, "token"), optuna.storages.InMemoryStorage()
+    study, storage = RunningStudy(space, search, folder, "token"), optuna.storages.InMemoryStorage()
     optuna_study = OptunaStudy(space, search, storage, started=len(study.trials))
     return StudySearcher(study, optuna_study, start_points, (), PendingError()), storage
 

@@ -26,17 +26,17 @@ def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_run_on_the_gpu_learns(workplace, precision):
     outcome = train(tiny_config("scale.gpu=true", f"optim.precision={precision}", "optim.epochs=4"), ignore)
-    assert outcome.result["device"] == "cuda"
-    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
+    assert outcome.record["device"] == "cuda"
+    assert outcome.record["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
     assert only_run().info.status == "FINISHED"
 
 
 def test_a_compiled_step_learns(workplace):
     outcome = train(tiny_config("scale.gpu=true", "optim.compile=true", "optim.epochs=4"), ignore)
-    assert outcome.result["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
+    assert outcome.record["predictions"]["ensemble_weighted"]["test_accuracy"] > 0.6
 
 
 @pytest.mark.slow
 def test_one_ray_worker_trains_on_the_gpu(workplace):
     outcome = train(tiny_config("scale.gpu=true", "scale.workers=1", "optim.epochs=2"), ignore)
-    assert outcome.result["device"] == "cuda"
+    assert outcome.record["device"] == "cuda"

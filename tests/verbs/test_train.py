@@ -36,7 +36,7 @@ def test_a_run_is_logged_to_mlflow_with_params_metrics_and_files(workplace):
     for metric in ("test/accuracy/peer0", "test/accuracy/ensemble_weighted"):
         assert steps(logged, metric) == [3]
     assert steps(logged, "peers/macs/peer0") == [0]
-    assert logged.data.metrics["peers/params/peer3"] == run.result["peers"][3]["params"]
+    assert logged.data.metrics["peers/params/peer3"] == run.record["peers"][3]["params"]
     files = {file.path for file in client().list_artifacts(logged.info.run_id)}
     assert files == {"config.yaml", "peers.csv", "pictures"}
     pictures = {file.path for file in client().list_artifacts(logged.info.run_id, "pictures")}
@@ -49,7 +49,7 @@ def test_a_run_is_logged_to_mlflow_with_params_metrics_and_files(workplace):
         name: f'{{"num_rows": {n}}}' for name, n in (("training", 1294), ("validation", 144), ("test", 359))
     }
     note = logged.data.tags["mlflow.note.content"]
-    assert f"| {run.result['peers'][3]['test_accuracy'] * 100:.2f} |" in note
+    assert f"| {run.record['peers'][3]['test_accuracy'] * 100:.2f} |" in note
     assert logged.data.tags["mlflow.source.type"] == "LOCAL"
 
 
@@ -61,7 +61,7 @@ def test_a_finished_run_is_shown_and_not_trained_again(workplace, capsys):
     shown = capsys.readouterr().out
     assert "finished before" in shown
     assert "train anew" in shown
-    assert f"{first.result['peers'][0]['test_accuracy'] * 100:.2f}" in shown
+    assert f"{first.record['peers'][0]['test_accuracy'] * 100:.2f}" in shown
     assert steps(only_run(), "train/loss") == [1]
 
 
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_skipped_and_no_epoch_is_logged_twice(workplace)
 def test_damaged_files_of_a_run_are_one_line_and_the_run_ends_alike_once_they_are_deleted(workplace, capsys):
     config = tiny_config("optim.epochs=1")
     Path("config.yaml").write_text(config.to_yaml())
-    before = train(config, ignore).result
+    before = train(config, ignore).record
     for name in ("run.json", "result.json"):
         path = config.run_folder / name
         path.write_bytes(path.read_bytes()[:-20])
@@ -163,16 +163,16 @@ def test_damaged_files_of_a_run_are_one_line_and_the_run_ends_alike_once_they_ar
         assert "delete it" in line
         path.unlink()
         again = train(config, ignore)
-        assert (again.undelivered, again.result["history"]) == (0, before["history"])
+        assert (again.undelivered, again.record["history"]) == (0, before["history"])
     runs = client().search_runs([client().get_experiment_by_name("wml").experiment_id])
     assert [(run.info.status, steps(run, "train/loss")) for run in runs] == [("FINISHED", [1])] * 2
 
 
 def test_the_best_epoch_is_tested_with_test_epoch_best(workplace):
     run = train(tiny_config("optim.epochs=5", "run.test_epoch=best", "optim.schedule=constant"), ignore)
-    scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in run.result["history"]]
-    assert scores[run.result["test_epoch"] - 1] == max(scores)
-    validation = run.result["predictions"]["ensemble_weighted"]["validation_accuracy"]
+    scores = [entry["metrics"]["val/accuracy/ensemble_weighted"] for entry in run.record["history"]]
+    assert scores[run.record["test_epoch"] - 1] == max(scores)
+    validation = run.record["predictions"]["ensemble_weighted"]["validation_accuracy"]
     assert validation == max(scores)
 
 
@@ -187,7 +187,7 @@ def test_the_next_best_checkpoint_replaces_a_damaged_best_one(workplace):
 
     with pytest.warns(UserWarning, match="is damaged"):
         run = train(config, damage_all_but_the_second)
-    assert run.result["test_epoch"] == 2
+    assert run.record["test_epoch"] == 2
 
 
 def test_two_commands_cannot_train_one_run_at_once(workplace):
@@ -229,7 +229,7 @@ def test_plan_shows_the_sizes_of_the_trained_peers(workplace):
 
     config = tiny_config("optim.epochs=1")
     sizes = [(peer["params"], peer["macs"]) for peer in plan(config).peers]
-    trained = train(config, ignore).result["peers"]
+    trained = train(config, ignore).record["peers"]
     assert sizes == [(peer["params"], peer["macs"]) for peer in trained]
 
 

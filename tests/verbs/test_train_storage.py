@@ -68,7 +68,7 @@ def at_epoch(epoch, call):
 def test_a_run_in_object_storage_equals_the_run_in_a_local_folder(bucket, workplace):
     local = train(tiny_config("run.name=local"), ignore)
     remote = train(tiny_config(f"run.storage_path={bucket}"), ignore)
-    assert accuracies(remote.result) == accuracies(local.result)
+    assert accuracies(remote.record) == accuracies(local.record)
     copy = downloaded(remote.folder, workplace / "copy")
     assert_bit_equal(copy / "checkpoints" / "epoch-0003", local.folder / "checkpoints" / "epoch-0003")
     names = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
@@ -107,7 +107,7 @@ def test_training_continues_during_an_outage_of_the_storage_and_loses_nothing(
             threading.Timer(max(left_s, 0), getattr(object_store, resume)).start()
 
     outcome = train(tiny_config(f"optim.epochs={epochs}", f"run.storage_path={bucket}"), outage)
-    assert accuracies(outcome.result) == accuracies(whole.result)
+    assert accuracies(outcome.record) == accuracies(whole.record)
     kept = [path.name for path in sorted((whole.folder / "checkpoints").iterdir())]
     copy = downloaded(outcome.folder / "checkpoints", workplace / "copy")
     assert [path.name for path in sorted(copy.iterdir())] == kept
@@ -256,7 +256,7 @@ def test_two_workers_train_in_object_storage(bucket, monkeypatch):
     two = ["scale.workers=2", "scale.cpus_per_worker=1", "run.test_epoch=best"]
     whole = train(tiny_config(*two, "run.name=whole"), ignore)
     outcome = train(tiny_config(*two, f"run.storage_path={bucket}"), ignore)
-    assert accuracies(outcome.result) == accuracies(whole.result)
+    assert accuracies(outcome.record) == accuracies(whole.record)
     assert steps(only_run(), "train/loss") == [1, 2, 3]
 
 

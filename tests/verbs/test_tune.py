@@ -34,7 +34,7 @@ from wml_ray.search.trials import TrialStore
 from wml_ray.storage.lease import LEASE_FILE
 from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.tracking.results import load_study
-from wml_ray.verbs.study import StudyResult
+from wml_ray.verbs.study import Study
 from wml_ray.verbs.tune import tune
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ class FinishedStudy:
     """A study of two trials, continued to three trials, then started again for one trial."""
 
     workplace: Path
-    results: list[StudyResult]
+    results: list[Study]
     files_of_two: dict[Path, bytes]
     """The trial files after the second trial."""
     errors_of_second_start: list[str]

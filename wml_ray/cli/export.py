@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wml_ray.cli.choose import network_choice
 from wml_ray.cli.exit_codes import OK
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def export_network(options: argparse.Namespace) -> int:
     from wml_ray.export.network import load_network
     from wml_ray.verbs.export import export
 
-    network = load_network(run_folder(options), _choice(options.peer), options.epoch, options.trust)
+    network = load_network(run_folder(options), network_choice(options.peer), options.epoch, options.trust)
     exported = export(network, options.to, options.out, options.int8, options.max_drop)
     _show(exported)
     for name in exported.files:
@@ -81,7 +82,7 @@ def register_network(options: argparse.Namespace) -> int:
     from wml_ray.verbs.register import register
 
     folder = run_folder(options)
-    network = load_network(folder, _choice(options.peer), options.epoch, options.trust)
+    network = load_network(folder, network_choice(options.peer), options.epoch, options.trust)
     model, exported = register(network, folder, options.name, options.alias, options.int8, options.max_drop)
     _show(exported)
     store = f"MLFLOW_TRACKING_URI={redacted(tracking_uri())}"
@@ -121,12 +122,3 @@ def run_folder(options: argparse.Namespace) -> Path:
             "give its folder, or --storage-path"
         )
     return folder
-
-
-def _choice(peer: str) -> int | str:
-    """The value of --peer: a number, or `ensemble`."""
-    from wml_ray.errors import UserError
-
-    if peer != "ensemble" and not peer.isdecimal():
-        raise UserError(f"--peer {peer}: give the number of a peer, such as 0, or `ensemble`")
-    return int(peer) if peer.isdecimal() else peer

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from wml_ray.cli.choose import evaluate_run, pick_networks
 from wml_ray.cli.exit_codes import OK, exit_code
 from wml_ray.cli.export import export_network, register_network
 from wml_ray.cli.job import job_from_options, run_job
@@ -94,6 +95,8 @@ VERBS = {
     "tune": _run,
     "compare": _run,
     "report": _report,
+    "pick": pick_networks,
+    "evaluate": evaluate_run,
     "export": export_network,
     "register": register_network,
     "submit": submit_job,

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wml_ray.cli.choose import add_evaluate, add_pick
 from wml_ray.cli.exit_codes import USER_ERROR
 from wml_ray.cli.export import add_export, add_register
 
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--group-by", metavar="KEY", action="append", default=[], help=text)
     report.add_argument("--csv", action="store_true", help="print only the table, as CSV with every metric and key")
     report.set_defaults(command="report")
+    add_pick(verbs)
+    add_evaluate(verbs)
     add_export(verbs)
     add_register(verbs)
     _add_submit(verbs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from wml_ray.report.comparison_page import ComparisonReport
     from wml_ray.tracking.results import StudyRecords
     from wml_ray.verbs.plan import RunPlan
-    from wml_ray.verbs.train import RunResult
+    from wml_ray.verbs.run import Run
 
 
 def show_plan(config: Config, plan: RunPlan) -> None:
@@ -46,13 +46,13 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     print_line(f"folder      {config.run_folder} ({plan.state})")
 
 
-def show_run(run: RunResult) -> None:
+def show_run(run: Run) -> None:
     """Print the result of a finished run."""
     from rich.console import Console
 
     from wml_ray.report.run_report import peer_table
 
-    result, folder = run.result, run.folder
+    result, folder = run.record, run.folder
     if not run.trained_now:
         print_line("this run has finished before; its result:")
     Console().print(peer_table(result))
@@ -62,7 +62,8 @@ def show_run(run: RunResult) -> None:
     threads = result["latency_threads"]
     print_line(f"latency     of one image on the {device}, {threads} CPU thread, median of repeated calls")
     print_line(f"run         {folder} (pictures in report/)")
-    print_line(f"MLflow      {run.tracked.command}")
+    if run.tracked:
+        print_line(f"MLflow      {run.tracked.command}")
     if not run.trained_now:
         print_line(f"train anew  change a key (seed=1), name another experiment (run.name=...), or delete {folder}")
     if run.undelivered:

@@ -9,7 +9,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianSt
 
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space, check_stop_metric
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 
 
 def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> TrialScheduler:
@@ -29,7 +29,7 @@ def make_scheduler(settings: SearchConfig, space: Space, stopped: set[str]) -> T
     return scheduler
 
 
-def replay(scheduler: TrialScheduler, study: Study) -> None:
+def replay(scheduler: TrialScheduler, study: RunningStudy) -> None:
     """Report the results of ended trials to a new scheduler, so that a continued study stops trials as before."""
     for trial in study.trials.values():
         if trial.state == "RUNNING" or not trial.history:

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 from wml_ray.cluster.resources import max_concurrent_trials
 from wml_ray.errors import UserError
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import Trial
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray is not typed
 
     def __init__(
         self,
-        study: Study,
+        study: RunningStudy,
         optuna_study: OptunaStudy,
         start_points: Sequence[Mapping[str, Any]],
         earlier: Sequence[TrialRecord],

@@ -22,7 +22,7 @@ from wml_ray.cluster.schedulers import make_scheduler, replay
 from wml_ray.cluster.searcher import PendingError, StudySearcher
 from wml_ray.cluster.trial import STOP_TIMEOUT_S, train_trial
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import Trial
 from wml_ray.storage.retry import StorageUnavailable
 
@@ -33,7 +33,7 @@ TrialFunction = Callable[..., None]  # with the parameters of `train_trial`
 
 
 def run_trials(
-    study: Study,
+    study: RunningStudy,
     storage: BaseStorage,
     start_points: Sequence[Mapping[str, Any]] = (),
     earlier: Sequence[TrialRecord] = (),
@@ -58,7 +58,7 @@ def run_trials(
 
 
 def _fit(
-    study: Study, searcher: StudySearcher, callback: _StudyCallback, verbose: bool, trial_function: TrialFunction
+    study: RunningStudy, searcher: StudySearcher, callback: _StudyCallback, verbose: bool, trial_function: TrialFunction
 ) -> None:
     """Run Ray Tune once."""
     config = study.space.base
@@ -97,7 +97,7 @@ def _fit(
 class _StudyCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typed
     """Passes the events of Ray Tune's trials to the study."""
 
-    def __init__(self, study: Study, pending: PendingError) -> None:
+    def __init__(self, study: RunningStudy, pending: PendingError) -> None:
         self.study, self.pending = study, pending
         self.placement_groups: dict[str, PlacementGroup] = {}  # of the workers, by Ray Tune's id of the trial
 

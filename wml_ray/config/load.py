@@ -78,6 +78,25 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return parse_config(raw)
 
 
+def as_config(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config of a YAML file, of nested settings, or the one that is given, with `overrides` set.
+
+    An override is a dotted key and its value, or a section and a mapping of its keys.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    if isinstance(config, (str, Path)):
+        config = load_config(config)
+    elif isinstance(config, Mapping):
+        config = parse_config(dict(config))
+    values: dict[str, Any] = {}
+    for key, value in (overrides or {}).items():
+        nested = value.items() if isinstance(value, Mapping) and "." not in key else None
+        values |= {f"{key}.{inner}": each for inner, each in nested} if nested is not None else {key: value}
+    return with_values(config, values) if values else config
+
+
 def known_keys() -> dict[str, Any]:
     """Every dotted config key and its pydantic field, in the order of the schema."""
     keys: dict[str, Any] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from wml_ray.config.schema import MAX_PIXELS, DataConfig
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
@@ -111,6 +111,24 @@ def _files_below(folder: str) -> list[str]:
                 folders.append(name)
         files.append((here, sorted(names)))
     return [os.path.join(here, name) for here, names in sorted(files) for name in names]
+
+
+def labelled_images(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """Path and label of each image below folder/<class>/, labelled by its place in `classes`; a class may be missing.
+
+    Raises:
+        UserError: the folder is missing, has no image, or a folder in it is none of the classes.
+    """
+    try:
+        names, samples = _list_part(str(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: {printable(str(error))}; it needs <class>/<image>") from None
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(
+            f"{folder} has the classes {shortened(', '.join(unknown))}, which are none of the network's; rename them "
+            f"to some of: {shortened(', '.join(classes), 400)}"
+        )
+    return [(path, classes.index(names[label])) for path, label in samples]
 
 
 def class_folders(config: DataConfig) -> list[str]:

@@ -109,16 +109,26 @@ class Network(nn.Module):
         Raises:
             UserError: the images have another shape.
         """
+        logits_MBK = self.peer_logits(images)
+        return logits_MBK[0] if len(logits_MBK) == 1 else torch.einsum("m,mbk->bk", self.weights_M, logits_MBK)
+
+    def peer_logits(self, images: Tensor) -> Tensor:
+        """Logits (M, B, K) of the peers that the network is made of, of images as `forward` takes them.
+
+        Raises:
+            UserError: the images have another shape.
+        """
+        self._check_shape(images)
+        logits_MBK: Tensor = self.tree((images.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11)
+        return logits_MBK
+
+    def _check_shape(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != self.info.spec.shape:
             channels, height, width = self.info.spec.shape
             raise UserError(
                 f"images have the shape {tuple(images.shape)}; this network takes (images, {channels}, {height}, "
                 f"{width}), and `predict` takes files and images of any size"
             )
-        logits = self.tree.logits((images.to(self.mean_C11.dtype) - self.mean_C11) / self.std_C11)
-        if len(logits) == 1:
-            return logits[0]
-        return torch.einsum("m,mbk->bk", self.weights_M, torch.stack(logits))
 
     @torch.no_grad()
     def predict(self, images: Image | Sequence[Image]) -> pd.DataFrame:

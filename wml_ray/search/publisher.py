@@ -12,7 +12,7 @@ from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.report.run_report import peer_markdown, write_files
 from wml_ray.search.comparison import VARIANT
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import Trial
 from wml_ray.storage.files import write_text
 from wml_ray.storage.retry import RetryQueue, StorageUnavailable
@@ -38,7 +38,7 @@ _STATUS: dict[TrialState, str] = {"COMPLETE": "FINISHED", "STOPPED": "FINISHED",
 class Publisher:
     """Sends the trials of a study to MLflow, from one thread, in order and exactly once, as children of its run."""
 
-    def __init__(self, study: Study, parent: TrackedRun) -> None:
+    def __init__(self, study: RunningStudy, parent: TrackedRun) -> None:
         """Become the publisher of the study, and queue its ended trials that MLflow lacks."""
         self.study, self.parent = study, parent
         self._queue = RetryQueue(UNREACHABLE)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DIED = "its process died (killed, out of memory, or its node was lost)"
 
 
-class Study:
+class RunningStudy:
     """The trials of a study. The trial files are the source of truth; a trial recorded as ended is never rerun."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Study:
         search: SearchConfig,
         folder: Path,
         token: str,
-        on_change: Callable[[Study], None] | None = None,
+        on_change: Callable[[RunningStudy], None] | None = None,
         lease: Lease | None = None,
     ) -> None:
         """`token` identifies the study in MLflow and Optuna; `lease` is the process's lease on the study's folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from wml_ray.errors import UserError, root_cause
+from wml_ray.storage.paths import to_path
 from wml_ray.tracking.client import check_reachable, client_of, redacted, tracking_uri
 from wml_ray.tracking.origin import num_images
 from wml_ray.tracking.runs import TrackedRun, log_files
@@ -87,6 +89,27 @@ def _peers_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         | {short: row[f"{name}/peer{index}"] for short, name in names.items() if f"{name}/peer{index}" in row}
         for index in range(count)
     ]
+
+
+def logged_run_folder(mlflow_run: str) -> Path | None:
+    """The folder of a run by the id of its MLflow run; None if MLflow has no such run, or it is none of wml_ray.
+
+    Raises:
+        UserError: MLflow does not answer.
+    """
+    if not re.fullmatch(r"[0-9a-f]{32}", mlflow_run):
+        return None
+    from mlflow.exceptions import MlflowException
+
+    check_reachable(tracking_uri())
+    try:
+        data = client_of(tracking_uri()).get_run(mlflow_run).data
+    except MlflowException:
+        return None
+    if RUN_ID_TAG not in data.tags:
+        return None
+    folder: Path = to_path(data.params["run.storage_path"]) / data.params["run.name"] / data.tags[RUN_ID_TAG]
+    return folder
 
 
 def is_study(experiment: str) -> bool:

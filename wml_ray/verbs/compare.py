@@ -26,12 +26,12 @@ from wml_ray.search.method_spaces import method_space, start_at_config
 from wml_ray.search.optuna_study import open_storage
 from wml_ray.search.settings import CompareConfig, SearchConfig
 from wml_ray.search.space import lookup
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import TrialStore
 from wml_ray.tracking.results import StudyRecords
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.study import StudyKind, StudyResult, run_study, study_folder
+from wml_ray.verbs.study import Study, StudyKind, run_study, study_folder
 from wml_ray.verbs.tune import tune
 
 TUNING_SEED = 10_000
@@ -41,9 +41,9 @@ TUNING_SEED = 10_000
 def compare(
     config: Config,
     settings: CompareConfig,
-    on_change: Callable[[Study], None] | None = None,
+    on_change: Callable[[RunningStudy], None] | None = None,
     verbose: bool = False,
-) -> StudyResult:
+) -> Study:
     """Train each method with each seed, or what remains of that, and write the report.
 
     All runs of a seed have the same data, split, budget, initial tree and plan. With `settings.tune` each row is first
@@ -66,7 +66,7 @@ def compare(
         whole = _with_earlier_rows(comparison, folder, stored, earlier)
         start = [*earlier, *(point for point in comparison.points() if point not in earlier)]
         token = stored.get("token") or uuid.uuid4().hex
-        study = Study(whole, _search(settings, len(start)), folder, token, on_change, lease)
+        study = RunningStudy(whole, _search(settings, len(start)), folder, token, on_change, lease)
         storage = open_storage(None, settings.study, token)
         return run_study(study, _kind(whole, settings), storage, start, verbose=verbose)
 
@@ -154,7 +154,7 @@ def _with_earlier_rows(
 
 
 def _tuned(
-    comparison: Comparison, settings: CompareConfig, on_change: Callable[[Study], None] | None, verbose: bool
+    comparison: Comparison, settings: CompareConfig, on_change: Callable[[RunningStudy], None] | None, verbose: bool
 ) -> Comparison:
     """The comparison with the best settings of each row, each found by a study of its own."""
     variants, teacher = dict(comparison.variants), ""

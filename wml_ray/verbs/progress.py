@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
@@ -15,7 +17,7 @@ from wml_ray.config.schema import Config
 from wml_ray.training.events import EpochEnd, StepProgress
 
 if TYPE_CHECKING:  # the progress of a training starts before PyTorch is imported
-    from wml_ray.search.study import Study
+    from wml_ray.search.study import RunningStudy
     from wml_ray.search.trials import Trial
 
 PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
@@ -29,6 +31,15 @@ def run_line(config: Config) -> str:
     peers = f"{config.num_peers} peers of {config.model.backbone}"
     how = f"{describe_threads(config)}, {describe_precision(config)}"
     return f"run {config.run_id}: {peers} on {config.data.name}, {how}"
+
+
+@contextmanager
+def image_progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of images on a terminal while the body runs; the body calls it with those done and all."""
+    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class TrainingProgress:
@@ -96,7 +107,7 @@ class StudyProgress:
         if not self._plain:
             self._live.stop()
 
-    def __call__(self, study: Study) -> None:
+    def __call__(self, study: RunningStudy) -> None:
         if not self._plain:
             self._live.update(Group(Text(summary(study)), _running_table(study)))
             return
@@ -110,13 +121,13 @@ class StudyProgress:
             print(f"{study.search.study}: {summary(study)}", flush=True)
 
 
-def end_line(study: Study, trial: Trial) -> str:
+def end_line(study: RunningStudy, trial: Trial) -> str:
     """The state of an ended trial, and the reason if it failed."""
     name = f"{study.search.study}: {study.title(trial)} ({study.config(trial).run_id})"
     return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
 
 
-def summary(study: Study) -> str:
+def summary(study: RunningStudy) -> str:
     """Finished and running trials, the best objective and the ETA of a study, in one line."""
     counts, best, eta_s = study.counts(), study.best(), study.eta_s()
     done, running = counts.total() - counts["RUNNING"], len(study.running())
@@ -131,7 +142,7 @@ def summary(study: Study) -> str:
     return line + (f", ETA {_clock(eta_s)}" if eta_s is not None else "")
 
 
-def _running_table(study: Study) -> Table:
+def _running_table(study: RunningStudy) -> Table:
     metric, searched = study.search.stop_metric, study.space.searched
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("trial", "epoch", metric, *searched):

@@ -17,7 +17,7 @@ from wml_ray.errors import UserError, one_line
 from wml_ray.search.optuna_study import TrialRecord
 from wml_ray.search.publisher import Publisher
 from wml_ray.search.space import Space
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.storage.files import check_storage, read_json, write_json, write_text
 from wml_ray.storage.lease import Lease, exclusive_access
 from wml_ray.storage.paths import to_path
@@ -35,7 +35,7 @@ STUDY_FILE_REMEDY = "delete it: the study continues from its trial files, in a n
 
 
 @dataclass(frozen=True)
-class StudyResult:
+class Study:
     """A finished study."""
 
     study: StudyRecords | None
@@ -85,13 +85,13 @@ def study_folder(space: Space, search_name: str) -> Iterator[tuple[Path, Lease, 
 
 
 def run_study(
-    study: Study,
+    study: RunningStudy,
     kind: StudyKind,
     storage: BaseStorage,
     start: Sequence[Mapping[str, Any]] = (),
     earlier: Sequence[TrialRecord] = (),
     verbose: bool = False,
-) -> StudyResult:
+) -> Study:
     """Run the remaining trials and write the report. `start` are points to try first, `earlier` trials to learn from.
 
     Raises:
@@ -120,7 +120,7 @@ def run_study(
     return _conclude(study, publisher, kind, trains_now)
 
 
-def _close_interrupted(study: Study, publisher: Publisher, error: BaseException) -> None:
+def _close_interrupted(study: RunningStudy, publisher: Publisher, error: BaseException) -> None:
     """Close the MLflow runs of a study that stops before its end."""
     publisher.interrupt()
     publisher.close(INTERRUPTED_DELIVERY_S)
@@ -129,7 +129,7 @@ def _close_interrupted(study: Study, publisher: Publisher, error: BaseException)
     study.delete_stopped_checkpoints()
 
 
-def _conclude(study: Study, publisher: Publisher, kind: StudyKind, trained_now: bool) -> StudyResult:
+def _conclude(study: RunningStudy, publisher: Publisher, kind: StudyKind, trained_now: bool) -> Study:
     """Write the best config and the report, also to MLflow."""
     parent, best = publisher.parent, study.best() if kind.has_best else None
     study.delete_stopped_checkpoints()
@@ -139,7 +139,7 @@ def _conclude(study: Study, publisher: Publisher, kind: StudyKind, trained_now: 
         write_text(files[0], study.config(best).to_yaml())
     undelivered = publisher.close(DELIVERY_S)
     if undelivered:
-        return StudyResult(None, study.folder, files, parent, undelivered, trained_now)
+        return Study(None, study.folder, files, parent, undelivered, trained_now)
     try:
         with explain_connection_errors():
             records = load_study(study.search.study, parent.run_id)
@@ -151,12 +151,12 @@ def _conclude(study: Study, publisher: Publisher, kind: StudyKind, trained_now: 
                 best_values = {f"best/{metric}": value for metric, value in study.best_values().items()}
             finish_run(parent, "FINISHED", files, tags, best_values)
     except UserError:  # MLflow stopped responding after `close`
-        return StudyResult(None, study.folder, files, parent, 1, trained_now)
-    return StudyResult(records, study.folder, [*files, *report], parent, 0, trained_now)
+        return Study(None, study.folder, files, parent, 1, trained_now)
+    return Study(records, study.folder, [*files, *report], parent, 0, trained_now)
 
 
 @explain_connection_errors()
-def _open_run(study: Study, kind: StudyKind) -> TrackedRun:
+def _open_run(study: RunningStudy, kind: StudyKind) -> TrackedRun:
     """The study's own run in MLflow, with the data that its report needs."""
     space, name = study.space, study.search.study
     about = {"objectives": space.objectives, "searched": space.searched, "settings": kind.settings, **kind.about}

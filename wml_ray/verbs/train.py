@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from wml_ray.cluster.preflight import require_checks
 from wml_ray.cluster.train import DELIVERY_S, fit
+from wml_ray.config.load import as_config
 from wml_ray.config.schema import Config
 from wml_ray.config.title import run_title
 from wml_ray.errors import Diverged, UserError, one_line
@@ -24,47 +25,21 @@ from wml_ray.training.events import OnEvent
 from wml_ray.training.result import log_result, stored_result
 from wml_ray.training.start import load_or_create_checkpoint
 from wml_ray.verbs.progress import TrainingProgress
-
-if TYPE_CHECKING:
-    import pandas as pd
+from wml_ray.verbs.run import Run
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run."""
-
-    result: dict[str, Any]  # result.json
-    folder: Path
-    tracked: TrackedRun  # its MLflow run
-    trained_now: bool  # False if the run had finished before
-    undelivered: int  # operations that MLflow did not accept
-
-    @property
-    def epochs(self) -> pd.DataFrame:
-        """One row an epoch, numbered from 1, and one column a metric, under its MLflow name."""
-        import pandas as pd
-
-        history = self.result["history"]
-        index = pd.Index([entry["epoch"] for entry in history], name="epoch")
-        return pd.DataFrame([entry["metrics"] for entry in history], index=index)
-
-    @property
-    def peers(self) -> pd.DataFrame:
-        """One row a peer: sizes, shares removed, latency in ms, accuracies (0 to 1) and weight."""
-        import pandas as pd
-
-        return pd.DataFrame(self.result["peers"]).set_index("peer")
-
-
-def train(config: Config, on_event: OnEvent | None = None) -> RunResult:
+def train(config: str | Path | Mapping[str, Any] | Config, on_event: OnEvent | None = None, **overrides: Any) -> Run:
     """Train a run, resume it if it was interrupted, or return the result of a finished one.
 
-    `on_event` is called with each StepProgress and EpochEnd in place of the progress that is shown by default.
+    `config` is a Config, a YAML file, or nested settings. `overrides` are sections with keys, `wml={"alpha": 0.3}`, or
+    dotted keys, `**{"wml.alpha": 0.3}`. `on_event` is called with each StepProgress and EpochEnd in place of the
+    progress that is shown by default. Ctrl-C leaves a run that the same call resumes.
 
     Raises:
         UserError: a mistake in the config, or an unusable storage, cluster, dataset or MLflow server.
         Diverged: training became non-finite; the MLflow run is FAILED and the last good checkpoint is kept.
     """
+    config = as_config(config, overrides)
     if on_event is None:
         with TrainingProgress(config) as progress:
             return train(config, progress)
@@ -72,13 +47,13 @@ def train(config: Config, on_event: OnEvent | None = None) -> RunResult:
     check_storage(folder)
     result = stored_result(config)
     if result and _run_record(folder)["delivered"]:
-        return RunResult(result, folder, TrackedRun(**_run_record(folder)["tracked"]), False, 0)
+        return _run(result, folder, TrackedRun(**_run_record(folder)["tracked"]), False, 0)
     with exclusive_access(folder) as lease:
         result = stored_result(config)
         return _deliver(config, result) if result else _train(config, on_event, lease)
 
 
-def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
+def _train(config: Config, on_event: OnEvent, lease: Lease) -> Run:
     folder = config.run_folder
     check_reachable(tracking_uri())
     require_checks(config)
@@ -98,10 +73,10 @@ def _train(config: Config, on_event: OnEvent, lease: Lease) -> RunResult:
     assert result is not None
     if undelivered == 0:
         undelivered = _publish(folder, tracked, result)
-    return RunResult(result, folder, tracked, True, undelivered)
+    return _run(result, folder, tracked, True, undelivered)
 
 
-def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
+def _deliver(config: Config, result: dict[str, Any]) -> Run:
     """Log the metrics and files that MLflow lacks of a finished run."""
     folder = config.run_folder
     record = _run_record(folder)
@@ -110,12 +85,17 @@ def _deliver(config: Config, result: dict[str, Any]) -> RunResult:
     except UserError:  # the result can be returned without MLflow
         if record["tracked"] is None:
             raise
-        return RunResult(result, folder, TrackedRun(**record["tracked"]), False, 1)
+        return _run(result, folder, TrackedRun(**record["tracked"]), False, 1)
     tracked = _open(config, record["token"])
     tracker = MetricLogger(tracked)
     log_result(result, tracker.log)
     undelivered = tracker.close(DELIVERY_S) or _publish(folder, tracked, result)
-    return RunResult(result, folder, tracked, False, undelivered)
+    return _run(result, folder, tracked, False, undelivered)
+
+
+def _run(result: dict[str, Any], folder: Path, tracked: TrackedRun, trained_now: bool, undelivered: int) -> Run:
+    """The run of the caller's own config, whose code is trusted."""
+    return Run(folder, result, tracked, True, trained_now, undelivered)
 
 
 def _open(config: Config, token: str) -> TrackedRun:

@@ -22,22 +22,22 @@ from wml_ray.search.optuna_study import TrialRecord, open_storage
 from wml_ray.search.ratios import Increasing
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space, check_stop_metric, decode, extremes, result_settings
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.tracking.results import complete_trials
 from wml_ray.training.start import initial_checkpoint
 from wml_ray.training.teacher import check_teacher
 from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.study import StudyKind, StudyResult, run_study, study_folder
+from wml_ray.verbs.study import Study, StudyKind, run_study, study_folder
 
 
 def tune(
     space: Space,
     search: SearchConfig,
-    on_change: Callable[[Study], None] | None = None,
+    on_change: Callable[[RunningStudy], None] | None = None,
     start: Sequence[Mapping[str, Any]] = (),
     warm_start: Sequence[str] = (),
     verbose: bool = False,
-) -> StudyResult:
+) -> Study:
     """Run a study, or its remaining trials, and write its report.
 
     `on_change` is called at each change of a trial; without it a live table is shown. `start` are points to try first,
@@ -58,7 +58,7 @@ def tune(
         _check_same_study(folder, stored, space)
         storage = open_storage(search.storage, search.study, stored.get("token"))
         earlier = [record for name in dict.fromkeys(warm_start) for record in _earlier_trials(name, search, space)]
-        study = Study(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
+        study = RunningStudy(space, search, folder, stored.get("token") or uuid.uuid4().hex, on_change, lease)
         return run_study(study, _kind(space, search), storage, start, earlier, verbose)
 
 
