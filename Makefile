@@ -63,4 +63,4 @@ lock: install
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate --no-header --extra dev \
 		$(UPGRADE) pyproject.toml -o requirements.lock
 	$(BIN)/uv pip compile --python-platform linux --python-version 3.11 --generate-hashes --no-annotate --no-header \
-		--extra s3 --extra gs --extra postgres -c requirements.lock $(UPGRADE) pyproject.toml -o deploy/wml-ray.lock
+		--extra s3 --extra gs --extra postgres --extra onnx --extra serve --extra timm -c requirements.lock $(UPGRADE) pyproject.toml -o deploy/wml-ray.lock

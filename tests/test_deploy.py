@@ -13,7 +13,8 @@ from wml_ray.config.load import load_config
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-KUBERAY = ["kuberay/rayjob.yaml", "kuberay/raycluster.yaml"]
+TRAINING = ["kuberay/rayjob.yaml", "kuberay/raycluster.yaml"]
+KUBERAY = [*TRAINING, "kuberay/rayservice.yaml"]
 KUBERNETES = [*KUBERAY, "mlflow.yaml"]
 CLOUDS = ["aws.yaml", "gcp.yaml"]
 SECRET = re.compile(r"TOKEN|PASSWORD|KEY|SECRET|CREDENTIAL", re.IGNORECASE)
@@ -35,7 +36,7 @@ def document(name):
 
 def ray_cluster(name):
     spec = document(name)["spec"]
-    return spec.get("rayClusterSpec", spec)
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig", spec)
 
 
 def walk(node):
@@ -125,6 +126,11 @@ KINDS = {
         *("entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "clusterSelector", "submitterConfig"),
         rayClusterSpec=RAY_CLUSTER,
     ),
+    "RayService": fields(
+        *("serveConfigV2", "serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold", "suspend"),
+        *("serveService", "upgradeStrategy", "excludeHeadPodFromServeSvc", "rayClusterDeletionDelaySeconds"),
+        rayClusterConfig=RAY_CLUSTER,
+    ),
     "Service": fields("type", "clusterIP", "selector", ports=fields("name", "port", "targetPort")),
     "Deployment": fields("replicas", selector=SELECTOR, strategy=fields("type"), template=TEMPLATE),
     "StatefulSet": fields(
@@ -143,7 +149,7 @@ KINDS = {
     ),
 }
 VERSIONS = {
-    **dict.fromkeys(("RayCluster", "RayJob"), "ray.io/v1"),
+    **dict.fromkeys(("RayCluster", "RayJob", "RayService"), "ray.io/v1"),
     **dict.fromkeys(("Service", "ConfigMap"), "v1"),
     **dict.fromkeys(("Deployment", "StatefulSet"), "apps/v1"),
     "NetworkPolicy": "networking.k8s.io/v1",
@@ -406,7 +412,7 @@ def test_one_ray_one_python_one_mlflow():
     assert sorted(tags) == sorted({*images("kuberay/rayjob.yaml"), f"wml-ray-mlflow:{locked('mlflow')}"})
 
 
-@pytest.mark.parametrize("name", KUBERAY)
+@pytest.mark.parametrize("name", TRAINING)
 def test_gpu_workers_scale_from_zero_and_idle_ones_are_removed(name):
     cluster = ray_cluster(name)
     assert cluster["enableInTreeAutoscaling"] is True
@@ -453,7 +459,8 @@ def test_the_cluster_of_a_job_is_deleted_after_it_and_its_entrypoint_is_valid():
 def test_every_mount_has_a_volume_and_workers_have_the_environment_of_the_head(name):
     for pod in pods(name):
         (container,) = pod["containers"]
-        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
+        assert mounted == {volume["name"] for volume in pod.get("volumes", ())}
     head, worker = containers(name)
     assert head["env"] == worker["env"]
     assert {"MLFLOW_TRACKING_URI", "AWS_ACCESS_KEY_ID"} <= {variable["name"] for variable in head["env"]}
