@@ -208,6 +208,21 @@ def okddip(method, outputs, targets, context):
     return total + weight * divergence(peers[leader], target, settings.temperature)
 
 
+def pcl(method, outputs, targets, context):
+    peers, settings = list(outputs["logits_MBK"]), method.settings
+    weight = settings.weight * ramp(context, settings.ramp)
+    classifier, averages = outputs["classifier_BK"], list(outputs["average_MBK"])
+    total = cross_entropy(classifier, targets)
+    for i, student in enumerate(peers):
+        total = total + cross_entropy(student, targets)
+        total = total + weight * divergence(student, classifier.detach(), settings.temperature)
+        for j, teacher in enumerate(averages):
+            if j != i:
+                pair = divergence(student, teacher.detach(), settings.temperature)
+                total = total + weight * pair / (len(peers) - 1)
+    return total
+
+
 def ffl(method, outputs, targets, context):
     peers, fused, settings = list(outputs["logits_MBK"]), outputs["fused_BK"], method.settings
     weight = settings.weight * ramp(context, settings.ramp)
@@ -242,6 +257,7 @@ TWINS = {
     "ctsl_mkt": ctsl_mkt,
     "one": one,
     "okddip": okddip,
+    "pcl": pcl,
     "ffl": ffl,
     "boc_kd": boc_kd,
 }

@@ -1,4 +1,4 @@
-"""ONE, OKDDip, FFL and BOC-KD: a property of each, the losses of public code, and trees that they refuse."""
+"""ONE, OKDDip, PCL, FFL and BOC-KD: a property of each, the losses of public code, and trees that they refuse."""
 
 import json
 import math
@@ -61,6 +61,39 @@ def test_the_teachers_of_okddip_can_be_detached():
         outputs = {**method(batch(6)[0]), "logits_MBK": logits}
         leader = method.losses(outputs, batch(6)[1], FIRST_STEP)["leader"]
         assert bool(torch.autograd.grad(leader, logits)[0][0].any()) == taught
+
+
+def test_the_averages_of_pcl_follow_their_recursion_and_keep_statistics_of_their_own():
+    """A plain mean of the parameters after each step while that decays faster, then the exponential average."""
+    method, (views, targets) = method_of("pcl", decay=0.6), batch(4 * 6)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    history, expected = [], None
+    for step in range(5):
+        terms = method.losses(method(views), targets[:6], StepContext(step, 0, 1, 0.1))
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        method.after_step(StepContext(step, 0, 1, 0.1), (views, targets[:6]), None)
+        history.append([p.detach().clone() for p in method.tree.parameters()])
+        if step < 2:  # 1 - 1 / (t + 1) is above 0.6 from t = 2 on
+            expected = [sum(tensors) / len(tensors) for tensors in zip(*history, strict=True)]
+        else:
+            expected = [0.6 * old + 0.4 * new for old, new in zip(expected, history[-1], strict=True)]
+        torch.testing.assert_close(list(method.average.parameters()), expected, rtol=1e-10, atol=1e-14)
+    statistics = [(name, b) for name, b in method.average.named_buffers() if "running" in name]
+    of_tree = dict(method.tree.named_buffers())
+    assert all(b.std() > 0 and not torch.allclose(b, of_tree[name]) for name, b in statistics)
+
+
+def test_what_pcl_evaluates_are_its_averages():
+    method, inputs = method_of("pcl").eval(), batch(6)[0]
+    with torch.no_grad():
+        for parameter in method.average.parameters():
+            parameter.mul_(1.5)
+        assert method(inputs)["logits_MBK"].equal(method.average(inputs))
+    assert {name: t.data_ptr() for name, t in method.deployed_state().items()} == {
+        name: t.data_ptr() for name, t in method.average.state_dict().items()
+    }
 
 
 def test_the_fused_classifier_of_ffl_learns_from_the_mean_and_teaches_detached():
@@ -156,4 +189,11 @@ def test_ffl_equals_the_code_of_its_authors(case):
     fused[-1].load_state_dict({"weight": given("classifier_weight"), "bias": given("classifier_bias")})
     logits.requires_grad_()
     outputs = {"logits_MBK": logits, "fused_BK": fused(torch.cat(list(given("last_maps_MBCHW")), dim=1))}
+    assert_equals_the_public_code(method, outputs, logits, case)
+
+
+@pytest.mark.parametrize("case", published("pcl"), ids=lambda case: f"epoch {case['epoch']}")
+def test_pcl_equals_public_code(case):
+    method, logits = method_of("pcl", tree_of([3, 3, 3, 3]), **case["settings"]), given("logits_MBK").requires_grad_()
+    outputs = {"logits_MBK": logits[:3], "classifier_BK": logits[3], "average_MBK": given("ema_logits_MBK")}
     assert_equals_the_public_code(method, outputs, logits, case)

@@ -37,6 +37,14 @@ class OkddipConfig(RampedConfig):
     )
 
 
+class PclConfig(RampedConfig):
+    """Peer Collaborative Learning."""
+
+    decay: Share = Field(
+        0.999, description="decay of the moving averages of the peers a step, at most 1 - 1 / (t + 1) at step t"
+    )
+
+
 class FflConfig(RampedConfig):
     """Feature Fusion Learning."""
 

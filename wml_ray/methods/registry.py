@@ -21,6 +21,7 @@ from wml_ray.methods.kd import Kd
 from wml_ray.methods.kdcl import Kdcl
 from wml_ray.methods.okddip import Okddip
 from wml_ray.methods.one import One
+from wml_ray.methods.pcl import Pcl
 from wml_ray.methods.peer_to_peer import PeerToPeer
 from wml_ray.methods.rkd import Rkd
 from wml_ray.methods.wml import Wml
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
     "cl_ilr": ClIlr,
     "one": One,
     "okddip": Okddip,
+    "pcl": Pcl,
     "ffl": Ffl,
     "kdcl": Kdcl,
     "kd": Kd,

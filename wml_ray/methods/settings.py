@@ -18,6 +18,7 @@ METHOD_NAMES = (
     "cl_ilr",
     "one",
     "okddip",
+    "pcl",
     "ffl",
     "kdcl",
     "kd",

@@ -21,6 +21,7 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "cl_ilr": {"cl_ilr.alpha": SHARES},
     "one": {"one.weight": WEIGHTS},
     "okddip": {"okddip.weight": WEIGHTS},
+    "pcl": {"pcl.weight": WEIGHTS},
     "ffl": {"ffl.weight": WEIGHTS},
     "kdcl": {"kdcl.alpha": SHARES},
     "kd": {"kd.alpha": FloatDistribution(0.1, 0.9)},
