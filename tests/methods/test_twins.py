@@ -37,6 +37,8 @@ CASES = [
     ("pcl", {"temperature": 1.5, "weight": 0.4, "ramp": 0.8}),
     ("ffl", {}),
     ("ffl", {"temperature": 1.5, "weight": 0.4, "ramp": 0.8}),
+    ("ffsd", {}),
+    ("ffsd", {"leader": 1, "weight": 0.4, "diversity_weight": 5.0, "decoder_weight": 3.0, "ramp": 0.8}),
     ("boc_kd", {}),
     ("boc_kd", {"label_weight": 1.0, "map_weight": 0.3, "mutual_weight": 0.6, "temperature": 3.0}),
     ("ctsl_mkt", {"mutual_weight": 0.4, "angle_weight": 3.0, "self_weight": 2.0, "temperature": 1.5}),

@@ -15,6 +15,7 @@ from wml_ray.methods.cl_ilr import ClIlr
 from wml_ray.methods.ctsl_mkt import CtslMkt
 from wml_ray.methods.dml import Dml
 from wml_ray.methods.ffl import Ffl
+from wml_ray.methods.ffsd import Ffsd
 from wml_ray.methods.fitnets import Fitnets
 from wml_ray.methods.independent import Independent
 from wml_ray.methods.kd import Kd
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "okddip": Okddip,
     "pcl": Pcl,
     "ffl": Ffl,
+    "ffsd": Ffsd,
     "kdcl": Kdcl,
     "kd": Kd,
     "peer_to_peer": PeerToPeer,

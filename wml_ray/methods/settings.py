@@ -20,6 +20,7 @@ METHOD_NAMES = (
     "okddip",
     "pcl",
     "ffl",
+    "ffsd",
     "kdcl",
     "kd",
     "peer_to_peer",
