@@ -39,13 +39,14 @@ def shifted(attention_BN: Tensor) -> Tensor:
     unit_BN = F.normalize(attention_BN)
     lowest_third = max(unit_BN.shape[1] // 3, 1)
     threshold_B1 = unit_BN.kthvalue(lowest_third, dim=1, keepdim=True).values
-    return (length_B1 / 2 - unit_BN) * (unit_BN - threshold_B1).sign() + length_B1 / 2
+    half_B1: Tensor = length_B1 / 2
+    return (half_B1 - unit_BN) * (unit_BN - threshold_B1).sign() + half_B1
 
 
 def with_shift(maps_BCHW: Tensor, attention_BN: Tensor) -> Tensor:
     """Maps to which the shift of `attention_BN` is added at each position, times its length over the channels C."""
     length_B1 = attention_BN.norm(dim=1, keepdim=True)
-    shift_BN = (shifted(attention_BN) - F.normalize(attention_BN)) * length_B1 / maps_BCHW.shape[1]
+    shift_BN: Tensor = (shifted(attention_BN) - F.normalize(attention_BN)) * length_B1 / maps_BCHW.shape[1]
     return maps_BCHW + shift_BN.view(-1, 1, *maps_BCHW.shape[2:])
 
 
