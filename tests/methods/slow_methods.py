@@ -208,6 +208,21 @@ def okddip(method, outputs, targets, context):
     return total + weight * divergence(peers[leader], target, settings.temperature)
 
 
+def pcl(method, outputs, targets, context):
+    peers, settings = list(outputs["logits_MBK"]), method.settings
+    weight = settings.weight * ramp(context, settings.ramp)
+    classifier, averages = outputs["classifier_BK"], list(outputs["average_MBK"])
+    total = cross_entropy(classifier, targets)
+    for i, student in enumerate(peers):
+        total = total + cross_entropy(student, targets)
+        total = total + weight * divergence(student, classifier.detach(), settings.temperature)
+        for j, teacher in enumerate(averages):
+            if j != i:
+                pair = divergence(student, teacher.detach(), settings.temperature)
+                total = total + weight * pair / (len(peers) - 1)
+    return total
+
+
 def ffl(method, outputs, targets, context):
     peers, fused, settings = list(outputs["logits_MBK"]), outputs["fused_BK"], method.settings
     weight = settings.weight * ramp(context, settings.ramp)
@@ -215,6 +230,70 @@ def ffl(method, outputs, targets, context):
     for student in peers:
         total = total + weight * divergence(student, fused.detach(), settings.temperature)
     return total + weight * divergence(fused, mean(peers).detach(), settings.temperature)
+
+
+def attention(maps):
+    """Mean square over channels of each image, position by position, in one list."""
+    return [
+        torch.stack([(image[:, y, x] ** 2).mean() for y in range(image.shape[1]) for x in range(image.shape[2])])
+        for image in maps
+    ]
+
+
+def unit_distance(ones, others):
+    """Mean squared difference of the images of two lists, each scaled to length 1."""
+    errors = []
+    for one, other in zip(ones, others, strict=True):
+        errors += list(one.flatten() / length(one.flatten()) - other.flatten() / length(other.flatten()))
+    return sum(error * error for error in errors) / len(errors)
+
+
+def diversity_distance(ones, others):
+    """As `unit_distance`, from the others with all entries above the lowest third turned over."""
+    errors = []
+    for one, other in zip(ones, others, strict=True):
+        size = length(other)
+        scaled = other / size
+        threshold = sorted(scaled.tolist())[max(len(scaled) // 3, 1) - 1]
+        for entry, target in zip(one / length(one), scaled, strict=True):
+            if target > threshold:
+                target = size - target
+            elif target == threshold:
+                target = size / 2
+            errors.append(entry - target)
+    return sum(error * error for error in errors) / len(errors)
+
+
+def ffsd(method, outputs, targets, context):
+    peers, fused, settings = list(outputs["logits_MBK"]), outputs["fused_BK"], method.settings
+    leader = len(peers) - 1 if settings.leader is None else settings.leader
+    students = [peer for peer in range(len(peers)) if peer != leader]
+    sharing, share = method.tree.sharing, ramp(context, settings.ramp)
+
+    def at(stage, peer):
+        return outputs[f"map{stage}_{peer * sharing[stage] // len(peers)}"]
+
+    total = independent(method, outputs, targets, context) + cross_entropy(fused, targets)
+    taught = divergence(fused, mean([peers[a] for a in students]).detach(), settings.temperature)
+    taught = taught + divergence(peers[leader], fused.detach(), settings.temperature)
+    for a in students:
+        for b in students:
+            if b != a:
+                pair = divergence(peers[a], peers[b].detach(), settings.temperature)
+                taught = taught + pair / (len(students) - 1)
+    maps = unit_distance(attention(at(2, leader)), attention(outputs["fused_map"].detach()))
+    all_last = torch.cat([at(2, a).detach() for a in students], dim=1)  # no copy of the last stage is shared here
+    maps = maps + unit_distance(attention(outputs["expanded_map"]), attention(all_last))
+    maps = maps + unit_distance(attention(at(1, leader)), attention(outputs[f"target{leader}_1"].detach()))
+    diversity, errors = 0.0, 0.0
+    for place, a in enumerate(students[1:]):
+        diversity = diversity + diversity_distance(attention(at(2, a)), attention(at(2, students[place]).detach()))
+        diversity = diversity + unit_distance(attention(at(1, a)), attention(outputs[f"target{a}_1"].detach()))
+    for peer in [*students[1:], leader]:
+        decoded, own = outputs[f"decoded{peer}_1"], at(1, peer).detach()
+        errors = errors + unit_distance(decoded, own) + unit_distance(attention(decoded), attention(own))
+    weighted = settings.diversity_weight * diversity + settings.map_weight * maps + settings.decoder_weight * errors
+    return total + settings.weight * taught + share * weighted
 
 
 def boc_kd(method, outputs, targets, context):
@@ -242,7 +321,9 @@ TWINS = {
     "ctsl_mkt": ctsl_mkt,
     "one": one,
     "okddip": okddip,
+    "pcl": pcl,
     "ffl": ffl,
+    "ffsd": ffsd,
     "boc_kd": boc_kd,
 }
 """By method; the twins of `wml` are in tests/reference.py, as Eq. 5 needs them too."""

@@ -1,4 +1,4 @@
-"""ONE, OKDDip, FFL and BOC-KD: a property of each, the losses of public code, and trees that they refuse."""
+"""ONE, OKDDip, PCL, FFL, FFSD and BOC-KD: a property of each, the losses of public code, and trees that they refuse."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from torch import nn
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
+from wml_ray.methods.attention import Decoder, attention, with_shift
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.ffl import fusion
 from wml_ray.methods.registry import build
@@ -63,6 +64,39 @@ def test_the_teachers_of_okddip_can_be_detached():
         assert bool(torch.autograd.grad(leader, logits)[0][0].any()) == taught
 
 
+def test_the_averages_of_pcl_follow_their_recursion_and_keep_statistics_of_their_own():
+    """A plain mean of the parameters after each step while that decays faster, then the exponential average."""
+    method, (views, targets) = method_of("pcl", decay=0.6), batch(4 * 6)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.1)
+    history, expected = [], None
+    for step in range(5):
+        terms = method.losses(method(views), targets[:6], StepContext(step, 0, 1, 0.1))
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        method.after_step(StepContext(step, 0, 1, 0.1), (views, targets[:6]), None)
+        history.append([p.detach().clone() for p in method.tree.parameters()])
+        if step < 2:  # 1 - 1 / (t + 1) is above 0.6 from t = 2 on
+            expected = [sum(tensors) / len(tensors) for tensors in zip(*history, strict=True)]
+        else:
+            expected = [0.6 * old + 0.4 * new for old, new in zip(expected, history[-1], strict=True)]
+        torch.testing.assert_close(list(method.average.parameters()), expected, rtol=1e-10, atol=1e-14)
+    statistics = [(name, b) for name, b in method.average.named_buffers() if "running" in name]
+    of_tree = dict(method.tree.named_buffers())
+    assert all(b.std() > 0 and not torch.allclose(b, of_tree[name]) for name, b in statistics)
+
+
+def test_what_pcl_evaluates_are_its_averages():
+    method, inputs = method_of("pcl").eval(), batch(6)[0]
+    with torch.no_grad():
+        for parameter in method.average.parameters():
+            parameter.mul_(1.5)
+        assert method(inputs)["logits_MBK"].equal(method.average(inputs))
+    assert {name: t.data_ptr() for name, t in method.deployed_state().items()} == {
+        name: t.data_ptr() for name, t in method.average.state_dict().items()
+    }
+
+
 def test_the_fused_classifier_of_ffl_learns_from_the_mean_and_teaches_detached():
     method, (inputs, targets) = method_of("ffl"), batch(6)
     outputs = {name: tensor.detach().requires_grad_() for name, tensor in method(inputs).items()}
@@ -71,6 +105,28 @@ def test_the_fused_classifier_of_ffl_learns_from_the_mean_and_teaches_detached()
         for leaf in ("logits_MBK", "fused_BK"):
             (gradient,) = torch.autograd.grad(terms[name], outputs[leaf], retain_graph=True, allow_unused=True)
             assert (gradient is not None and bool(gradient.any())) == (leaf == learner)
+
+
+def test_each_term_of_ffsd_trains_its_learner_and_none_of_its_teachers():
+    """No gradient of the leader's terms flows into fusion, decoders or students; no other term trains the leader."""
+    method, (inputs, targets) = method_of("ffsd", tree_of([4, 4, 4, 4])), batch(6)
+    terms, learners = method.losses(method(inputs), targets, FIRST_STEP), {}
+    for term, loss in terms.items():
+        gradients = torch.autograd.grad(loss, list(method.parameters()), retain_graph=True, allow_unused=True)
+        named = zip(method.named_parameters(), gradients, strict=True)
+        learning = [name for (name, _), gradient in named if gradient is not None and gradient.any()]
+        peers = [method.tree.peers_through(name.removeprefix("tree.")) for name in learning if name.startswith("tree.")]
+        learners[term] = set().union(*peers) | {name.partition(".")[0] for name in learning} - {"tree"}
+    assert learners == {
+        "labels": {0, 1, 2, 3},
+        "fused_labels": {"fusion", "classifier"},
+        "mutual": {0, 1, 2},
+        "fused": {"fusion", "classifier"},
+        "leader": {3},
+        "diversity": {1, 2},
+        "maps": {3, "expansion"},
+        "decoders": {"decoders"},
+    }
 
 
 def test_the_maps_of_the_whole_network_teach_and_learn_nothing_from_boc_kd():
@@ -93,18 +149,20 @@ def test_the_maps_of_the_whole_network_teach_and_learn_nothing_from_boc_kd():
     [
         ("one", lambda: tree_of([4, 4, 4, 4]), "model.sharing"),
         ("okddip", lambda: tree_of([1, 1, 1, 2]), "model.sharing"),
+        ("ffsd", lambda: tree_of([1, 1, 1, 2]), "model.sharing"),
         ("boc_kd", lambda: pruned_tree((0.4, 0.2, 0.3, 0.0)), "pruning.ratios"),
     ],
-    ids=["one", "okddip", "boc_kd"],
+    ids=["one", "okddip", "ffsd", "boc_kd"],
 )
 def test_a_tree_that_does_not_fit_is_refused_with_the_key_to_change(name, tree, mend):
     with pytest.raises(UserError, match=mend):
         method_of(name, tree())
 
 
-def test_a_leader_that_is_no_peer_is_refused():
-    with pytest.raises(UserError, match=r"okddip.leader = 4: the peers are 0 to 3"):
-        method_of("okddip", leader=4)
+@pytest.mark.parametrize("name", ["okddip", "ffsd"])
+def test_a_leader_that_is_no_peer_is_refused(name):
+    with pytest.raises(UserError, match=rf"{name}.leader = 4: the peers are 0 to 3"):
+        method_of(name, leader=4)
 
 
 def published(name):
@@ -157,3 +215,43 @@ def test_ffl_equals_the_code_of_its_authors(case):
     logits.requires_grad_()
     outputs = {"logits_MBK": logits, "fused_BK": fused(torch.cat(list(given("last_maps_MBCHW")), dim=1))}
     assert_equals_the_public_code(method, outputs, logits, case)
+
+
+@pytest.mark.parametrize("case", published("pcl"), ids=lambda case: f"epoch {case['epoch']}")
+def test_pcl_equals_public_code(case):
+    method, logits = method_of("pcl", tree_of([3, 3, 3, 3]), **case["settings"]), given("logits_MBK").requires_grad_()
+    outputs = {"logits_MBK": logits[:3], "classifier_BK": logits[3], "average_MBK": given("ema_logits_MBK")}
+    assert_equals_the_public_code(method, outputs, logits, case)
+
+
+@pytest.mark.parametrize("case", published("ffsd"), ids=lambda case: f"epoch {case['epoch']}")
+def test_ffsd_equals_the_code_of_its_authors(case):
+    """But for the map that the decoder of student 1 reads, which is that of student 0 there."""
+    method, logits = method_of("ffsd", tree_of([3, 3, 3, 3]), **case["settings"]), given("logits_MBK")[:3]
+    fused = fusion([2, 2], 5).double()
+    fused[0].weight.data.copy_(given("depthwise_weight"))
+    fused[3].weight.data.copy_(given("pointwise_weight"))
+    fused[-1].load_state_dict({"weight": given("classifier_weight"), "bias": given("classifier_bias")})
+    decoders = [Decoder([(2, 2, 2), (1, 4, 4)]).double() for _ in range(2)]
+    for decoder, weight in zip(decoders, given("decoder_weights"), strict=True):
+        decoder.steps[0].convolution.weight.data.copy_(weight)
+    last, leader, shallow, expanded = (
+        given(name).requires_grad_()
+        for name in ("last_maps_MBCHW", "leader_map_BCHW", "shallow_maps_MBCHW", "trans_fusion_BCHW")
+    )
+    logits.requires_grad_()
+    fused_map = fused[:6](torch.cat(list(last.detach()), dim=1))
+    outputs = {"logits_MBK": logits, "fused_BK": fused[6:](fused_map), "fused_map": fused_map, "expanded_map": expanded}
+    outputs |= {"map2_0": last[0], "map2_1": last[1], "map2_2": leader, "map1_1": shallow[0], "map1_2": shallow[1]}
+    reads = (with_shift(last[0], attention(last[0])), fused_map)
+    for peer, decoder, read, own in zip((1, 2), decoders, reads, (last[1], leader), strict=True):
+        (outputs[f"target{peer}_1"],) = decoder(read, frozen=True)
+        (outputs[f"decoded{peer}_1"],) = decoder(own.detach())
+    assert_equals_the_public_code(method, outputs, logits, case)
+    context = StepContext(step=0, epoch=case["epoch"], total_epochs=case["total_epochs"], learning_rate=0.1)
+    loss = sum(method.losses(outputs, torch.tensor(PUBLISHED["inputs"]["targets_B"]), context).values())
+    leaves = {"last_maps_MBCHW": last, "leader_map_BCHW": leader, "shallow_maps_MBCHW": shallow}
+    leaves["trans_fusion_BCHW"] = expanded
+    for name, ours in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        theirs = torch.tensor(case[f"gradient_{name}"], dtype=torch.float64)
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=name)

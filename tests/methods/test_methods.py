@@ -42,7 +42,7 @@ def test_every_parameter_has_a_gradient_in_each_step(name):
     method, (inputs, targets) = method_of(name), batch(4)
     outputs = method(inputs.repeat(method.num_views, 1, 1, 1))
     sum(method.losses(outputs, targets, FIRST_STEP).values()).backward()
-    assert all(parameter.grad is not None for parameter in method.parameters())
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in method.parameters())
 
 
 def test_the_loss_only_method_of_the_guide_is_a_method():

@@ -123,6 +123,18 @@ def test_the_estimate_of_memory_counts_the_views_of_the_trunk():
     assert bytes_of["[1,1,1,4]", "true"] > 3 * bytes_of["[1,1,1,4]", "false"]
 
 
+def test_the_estimate_of_memory_counts_the_averages_of_pcl_once_and_what_is_trained_thrice():
+    kdcl, pcl = (trainer_of(tiny_config(f"method.name={name}")) for name in ("kdcl", "pcl"))
+    without, with_averages = (
+        training_memory_bytes(trainer.method, trainer.dataset.spec, 0, trainer.config.optim) for trainer in (kdcl, pcl)
+    )
+    averages, classifier = (
+        sum(parameter.nbytes for parameter in module.parameters())
+        for module in (pcl.method.average, pcl.method.classifier)
+    )
+    assert with_averages - without == averages + 3 * classifier  # with its gradient and momentum
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(
@@ -138,7 +150,8 @@ def test_every_method_trains_with_a_gradient_for_each_parameter_in_each_step(
     monkeypatch.setattr("wml_ray.training.trainer.PROGRESS_INTERVAL_S", 0.0)  # an event a step
 
     def check_gradients(event):
-        assert all(parameter.grad.isfinite().all() for parameter in trainer.method.parameters())
+        trained = [parameter for parameter in trainer.method.parameters() if parameter.requires_grad]
+        assert all(parameter.grad.isfinite().all() for parameter in trained)
         if isinstance(event, EpochEnd):
             assert all(math.isfinite(value) for value in event.metrics.values())
             losses.append(event.metrics.get("train/loss_labels", event.metrics["train/loss"]))

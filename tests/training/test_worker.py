@@ -5,9 +5,14 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
 from family import tiny_config
 from rich.console import Console
 
+from wml_ray.checkpoints.checkpoint import epoch_folder
+from wml_ray.checkpoints.load import load_tree
+from wml_ray.data.load import load_dataset
+from wml_ray.distributed import WorkerRank
 from wml_ray.report.run_report import peer_table, write_files
 from wml_ray.training.events import EpochEnd
 from wml_ray.training.worker import WorkerContext, run_worker
@@ -33,6 +38,16 @@ def test_a_method_without_weights_logs_and_reports_none(tmp_path):
     written = {path.name for path in write_files(result, tmp_path / "report")}
     assert written == {"peers.csv", "accuracy.png", "accuracy_macs.png"}
     assert "weight" not in (tmp_path / "report" / "peers.csv").read_text()
+
+
+def test_the_tree_of_a_checkpoint_is_the_one_that_pcl_evaluates(tmp_path):
+    config = tiny_config("method.name=pcl", "optim.epochs=1", f"run.storage_path={tmp_path}")
+    (epoch,) = run_worker(config, WorkerContext())["history"]
+    tree = load_tree(epoch_folder(config.run_folder / "checkpoints", 1), trust=True)
+    ((inputs, targets),) = load_dataset(config).evaluation_batches("validation", WorkerRank())
+    with torch.no_grad():
+        shares = (tree(inputs).argmax(-1) == targets).double().mean(1).tolist()
+    assert shares == pytest.approx([epoch["metrics"][f"val/accuracy/peer{peer}"] for peer in range(4)])
 
 
 def test_the_cost_of_a_training_is_that_of_its_epochs_and_of_the_memory_it_used(tmp_path):

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.errors import shortened
 from wml_ray.methods import settings as methods
-from wml_ray.methods.feature_settings import BocKdConfig, FflConfig, OkddipConfig, OneConfig
+from wml_ray.methods.feature_settings import BocKdConfig, FflConfig, FfsdConfig, OkddipConfig, OneConfig, PclConfig
 from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
     IMPORT_PATH,
@@ -262,7 +262,9 @@ class Config(Section):
     cl_ilr: methods.ClIlrConfig = methods.ClIlrConfig()
     one: OneConfig = OneConfig()
     okddip: OkddipConfig = OkddipConfig()
+    pcl: PclConfig = PclConfig()
     ffl: FflConfig = FflConfig()
+    ffsd: FfsdConfig = FfsdConfig()
     kdcl: methods.KdclConfig = methods.KdclConfig()
     kd: methods.KdConfig = methods.KdConfig()
     peer_to_peer: methods.PeerToPeerConfig = methods.PeerToPeerConfig()

@@ -67,6 +67,9 @@ class Method(nn.Module):
     Settings: ClassVar[type[Section]] = Section
     """The class of `settings` of a user's own method; methods of the package have sections of the config."""
 
+    deploys: ClassVar[str] = "tree"
+    """The submodule, a tree like `tree`, that is evaluated and deployed: its tensors are `model.safetensors`."""
+
     outer_batch_interval: int | None = None
     """After every so many steps, `after_step` receives a batch of the outer split."""
 
@@ -130,9 +133,13 @@ class Method(nn.Module):
             NonFinite: a quantity of the method is not finite.
         """
 
+    def deployed_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the deployed tree, named as in `tree`."""
+        return dict(self.get_submodule(self.deploys).state_dict())
+
     def own_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, without those of the tree."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("tree.")}
+        """Parameters and buffers by name, without those of the deployed tree."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(f"{self.deploys}.")}
 
     @staticmethod
     @torch.no_grad()

@@ -37,8 +37,36 @@ class OkddipConfig(RampedConfig):
     )
 
 
+class PclConfig(RampedConfig):
+    """Peer Collaborative Learning."""
+
+    decay: Share = Field(
+        0.999, description="decay of the moving averages of the peers a step, at most 1 - 1 / (t + 1) at step t"
+    )
+
+
 class FflConfig(RampedConfig):
     """Feature Fusion Learning."""
+
+
+class FfsdConfig(Section):
+    """Feature Fusion and Self-Distillation: students, their fusion and a leader."""
+
+    temperature: Temperature = Field(
+        2.0, description="temperature T of the divergences (multiplied by T squared), from 0.01 to 100"
+    )
+    weight: NonNegative = Field(1.0, description="weight w of the divergences against the labels")
+    diversity_weight: NonNegative = Field(1e-5, description="weight of the students' diversity")
+    map_weight: NonNegative = Field(10.0, description="weight of the leader's distances from fused and decoded maps")
+    decoder_weight: NonNegative = Field(
+        1000.0, description="weight of the errors of the decoders, which alone train them"
+    )
+    ramp: Share = Field(
+        0.0167, description="share of the epochs in which the weights of diversity, maps and decoders rise; 0: at once"
+    )
+    leader: CountOrZero | None = Field(
+        None, description="peer that learns from the fusion of the others and is deployed; null is the last"
+    )
 
 
 class BocKdConfig(Section):

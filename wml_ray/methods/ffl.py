@@ -63,7 +63,11 @@ class Ffl(Method):
 
 def fusion(widths: Sequence[int], num_classes: int) -> nn.Sequential:
     """Concatenated maps of these widths to logits, by a separable convolution to the widest."""
-    into, out = sum(widths), max(widths)
+    return nn.Sequential(*separable(sum(widths), max(widths)), *classifier(max(widths), num_classes))
+
+
+def separable(into: int, out: int) -> nn.Sequential:
+    """Maps of width `into` to maps of width `out`: a 3x3 convolution by channel and a 1x1 convolution."""
     return nn.Sequential(
         nn.Conv2d(into, into, 3, padding=1, groups=into, bias=False),
         nn.BatchNorm2d(into),
@@ -71,7 +75,9 @@ def fusion(widths: Sequence[int], num_classes: int) -> nn.Sequential:
         nn.Conv2d(into, out, 1, bias=False),
         nn.BatchNorm2d(out),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(out, num_classes),
     )
+
+
+def classifier(width: int, num_classes: int) -> nn.Sequential:
+    """Maps to logits, by the mean over positions."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))

@@ -102,14 +102,15 @@ def divergences(logits_MBK: Tensor, teachers: Tensor, temperature: float) -> Ten
     return losses_M
 
 
-def divergences_from_others(logits_MBK: Tensor, temperature: float) -> Tensor:
-    """mean_{j != i} KL_T(z_i <- z_j) of each student i, shape (M,), in nats a sample; zero for a single peer.
+def divergences_from_others(logits_MBK: Tensor, temperature: float, teachers_MBK: Tensor | None = None) -> Tensor:
+    """mean_{j != i} KL_T(z_i <- t_j) of each student i, shape (M,), in nats a sample; zero for a single peer.
 
-    No gradient flows into the teachers z_j. With S = sum_{j != i} p_j log p_j and P = sum_{j != i} p_j, the sum over j
-    is sum_k (S - P log q_i): one pass over the M peers, O(M B K).
+    The teachers t_j are `teachers_MBK`, by default the students z_j. No gradient flows into them. With
+    S = sum_{j != i} p_j log p_j and P = sum_{j != i} p_j, the sum over j is sum_k (S - P log q_i): one pass over the M
+    peers, O(M B K).
     """
     log_q_MBK = torch.log_softmax(logits_MBK / temperature, dim=-1)
-    log_p_MBK = log_q_MBK.detach()
+    log_p_MBK = (log_q_MBK if teachers_MBK is None else (teachers_MBK / temperature).log_softmax(-1)).detach()
     p_MBK = log_p_MBK.exp()
     negative_entropy_MBK = p_MBK * log_p_MBK
     others_entropy_MBK = negative_entropy_MBK.sum(0) - negative_entropy_MBK

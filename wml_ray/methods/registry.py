@@ -15,12 +15,14 @@ from wml_ray.methods.cl_ilr import ClIlr
 from wml_ray.methods.ctsl_mkt import CtslMkt
 from wml_ray.methods.dml import Dml
 from wml_ray.methods.ffl import Ffl
+from wml_ray.methods.ffsd import Ffsd
 from wml_ray.methods.fitnets import Fitnets
 from wml_ray.methods.independent import Independent
 from wml_ray.methods.kd import Kd
 from wml_ray.methods.kdcl import Kdcl
 from wml_ray.methods.okddip import Okddip
 from wml_ray.methods.one import One
+from wml_ray.methods.pcl import Pcl
 from wml_ray.methods.peer_to_peer import PeerToPeer
 from wml_ray.methods.rkd import Rkd
 from wml_ray.methods.wml import Wml
@@ -36,7 +38,9 @@ METHODS: dict[str, type[Method]] = {
     "cl_ilr": ClIlr,
     "one": One,
     "okddip": Okddip,
+    "pcl": Pcl,
     "ffl": Ffl,
+    "ffsd": Ffsd,
     "kdcl": Kdcl,
     "kd": Kd,
     "peer_to_peer": PeerToPeer,

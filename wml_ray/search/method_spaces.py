@@ -14,6 +14,7 @@ LEARNING_RATE_FACTOR = 5.0
 """The learning rate is searched from a fifth of the config's to five times that."""
 SHARES = FloatDistribution(0.02, 0.5, log=True)
 WEIGHTS = FloatDistribution(0.05, 2.0, log=True)
+RELATIONS = FloatDistribution(1.0, 100.0, log=True)
 
 METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "wml": {"wml.alpha": SHARES},
@@ -21,10 +22,15 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "cl_ilr": {"cl_ilr.alpha": SHARES},
     "one": {"one.weight": WEIGHTS},
     "okddip": {"okddip.weight": WEIGHTS},
+    "pcl": {"pcl.weight": WEIGHTS},
     "ffl": {"ffl.weight": WEIGHTS},
+    "ffsd": {"ffsd.weight": WEIGHTS, "ffsd.map_weight": FloatDistribution(1.0, 100.0, log=True)},
     "kdcl": {"kdcl.alpha": SHARES},
     "kd": {"kd.alpha": FloatDistribution(0.1, 0.9)},
     "peer_to_peer": {"peer_to_peer.teacher_weight": WEIGHTS, "peer_to_peer.mutual_weight": WEIGHTS},
+    "rkd": {"rkd.distance_weight": RELATIONS, "rkd.angle_weight": RELATIONS},
+    "fitnets": {"fitnets.weight": WEIGHTS},
+    "ctsl_mkt": {"ctsl_mkt.mutual_weight": WEIGHTS, "ctsl_mkt.self_weight": WEIGHTS},
     "boc_kd": {"boc_kd.map_weight": WEIGHTS, "boc_kd.mutual_weight": WEIGHTS},
 }
 """Config key -> distribution, beside the learning rate. A method without an entry is searched in that alone."""

@@ -22,20 +22,24 @@ from wml_ray.networks.spec import ImageSpec
 def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, optim: OptimConfig) -> int:
     """Parameters, gradients, optimiser state, copies and teacher of the method, and tensors autograd saves for a batch.
 
+    Parameters that need no gradient, as a teacher's, are there once.
+
     The last are counted on 2 images and scaled to `batch_size`, a worker's share.
     """
-    parameters = _bytes_of(method)
+    trained = _bytes_of(method, trained=True)
     copies = 2 + (2 if optim.name == "adamw" else int(optim.momentum > 0))
     copies += method.extra_copies
     kept_per_image = _saved_bytes(method, spec, images=2) / 2
     if optim.precision in ("bfloat16", "float16"):
         kept_per_image /= 2
-    teacher = _bytes_of(method.teacher.tree) if isinstance(method, TaughtMethod) else 0
-    return int(parameters * copies + teacher + kept_per_image * batch_size)
+    frozen = _bytes_of(method, trained=False)
+    if isinstance(method, TaughtMethod):
+        frozen += _bytes_of(method.teacher.tree, trained=False)
+    return int(trained * copies + frozen + kept_per_image * batch_size)
 
 
-def _bytes_of(network: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in network.parameters())
+def _bytes_of(network: nn.Module, trained: bool) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad is trained)
 
 
 def _saved_bytes(network: Method, spec: ImageSpec, images: int) -> int:

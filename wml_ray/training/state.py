@@ -19,12 +19,12 @@ def initial_state(method: Method) -> dict[str, Tensor]:
 
 
 def load_method(method: Method, model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Copy the tree's tensors `model` and the method's own tensors in `state` into `method`.
+    """Copy the deployed tree's tensors `model` and the method's own tensors in `state` into `method`.
 
     Raises:
         RuntimeError: a tensor is missing, unknown, or has another shape.
     """
-    method.load_state_dict(prefixed("tree", model, ".") | below("method", state))
+    method.load_state_dict(prefixed(method.deploys, model, ".") | below("method", state))
 
 
 def optimizer_state(method: Method, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

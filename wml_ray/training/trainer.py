@@ -129,8 +129,8 @@ class Trainer:
         return {name: term.detach() for name, term in terms.items()}
 
     def model_state(self) -> dict[str, Tensor]:
-        """The tree's tensors by name."""
-        return dict(self.tree.state_dict())
+        """The tensors of the deployed tree, by name."""
+        return dict(self.method.deployed_state())
 
     def state(self) -> dict[str, Tensor]:
         """All further tensors that a resumed run needs."""
