@@ -25,6 +25,7 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "kdcl": {"kdcl.alpha": SHARES},
     "kd": {"kd.alpha": FloatDistribution(0.1, 0.9)},
     "peer_to_peer": {"peer_to_peer.teacher_weight": WEIGHTS, "peer_to_peer.mutual_weight": WEIGHTS},
+    "self_distillation": {"self_distillation.divergence_weight": WEIGHTS},
     "boc_kd": {"boc_kd.map_weight": WEIGHTS, "boc_kd.mutual_weight": WEIGHTS},
 }
 """Config key -> distribution, beside the learning rate. A method without an entry is searched in that alone."""
