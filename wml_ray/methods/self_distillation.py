@@ -1,7 +1,8 @@
 """Self-distillation: the early exits of one network learn from its last.
 
-SD is Zhang et al., ICCV 2019, SCAN Zhang et al., NeurIPS 2019: this loss with other weights. Without divergences and features it is deep supervision (DSN, Lee et al., AISTATS 2015). Exits have no attention, and
-no image leaves at an early exit.
+SD (Zhang et al., ICCV 2019) and SCAN (Zhang et al., NeurIPS 2019) are this loss with different weights; without
+divergences and features it is deep supervision (DSN, Lee et al., AISTATS 2015). Exits have no attention, and no image
+leaves at an early exit.
 """
 
 from __future__ import annotations
