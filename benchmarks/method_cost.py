@@ -20,12 +20,12 @@ import torch
 from timing import interleaved_medians_s
 from training_step import peak_resident_bytes
 
+from wml_ray.checkpoints.load import build_tree
 from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.registry import METHODS, build
 from wml_ray.methods.settings import TEACHER_METHODS
-from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
@@ -63,11 +63,13 @@ def _config(name: str) -> Config:
     raw: dict[str, Any] = {"method": {"name": name}}
     if name in TEACHER_METHODS:
         raw["teacher"] = {"run": "unused", "peer": None if name == "ctsl_mkt" else 0}
+    if name == "self_distillation":
+        raw |= {"model": {"sharing": [1, 1, 1, 1, 4], "exits": [1, 2, 3, 4]}, "pruning": {"ratios": [0.0] * 4}}
     return parse_config(raw)
 
 
 def _tree(config: Config, spec: ImageSpec) -> PeerTree:
-    tree = PeerTree(lambda: build_stages(config.model.backbone, spec), config.model.sharing)
+    tree = build_tree(config, spec)
     prune(tree, config.pruning, spec, [(torch.randn(64, *spec.shape), torch.randint(spec.num_classes, (64,)))])
     return tree
 

@@ -10,6 +10,7 @@ from wml_ray.config.load import parse_config
 from wml_ray.config.schema import Config, PruningConfig
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.settings import TEACHER_METHODS, WmlConfig
+from wml_ray.networks.exits import exit_tree
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.prune import prune
@@ -17,6 +18,13 @@ from wml_ray.training.teacher import FrozenTeacher
 
 SCORES = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
 SPEC = ImageSpec(1, 8, 10)
+EXITS = [
+    "model.backbone=family:chain_stages",
+    "model.sharing=[1,1,1,1,4]",
+    "model.exits=[1,2,3,4]",
+    "pruning.ratios=[0.3,0.2,0.1,0.1]",
+]
+"""The overrides of `tiny_config` that make its peers exits of one network."""
 DIVERGES = ["optim.learning_rate=100", "optim.weight_decay=10", "optim.schedule=constant"]  # parameters grow 999-fold
 
 
@@ -36,6 +44,16 @@ def stages(spec: ImageSpec) -> list[nn.Module]:
 
     head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(48, spec.num_classes))
     return [block(spec.channels, 8), Residual(), block(8, 12), head]
+
+
+def chain_stages(spec: ImageSpec) -> list[nn.Module]:
+    """A backbone of five small stages whose maps shrink and widen."""
+
+    def block(width_in: int, width: int, stride: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(width_in, width, 3, stride, 1), nn.BatchNorm2d(width), nn.ReLU())
+
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, spec.num_classes))
+    return [block(spec.channels, 6, 1), block(6, 8, 1), block(8, 10, 2), block(10, 12, 1), head]
 
 
 def batch(images: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +81,20 @@ def pruned_tree(ratios: tuple[float, ...] = (0.0, 0.2, 0.3, 0.4), seed: int = 0)
     return tree.double().train()
 
 
+def exits_of_one_network() -> PeerTree:
+    """Four exits of one network, pruned, in float64."""
+    torch.manual_seed(0)
+    tree = exit_tree(lambda: dict(enumerate_names(chain_stages(SPEC))), [1, 1, 1, 1, 4], [1, 2, 3, 4], SPEC)
+    ratios = PruningConfig(ratios=[0.3, 0.2, 0.1, 0.1], min_channels=2)
+    prune(tree, ratios, SPEC, [batch(16, dtype=torch.float32)])
+    return tree.double().train()
+
+
+def tree_for(method: str) -> PeerTree:
+    """Four pruned peers that the method can train."""
+    return exits_of_one_network() if method == "self_distillation" else pruned_tree()
+
+
 def enumerate_names(modules: list[nn.Module]) -> list[tuple[str, nn.Module]]:
     return [(f"stage{index}", module) for index, module in enumerate(modules)]
 
@@ -80,10 +112,12 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def taught_by(folder: Path, method: str) -> list[str]:
-    """The overrides that choose a method, with the finished run in `folder` as its teacher if it needs one."""
+    """The overrides that choose a method: exits, or the finished run in `folder` as its teacher, if it needs them."""
     overrides = [f"method.name={method}"]
     if method in TEACHER_METHODS:
         overrides += [f"teacher.run={folder}", f"teacher.peer={'null' if method == 'ctsl_mkt' else 0}"]
+    if method == "self_distillation":
+        overrides += EXITS
     return overrides
 
 

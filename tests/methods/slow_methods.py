@@ -296,6 +296,18 @@ def ffsd(method, outputs, targets, context):
     return total + settings.weight * taught + share * weighted
 
 
+def self_distillation(method, outputs, targets, context):
+    *early, last = list(outputs["logits_MBK"])
+    settings, total = method.settings, cross_entropy(last, targets)
+    for i, exit_logits in enumerate(early):
+        total = total + settings.label_weight * cross_entropy(exit_logits, targets)
+        taught = divergence(exit_logits, last.detach(), settings.temperature)
+        total = total + settings.divergence_weight * taught
+        errors = (outputs[f"adapted{i}"] - outputs["last_BD"].detach()).flatten()
+        total = total + settings.feature_weight * sum(error * error for error in errors) / len(targets)
+    return total
+
+
 def boc_kd(method, outputs, targets, context):
     peers, settings = list(outputs["logits_MBK"]), method.settings
     everyone, total = mean(peers).detach(), 0.0
@@ -324,6 +336,7 @@ TWINS = {
     "pcl": pcl,
     "ffl": ffl,
     "ffsd": ffsd,
+    "self_distillation": self_distillation,
     "boc_kd": boc_kd,
 }
 """By method; the twins of `wml` are in tests/reference.py, as Eq. 5 needs them too."""

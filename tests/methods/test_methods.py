@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import SPEC, batch, pruned_tree, teacher_for
+from family import SPEC, batch, pruned_tree, teacher_for, tree_for
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
@@ -17,7 +17,7 @@ FIRST_STEP = StepContext(step=0, epoch=0, total_epochs=10, learning_rate=0.1)
 
 
 def method_of(name, settings=None):
-    return build(name, pruned_tree(), settings or getattr(Config(), name), SPEC, 0, teacher_for(name)).double()
+    return build(name, tree_for(name), settings or getattr(Config(), name), SPEC, 0, teacher_for(name)).double()
 
 
 def test_every_method_of_the_config_is_built():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import SPEC, enumerate_names, stages, teacher_for
+from family import SPEC, enumerate_names, exits_of_one_network, stages, teacher_for
 
 from wml_ray.config.schema import Config
 from wml_ray.methods.base import StepContext
+from wml_ray.methods.feature_settings import SelfDistillationConfig
 from wml_ray.methods.registry import build
 from wml_ray.networks.peer_tree import PeerTree
 
@@ -59,3 +60,17 @@ def test_rkd_equals_that_of_its_authors():
     torch.testing.assert_close(
         gradients, torch.tensor(case["gradient_pooled_MBC"], dtype=torch.float64), rtol=1e-6, atol=1e-9
     )
+
+
+def test_self_distillation_equals_the_public_code_of_scan():
+    (case,) = (case for case in PUBLISHED["cases"] if case["method"] == "self_distillation")
+    pooled = torch.tensor(PUBLISHED["inputs"]["pooled_MBC"], dtype=torch.float64).requires_grad_()
+    logits = LOGITS.clone().requires_grad_()
+    settings = SelfDistillationConfig(**case["settings"])
+    method = build("self_distillation", exits_of_one_network(), settings, SPEC, 0)
+    outputs = {"logits_MBK": logits, **{f"adapted{i}": pooled[i] for i in range(3)}, "last_BD": pooled[3]}
+    loss = sum(method.losses(outputs, TARGETS, StepContext(0, case["epoch"], case["total_epochs"], 0.1)).values())
+    assert math.isclose(loss.item(), case["loss"], rel_tol=1e-10)
+    for leaf, name in ((logits, "logits_MBK"), (pooled, "pooled_MBC")):
+        theirs = torch.tensor(case[f"gradient_{name}"], dtype=torch.float64)
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf, retain_graph=True)[0], theirs, rtol=1e-8, atol=1e-12)

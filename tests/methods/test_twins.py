@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from family import SPEC, batch, pruned_tree, teacher_for
+from family import SPEC, batch, teacher_for, tree_for
 from methods import slow_methods
 
 from wml_ray.config.schema import Config
@@ -39,6 +39,11 @@ CASES = [
     ("ffl", {"temperature": 1.5, "weight": 0.4, "ramp": 0.8}),
     ("ffsd", {}),
     ("ffsd", {"leader": 1, "weight": 0.4, "diversity_weight": 5.0, "decoder_weight": 3.0, "ramp": 0.8}),
+    ("self_distillation", {}),
+    (
+        "self_distillation",
+        {"label_weight": 0.5, "divergence_weight": 0.5, "feature_weight": 0.3, "temperature": 1.5},
+    ),
     ("boc_kd", {}),
     ("boc_kd", {"label_weight": 1.0, "map_weight": 0.3, "mutual_weight": 0.6, "temperature": 3.0}),
     ("ctsl_mkt", {"mutual_weight": 0.4, "angle_weight": 3.0, "self_weight": 2.0, "temperature": 1.5}),
@@ -51,7 +56,7 @@ IMAGES = 5
 def method_of(name, settings):
     section = getattr(Config(), name)
     return build(
-        name, pruned_tree(), type(section)(**{**section.model_dump(), **settings}), SPEC, 0, teacher_for(name)
+        name, tree_for(name), type(section)(**{**section.model_dump(), **settings}), SPEC, 0, teacher_for(name)
     ).double()
 
 

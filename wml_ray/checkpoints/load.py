@@ -15,6 +15,7 @@ from wml_ray.config.schema import Config
 from wml_ray.data.splits import seed_for
 from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.networks.backbones import build_stages
+from wml_ray.networks.exits import exit_tree
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.widths import apply_channel_widths
@@ -69,11 +70,14 @@ def build_tree(config: Config, spec: ImageSpec) -> PeerTree:
     """The unpruned tree of a config; its initial tensors follow from the seed.
 
     Raises:
-        UserError: the backbone is unknown, or the sharing does not fit its stages.
+        UserError: the backbone is unknown, or the sharing or the exits do not fit its stages.
     """
+    model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "initialisation"))
-        return PeerTree(lambda: build_stages(config.model.backbone, spec), config.model.sharing)
+        if model.exits:
+            return exit_tree(lambda: build_stages(model.backbone, spec), model.sharing, model.exits, spec)
+        return PeerTree(lambda: build_stages(model.backbone, spec), model.sharing)
 
 
 def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:

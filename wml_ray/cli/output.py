@@ -33,9 +33,10 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     separate_params = sum(peer["params"] for peer in plan.peers)
     workers = config.scale.workers
     where = "in this process" if workers == 0 else f"on {workers} Ray workers"
+    exits = f", exits after {list(config.model.exits)} stages" if config.model.exits else ""
     device = "one GPU each" if config.scale.gpu else "CPU"
     print_line(f"images      {plan.images}, {config.data.batch_size} a step, {config.optim.epochs} epochs")
-    print_line(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}")
+    print_line(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}{exits}")
     if plan.teacher:
         print_line(f"teacher     {plan.teacher}")
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")

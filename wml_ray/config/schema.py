@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from wml_ray.config.nested import flatten, functions_named_in
+from wml_ray.config.scale import ScaleConfig
 from wml_ray.errors import shortened
 from wml_ray.methods import settings as methods
-from wml_ray.methods.feature_settings import BocKdConfig, FflConfig, FfsdConfig, OkddipConfig, OneConfig, PclConfig
+from wml_ray.methods.feature_settings import (
+    BocKdConfig,
+    FflConfig,
+    FfsdConfig,
+    OkddipConfig,
+    OneConfig,
+    PclConfig,
+    SelfDistillationConfig,
+)
 from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
     IMPORT_PATH,
@@ -30,7 +39,7 @@ from wml_ray.settings import (
 )
 from wml_ray.storage.paths import to_path
 
-MAX_PEERS, MAX_WORKERS = 64, 4096
+MAX_PEERS = 64
 MAX_PIXELS = 100_000_000
 
 
@@ -98,6 +107,12 @@ class ModelConfig(Section):
         description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M, "
         "at most 64",
     )
+    exits: tuple[Annotated[Count, Field(le=100)], ...] = Field(
+        (),
+        max_length=MAX_PEERS,
+        description="peers as exits of one network: stages that each runs before a head of its own, increasing; with "
+        "`sharing` [1, 1, 1, 1, 3], such as [2, 3, 4]; empty for a tree",
+    )
     trunk_gradient: Literal["sum", "mean"] = Field(
         "sum", description="gradient of a shared copy: the sum of its peers' gradients, or their mean"
     )
@@ -110,6 +125,24 @@ class ModelConfig(Section):
                     f"model.sharing = {shortened(list(self.sharing))} is not a tree: entry {stage} ({here}) must be a "
                     f"multiple of the one before ({above}); such as [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] for no sharing"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _exits_are_of_one_network(self) -> ModelConfig:
+        if not self.exits:
+            return self
+        exits, sharing, last = shortened(list(self.exits)), shortened(list(self.sharing)), len(self.sharing) - 1
+        one_network = [*[1] * last, len(self.exits)]
+        if list(self.sharing) != one_network:
+            raise ValueError(
+                f"model.exits = {exits} are {len(self.exits)} heads on stages of one copy each, but model.sharing = "
+                f"{sharing}; set model.sharing = {shortened(one_network)}, or model.exits = [] for a tree"
+            )
+        if list(self.exits) != sorted(set(self.exits)) or self.exits[-1] > last:
+            raise ValueError(
+                f"model.exits = {exits} must increase, from 1 to at most {last}, the number of stages before the last "
+                f"of model.sharing = {sharing}; such as {list(range(1, last + 1))[-len(self.exits) :]}"
+            )
         return self
 
 
@@ -188,39 +221,6 @@ class OptimConfig(Section):
         return self
 
 
-def _workers(value: Any) -> Any:
-    numbers = value if isinstance(value, list) and len(value) == 2 else [value, value]
-    ordered = all(type(number) is int for number in numbers) and numbers[0] <= numbers[1] <= MAX_WORKERS
-    if not ordered or numbers[0] < (1 if numbers is value else 0):
-        raise ValueError(
-            f"scale.workers = {shortened(repr(value))} must be 0 (this process), a number of workers, or [min, max] "
-            f"with 1 <= min <= max <= {MAX_WORKERS}, for example [1, 4]"
-        )
-    return value
-
-
-class ScaleConfig(Section):
-    """The workers and their resources."""
-
-    workers: Annotated[int | list[int], BeforeValidator(_workers)] = Field(
-        0,
-        description="0 trains in this process, N on N Ray workers, [min, max] on as many as the cluster has slots for",
-    )
-    gpu: bool = Field(False, description="use one GPU per worker")
-    cpus_per_worker: Annotated[Count, Field(le=1024)] | None = Field(
-        None,
-        description="CPU threads per worker; null divides the cores, and uses one thread for small images",
-    )
-    max_failures: CountOrZero = Field(
-        3, description="restarts from the last checkpoint after a lost worker, before the run fails"
-    )
-
-    @property
-    def worker_range(self) -> tuple[int, int]:
-        """The fewest and the most workers; the same number twice unless the run is elastic."""
-        return (self.workers[0], self.workers[1]) if isinstance(self.workers, list) else (self.workers, self.workers)
-
-
 class RunConfig(Section):
     """Storage, name, checkpoints and tracking of a run."""
 
@@ -271,6 +271,7 @@ class Config(Section):
     rkd: methods.RkdConfig = methods.RkdConfig()
     fitnets: methods.FitnetsConfig = methods.FitnetsConfig()
     ctsl_mkt: methods.CtslMktConfig = methods.CtslMktConfig()
+    self_distillation: SelfDistillationConfig = SelfDistillationConfig()
     boc_kd: BocKdConfig = BocKdConfig()
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
@@ -308,6 +309,8 @@ class Config(Section):
             del dump["method"]["settings"]
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
+        if not self.model.exits:
+            del dump["model"]["exits"]
         for key in ("root", "download", "loader_workers"):
             del dump["data"][key]
         digest = hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:10]

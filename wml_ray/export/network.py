@@ -250,7 +250,7 @@ def _label(choice: int | str) -> str:
 
 def _alone(tree: PeerTree, peer: int) -> PeerTree:
     """The tree of one peer alone."""
-    stages = dict(zip(tree.stages, tree.peer(peer), strict=True))
+    stages = tree.stages_of(peer)
     return PeerTree(lambda: stages, [1] * len(stages))
 
 

@@ -40,21 +40,23 @@ def write_standalone(network: Network, folder: Path) -> None:
 def _of_peer(plan: Mapping[str, Any], peer: int, stages: Sequence[str]) -> dict[str, Any]:
     """The parts of a tree's plan that differ in that of one peer alone."""
     sharing, config = plan["sharing"], plan["config"]
-    own_copy = {stage: str(peer * copies // sharing[-1]) for stage, copies in zip(stages, sharing, strict=True)}
+    of_stages = [*sharing[: len(stages) - 1], sharing[-1]]  # an exit leaves out the stages between
+    own_copy = {stage: str(peer * copies // sharing[-1]) for stage, copies in zip(stages, of_stages, strict=True)}
     channels = {}
     for module, widths in plan["channels"].items():
         _, stage, copy, *inner = module.split(".")
-        if copy == own_copy[stage]:
+        if copy == own_copy.get(stage):
             channels[".".join(["stages", stage, "0", *inner])] = widths
-    alone = [1] * len(sharing)
+    exits = config["model"].get("exits") or []
+    alone, kept = [1] * len(config["model"]["sharing"]), [1] * len(stages)
     return {
         "config": {
             **{key: config[key] for key in ("seed", "data")},
-            "model": {**config["model"], "sharing": alone},
+            "model": {**config["model"], "sharing": alone, "exits": exits[peer : peer + 1]},
             "pruning": {**config["pruning"], "ratios": [config["pruning"]["ratios"][peer]]},
             "method": {"name": "independent"},
         },
-        "sharing": alone,
+        "sharing": kept,
         "channels": channels,
         "peers": [plan["peers"][peer]],
     }

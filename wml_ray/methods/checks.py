@@ -36,6 +36,19 @@ def check_shared_stage(tree: PeerTree, method: str, reason: str) -> None:
         )
 
 
+def check_no_exits(tree: PeerTree, method: str, reason: str) -> None:
+    """Check that the peers are not the exits of one network.
+
+    Raises:
+        UserError: they are.
+    """
+    if tree.exits:
+        raise UserError(
+            f"method.name = {method} cannot train exits, {reason}; model.exits = {list(tree.exits)}; set it to [] with "
+            "model.sharing of a tree, or take another method"
+        )
+
+
 def check_maps(maps: Sequence[Tensor], method: str) -> None:
     """Check that maps are images of one size, (B, C, H, W).
 

@@ -78,3 +78,18 @@ class BocKdConfig(Section):
     label_weight: NonNegative = Field(0.7, description="weight a of the labels")
     map_weight: NonNegative = Field(0.15, description="weight b of the distance from the maps of peer 0")
     mutual_weight: NonNegative = Field(0.15, description="weight c of the divergence from the mean of all peers")
+
+
+class SelfDistillationConfig(Section):
+    """Self-distillation of the exits of one network, `model.exits`; the defaults are those of SD."""
+
+    temperature: Temperature = Field(
+        3.0, description="temperature T of the divergences (multiplied by T squared), from 0.01 to 100"
+    )
+    label_weight: NonNegative = Field(0.7, description="weight a of the labels of the early exits; the last exit has 1")
+    divergence_weight: NonNegative = Field(
+        0.0333, description="weight b of the early exits' divergences from the last exit"
+    )
+    feature_weight: NonNegative = Field(
+        6.4e-5, description="weight c of the early exits' squared distances from the feature of the last exit"
+    )

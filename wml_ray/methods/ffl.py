@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wml_ray.methods.base import Method, Outputs, StepContext
-from wml_ray.methods.checks import check_maps
+from wml_ray.methods.checks import check_maps, check_no_exits
 from wml_ray.methods.feature_settings import FflConfig
 from wml_ray.methods.losses import average_ensemble, cross_entropies, divergences
 from wml_ray.networks.peer_tree import PeerTree
@@ -29,6 +29,7 @@ class Ffl(Method):
 
     def __init__(self, tree: PeerTree, settings: FflConfig, spec: ImageSpec) -> None:
         super().__init__(tree, settings, spec)
+        check_no_exits(tree, "ffl", "as it fuses the last maps of all peers, which are of one size")
         maps = self.shapes(tree, spec).maps[-1:]
         last = maps[0] if maps else []
         check_maps(last, "ffl")

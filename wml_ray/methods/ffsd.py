@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wml_ray.errors import UserError
 from wml_ray.methods.attention import Decoder, attention, distance, diversity, with_shift
 from wml_ray.methods.base import Method, Outputs, StepContext
-from wml_ray.methods.checks import check_maps, check_num_peers
+from wml_ray.methods.checks import check_maps, check_no_exits, check_num_peers
 from wml_ray.methods.feature_settings import FfsdConfig
 from wml_ray.methods.ffl import classifier, separable
 from wml_ray.methods.losses import average_ensemble, cross_entropies, divergences, divergences_from_others
@@ -42,6 +42,7 @@ class Ffsd(Method):
     def __init__(self, tree: PeerTree, settings: FfsdConfig, spec: ImageSpec) -> None:
         super().__init__(tree, settings, spec)
         check_num_peers(tree, "ffsd", 3, "a leader and two students")
+        check_no_exits(tree, "ffsd", "as it fuses the last maps of all students, which are of one size")
         self.leader = tree.num_peers - 1 if settings.leader is None else settings.leader
         if self.leader >= tree.num_peers:
             raise UserError(f"ffsd.leader = {self.leader}: the peers are 0 to {tree.num_peers - 1}, or null the last")

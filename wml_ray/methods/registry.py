@@ -25,6 +25,7 @@ from wml_ray.methods.one import One
 from wml_ray.methods.pcl import Pcl
 from wml_ray.methods.peer_to_peer import PeerToPeer
 from wml_ray.methods.rkd import Rkd
+from wml_ray.methods.self_distillation import SelfDistillation
 from wml_ray.methods.wml import Wml
 from wml_ray.networks.backbones import import_function
 from wml_ray.networks.peer_tree import PeerTree
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "rkd": Rkd,
     "fitnets": Fitnets,
     "ctsl_mkt": CtslMkt,
+    "self_distillation": SelfDistillation,
     "boc_kd": BocKd,
 }
 

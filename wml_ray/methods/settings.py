@@ -27,6 +27,7 @@ METHOD_NAMES = (
     "rkd",
     "fitnets",
     "ctsl_mkt",
+    "self_distillation",
     "boc_kd",
 )
 TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")

@@ -17,17 +17,21 @@ from wml_ray.networks.features import Features, pooled_and_logits
 class PeerTree(nn.Module):
     """Stages of a backbone with `sharing[s]` copies of stage s; peer i runs through copy `i * sharing[s] // M`.
 
-    Submodules are named `stages.<stage>.<copy>`. A forward pass runs each copy once.
+    Submodules are named `stages.<stage>.<copy>`. A forward pass runs each copy once. With `exits`, peer i runs through
+    the first `exits[i]` stages, which have one copy each, and then through its own copy of the last stage.
     """
 
-    def __init__(self, build: Callable[[], Mapping[str, nn.Module]], sharing: Sequence[int]) -> None:
-        """`build` returns freshly initialised stages each time it is called.
+    def __init__(
+        self, build: Callable[[], Mapping[str, nn.Module]], sharing: Sequence[int], exits: Sequence[int] = ()
+    ) -> None:
+        """`build` returns freshly initialised stages each time it is called. `exits` increase, one a peer, or are none.
 
         Raises:
             UserError: the number of entries of `sharing` is not the number of stages.
         """
         super().__init__()
         self.sharing = tuple(sharing)
+        self.exits = tuple(exits)
         self.divides_gradients = False  # set by trunk_gradient.divide_shared_gradients
         networks = [build() for _ in range(self.num_peers)]
         names = list(networks[0])
@@ -51,10 +55,10 @@ class PeerTree(nn.Module):
     @property
     def shared_stages(self) -> int:
         """Number of stages, from the first on, whose only copy all peers run through; the last stage does not count."""
-        return sum(copies == 1 for copies in self.sharing[:-1])
+        return self.exits[0] if self.exits else sum(copies == 1 for copies in self.sharing[:-1])
 
     def copy_of(self, stage: int, peer: int) -> int:
-        """The copy of stage number `stage` that peer `peer` runs through."""
+        """The copy of stage number `stage`, one of its own, that peer `peer` runs through."""
         return peer * self.sharing[stage] // self.num_peers
 
     def forward(self, inputs: Tensor, own_views: bool = False) -> Tensor:
@@ -66,36 +70,61 @@ class PeerTree(nn.Module):
 
     def logits(self, inputs: Tensor, own_views: bool = False) -> list[Tensor]:
         """The M peers' logits, (B, K) each, before they are stacked."""
-        features = [inputs]
-        for copies in self._copies():
-            features = _run(copies, features, own_views)
-        return features
+        *_, heads = self._copies()
+        _, entering = self._body(inputs, own_views)
+        return [head(tensor) for head, tensor in zip(heads, entering, strict=True)]
 
     def features(self, inputs: Tensor, own_views: bool = False) -> Features:
         """The logits of `forward`, equal to the bit, with the maps and the peers' features that they are made from."""
-        *body, heads = self._copies()
-        features, maps = [inputs], []
-        for copies in body:
-            features = _run(copies, features, own_views)
-            maps.append(features)
-        entering = _forked(features, len(heads), own_views)
+        *_, heads = self._copies()
+        maps, entering = self._body(inputs, own_views)
         pooled, logits = zip(*map(pooled_and_logits, heads, entering), strict=True)
         return Features(maps, list(pooled), torch.stack(logits))
 
     def path(self, peer: int) -> list[str]:
         """Names of the copies peer `peer` runs through, from the stem to the head."""
-        return [f"stages.{name}.{self.copy_of(stage, peer)}" for stage, name in enumerate(self.stages)]
+        return [f"stages.{name}.{self.copy_of(stage, peer)}" for stage, name in self._stages_on(peer)]
 
     def peers_through(self, module_name: str) -> frozenset[int]:
         """Peers that run through the copy that holds the submodule or parameter `module_name`."""
         _, stage, copy_index, *_ = module_name.split(".")
-        copies = self.sharing[list(self.stages).index(stage)]
-        per_copy = self.num_peers // copies
+        number = list(self.stages).index(stage)
+        if self.exits and number < len(self.stages) - 1:
+            return frozenset(peer for peer, stages in enumerate(self.exits) if stages > number)
+        per_copy = self.num_peers // self.sharing[number]
         return frozenset(range(int(copy_index) * per_copy, (int(copy_index) + 1) * per_copy))
 
     def peer(self, index: int) -> nn.Sequential:
         """The standalone network of one peer: its own copies of the tensors, outputs equal to the tree's."""
-        return nn.Sequential(*(copy.deepcopy(self.get_submodule(name)) for name in self.path(index)))
+        return nn.Sequential(*self.stages_of(index).values())
+
+    def stages_of(self, peer: int) -> dict[str, nn.Module]:
+        """The stages of `peer(peer)` by their names in the tree."""
+        names = [name for _, name in self._stages_on(peer)]
+        copies = (copy.deepcopy(self.get_submodule(name)) for name in self.path(peer))
+        return dict(zip(names, copies, strict=True))
+
+    def _stages_on(self, peer: int) -> list[tuple[int, str]]:
+        """Numbers and names of the stages that a peer runs through."""
+        stages = list(enumerate(self.stages))
+        return [*stages[: self.exits[peer]], stages[-1]] if self.exits else stages
+
+    def _body(self, inputs: Tensor, own_views: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The maps of all stages but the last, and what enters each copy of the last."""
+        *body, heads = self._copies()
+        features: list[Tensor] = [inputs]
+        maps: list[list[Tensor]] = []
+        entering: list[Tensor] = []
+        for number, copies in enumerate(body, start=1):
+            features = _run(copies, features, own_views)
+            maps.append(features)
+            if number in self.exits and own_views:  # the first of the views that are left is that of the exit
+                exiting, *others = features[0].chunk(self.num_peers - len(entering))
+                entering.append(exiting)
+                features = [torch.cat(others)] if others else []
+            elif number in self.exits:
+                entering.append(features[0])
+        return maps, entering if self.exits else _forked(features, len(heads), own_views)
 
     def _copies(self) -> list[nn.ModuleList]:
         return list(self.stages.values())  # type: ignore[arg-type]

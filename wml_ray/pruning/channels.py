@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,22 @@ class ChannelGroup:
     kept: int | None = None  # channels that stay; None until decided
 
 
+def _torch_pruning() -> Any:
+    """Torch-Pruning, without timm: it imports that, which takes seconds, only to count MACs of its layers."""
+    hidden = "timm" not in sys.modules
+    if hidden:
+        sys.modules["timm"] = None  # type: ignore[assignment]
+    try:
+        import torch_pruning
+    finally:
+        if hidden:
+            del sys.modules["timm"]
+    return torch_pruning
+
+
 def channel_groups(tree: PeerTree, heads: Sequence[str], spec: ImageSpec) -> list[ChannelGroup]:
     """The prunable channel groups of the whole tree; a group through anything but plain layers is left out."""
-    import torch_pruning
-
+    torch_pruning = _torch_pruning()
     graph = torch_pruning.DependencyGraph()
     with in_mode(tree, training=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parameters outside plain layers, which are left whole here

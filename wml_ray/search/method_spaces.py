@@ -31,6 +31,7 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
     "rkd": {"rkd.distance_weight": RELATIONS, "rkd.angle_weight": RELATIONS},
     "fitnets": {"fitnets.weight": WEIGHTS},
     "ctsl_mkt": {"ctsl_mkt.mutual_weight": WEIGHTS, "ctsl_mkt.self_weight": WEIGHTS},
+    "self_distillation": {"self_distillation.divergence_weight": WEIGHTS},
     "boc_kd": {"boc_kd.map_weight": WEIGHTS, "boc_kd.mutual_weight": WEIGHTS},
 }
 """Config key -> distribution, beside the learning rate. A method without an entry is searched in that alone."""

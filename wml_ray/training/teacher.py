@@ -187,7 +187,7 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
     source = {"run": own_config.run_id, "epoch": epoch, "peer": peer}
     if peer is None:
         return FrozenTeacher(tree, source, checkpoint.metadata["channels"]), statistics
-    return FrozenTeacher(_chain(dict(zip(tree.stages, tree.peer(peer), strict=True))), source), statistics
+    return FrozenTeacher(_chain(tree.stages_of(peer)), source), statistics
 
 
 def _finished_run(config: Config) -> tuple[Path, dict[str, Any]]:
