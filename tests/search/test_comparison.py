@@ -99,6 +99,12 @@ def test_a_method_with_a_teacher_is_taught_by_independent_training_of_its_seed()
     assert [comparison.needed_point(point) for point in points[:-2]] == [None] * 4
 
 
+def test_a_method_that_goes_on_from_its_teacher_is_taught_by_all_peers():
+    comparison = compared("ctsl_mkt", "kd", "independent", seeds=1)
+    peers = {point["variant"]: comparison.config(point).teacher.peer for point in comparison.points()}
+    assert (peers["ctsl_mkt"], peers["kd"]) == (None, 0)
+
+
 def test_a_continued_comparison_keeps_its_rows_and_seeds_after_those_of_the_command():
     merged = compared("dml", "wml", seeds=1).including(
         {"wml": {"method.name": "wml"}, "kdcl": {"method.name": "kdcl"}}, [3]

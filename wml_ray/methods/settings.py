@@ -32,6 +32,8 @@ METHOD_NAMES = (
 )
 TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
+FAMILY_TEACHER_METHODS = ("ctsl_mkt",)
+"""Those whose peers go on from all peers of the teacher."""
 
 
 def is_own_method(name: str) -> bool:

@@ -16,7 +16,7 @@ from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError
-from wml_ray.methods.settings import TEACHER_METHODS, unused_sections
+from wml_ray.methods.settings import FAMILY_TEACHER_METHODS, TEACHER_METHODS, unused_sections
 from wml_ray.report.comparison_tables import published_rows
 from wml_ray.search.settings import CompareConfig
 from wml_ray.search.space import Space, reason_to_refuse, result_settings
@@ -50,7 +50,7 @@ class Comparison(Space):
     def values(self, point: Mapping[str, Any]) -> Values:
         values = {**self.variants[point[VARIANT]], "seed": point["seed"]}
         if needed := self.needed_point(point):
-            values["teacher.run"] = self.config(needed).run_id
+            values |= taught_by(self.config(needed).run_id, values["method.name"])
         return values
 
     def point(self, config: Config) -> dict[str, Any]:
@@ -96,6 +96,11 @@ class Comparison(Space):
 
 
 _TEACHERS = ("teacher.run", "teacher.function")
+
+
+def taught_by(run: str, method: str) -> Values:
+    """The keys that make a run the teacher: its peer 0, or all its peers where the method goes on from them."""
+    return {"teacher.run": run} | ({"teacher.peer": None} if method in FAMILY_TEACHER_METHODS else {})
 
 
 def make_comparison(base: Config, variants: Mapping[str, Values], seeds: Sequence[int]) -> Comparison:

@@ -20,6 +20,7 @@ from wml_ray.search.comparison import (
     Comparison,
     comparison_of,
     make_comparison,
+    taught_by,
     tuning_study,
 )
 from wml_ray.search.method_spaces import method_space, start_at_config
@@ -161,7 +162,7 @@ def _tuned(
     for name in sorted(variants, key=lambda name: name != TEACHER):  # its best run teaches
         values = {**variants[name], "seed": comparison.base.seed + TUNING_SEED}
         if comparison.needed_point({VARIANT: name, "seed": values["seed"]}):
-            values["teacher.run"] = teacher
+            values |= taught_by(teacher, values["method.name"])
         space = method_space(with_values(comparison.base, values), OBJECTIVES)
         study = tuning_study(settings.study, name)
         search = SearchConfig(study=study, trials=settings.tune, scheduler="none", concurrent=settings.concurrent)
