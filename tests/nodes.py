@@ -155,9 +155,21 @@ def kill_family(process: psutil.Process) -> None:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
+    kill_all(family)
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Kill processes, all before the first wait for one to end."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def named(process: psutil.Process, name: str) -> list[psutil.Process]:
+    """The descendants of a process whose command line has this name."""
+    found = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [child] if name in " ".join(child.cmdline()) else []
+    return found
