@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from deadline import DEADLINE_S
 from ray._raylet import GcsClient
 from servers import free_port
 
 RAY = Path(sys.executable).with_name("ray")
-START_S = 60
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_health_check_period_ms": "500",  # Ray declares a killed node dead after 5 of them
@@ -77,7 +77,7 @@ class Nodes:
 
     def _wait(self, count: int) -> None:
         """Wait until so many nodes have joined, with the head."""
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + DEADLINE_S
         while len(self._joined()) < count:
             assert time.monotonic() < deadline_s, self._log()
             time.sleep(0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -37,8 +37,8 @@ class _Tree(_Part):
 
 
 class _Normalisation(_Part):
-    mean: list[float]
-    std: list[float]
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 class _Plan(_Part):
@@ -46,7 +46,7 @@ class _Plan(_Part):
     run_id: str
     config: dict[str, Any]
     selects: str
-    sharing: list[int]
+    sharing: Sequence[int]
     image_spec: dict[str, int]
     skipped_images: list[str]
     normalisation: _Normalisation
