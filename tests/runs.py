@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 
 
 def client():
-    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db"))
 
 
 def only_run(name="wml"):
