@@ -1,4 +1,4 @@
-"""The licences of the packages in deploy/wml-ray.lock, as installed: `python benchmarks/licences.py >docs/licences.md`."""
+"""The licences of the packages in deploy/wml-ray.lock: `python benchmarks/licences.py >docs/licences.md`."""
 
 from __future__ import annotations
 

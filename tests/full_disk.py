@@ -1,8 +1,8 @@
 """Runs on a file system that is full again and again: `unshare --map-root-user --mount python full_disk.py MODE`.
 
 With MODE "enlarge" there is room again after each warning; with "stay" there is none at the start, and later none until
-the run has ended. Warnings and errors about the full disk are printed. With "server" it is the disk of the MLflow server,
-which is full from the second epoch until after the last.
+the run has ended. Warnings and errors about the full disk are printed. With "server" it is the disk of the MLflow
+server, which is full from the second epoch until after the last.
 """
 
 import os

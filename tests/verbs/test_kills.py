@@ -10,10 +10,12 @@ import random
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 from deadline import DEADLINE_S
 from family import tiny_config
-from nodes import kill_all, named, nodes
+from nodes import kill_all, named
 from runs import assert_bit_equal, assert_logged_once, client, history_of, train_here
 
 from wml_ray.checkpoints.store import Checkpoints
@@ -71,14 +73,14 @@ def kill_driver(driver):
     driver.join()
 
 
-def killers(cluster, draw):
+def killers(draw):
     """What is killed, by the name of the test's variant."""
 
     def workers():
-        return named(cluster.head, "ray::RayTrainWorker")
+        return named(psutil.Process(), "ray::RayTrainWorker")
 
     def group(driver):
-        kill_all([*workers(), *named(cluster.head, "ray::TrainController")])
+        kill_all([*workers(), *named(psutil.Process(), "ray::TrainController")])
         kill_driver(driver)
 
     def worker(driver):
@@ -91,12 +93,6 @@ def killers(cluster, draw):
     return {"group": group, "driver": kill_driver, "worker": worker}
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    with nodes(head_cpus=2) as cluster:
-        yield cluster
-
-
 @pytest.mark.parametrize("variant", SHARES)
 def test_a_run_that_is_killed_many_times_equals_an_undisturbed_one(workplace, request, variant):
     kills = max(1, round(KILLS * SHARES[variant]))
@@ -104,10 +100,10 @@ def test_a_run_that_is_killed_many_times_equals_an_undisturbed_one(workplace, re
     overrides = [f"optim.epochs={4 * kills}", "data.batch_size=32"]
     kill, environment = kill_driver, {}
     if variant != "in process":
-        cluster = request.getfixturevalue("cluster")
-        environment = cluster.environment()
+        request.getfixturevalue("ray_cluster")
+        environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         overrides += TWO
-        kill = killers(cluster, draw)[variant]
+        kill = killers(draw)[variant]
     whole = Kills(tiny_config(*overrides, "run.name=whole"), kill, draw, environment)
     whole.finish()
     killed = Kills(tiny_config(*overrides, "run.name=killed"), kill, draw, environment)
