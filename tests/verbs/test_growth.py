@@ -10,12 +10,11 @@ import numpy as np
 import psutil
 import pytest
 from family import tiny_config
+from optuna.storages import InMemoryStorage
 from ray import tune as ray_tune_api
-from runs import ignore
 from studies import small_space
 
 from wml_ray.cluster.tune import run_trials
-from wml_ray.search.optuna_study import open_storage
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.study import Study
 from wml_ray.training.events import EpochEnd
@@ -74,6 +73,21 @@ def test_300_epochs_leave_no_memory_descriptors_threads_or_files_behind(workplac
     assert_no_growth(usage)
 
 
-def train_nothing(settings, **_):
-    """A trial without a training."""
-    ray_tune_api.report({"epoch": 0})
+def train_nothing(settings, worker_environment):
+    value = settings["trial"] / 200
+    entry = {"epoch": 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": value}}
+    ray_tune_api.report({"epoch": 1, **entry["metrics"], "report": {**entry, "sizes": {}, "final": entry}})
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplace):
+    usage, search = Usage(), SearchConfig(study="many", trials=200, sampler="random", scheduler="none")
+
+    def on_change(study):
+        if len(study.trials) - study.counts()["RUNNING"] > len(usage.rows):
+            usage.measure()
+
+    study = Study(small_space("optim.epochs=1"), search, Path("results/many").resolve(), "token", on_change)
+    run_trials(study, InMemoryStorage(), trial_function=train_nothing)
+    assert len(usage.rows) > 150
+    assert_no_growth(usage)
