@@ -1,16 +1,20 @@
 """Runs on a file system that is full again and again: `unshare --map-root-user --mount python full_disk.py MODE`.
 
 With MODE "enlarge" there is room again after each warning; with "stay" there is none at the start, and later none until
-the run has ended. Warnings and errors about the full disk are printed.
+the run has ended. Warnings and errors about the full disk are printed. With "server" it is the disk of the MLflow
+server, which is full from the second epoch until after the last.
 """
 
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
 from family import tiny_config
+from runs import assert_logged_once, only_run
+from servers import OUTAGE_S, Server
 
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.cli.main import main
@@ -62,10 +66,39 @@ def stay():
     assert main(["train", "config.yaml"]) == 0
 
 
+def serve():
+    """Train elsewhere, while the full disk is that of the server."""
+    server = Server(Path("results").resolve())
+    server.start()
+    try:
+        server.wait()
+        os.environ["MLFLOW_TRACKING_URI"] = server.uri
+        config = tiny_config("optim.epochs=6", "run.storage_path=elsewhere")
+
+        def on_event(event):
+            if isinstance(event, EpochEnd) and event.epoch == 2:
+                fill(event)
+            if isinstance(event, EpochEnd) and event.epoch == 6:
+                threading.Timer(OUTAGE_S, enlarge).start()
+
+        result = train(config, on_event)
+        assert result.undelivered == 0
+        assert_logged_once(only_run(), result.result)
+    finally:
+        server.kill()
+
+
+def print_all(message, *_):
+    print(message, flush=True)
+
+
 if __name__ == "__main__":
     os.mkdir("results")
     mount(LARGE_BYTES)
     retry.RETRY_S = 0.05
-    warnings.showwarning = print_warning
+    warnings.showwarning = print_all if sys.argv[1] == "server" else print_warning
     warnings.simplefilter("always")
-    train(CONFIG, fill) if sys.argv[1] == "enlarge" else stay()
+    if sys.argv[1] == "server":
+        serve()
+    else:
+        train(CONFIG, fill) if sys.argv[1] == "enlarge" else stay()

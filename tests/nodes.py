@@ -13,11 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+from deadline import DEADLINE_S
 from ray._raylet import GcsClient
 from servers import free_port
 
 RAY = Path(sys.executable).with_name("ray")
-START_S = 60
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_health_check_period_ms": "500",  # Ray declares a killed node dead after 5 of them
@@ -77,7 +77,7 @@ class Nodes:
 
     def _wait(self, count: int) -> None:
         """Wait until so many nodes have joined, with the head."""
-        deadline_s = time.monotonic() + START_S
+        deadline_s = time.monotonic() + DEADLINE_S
         while len(self._joined()) < count:
             assert time.monotonic() < deadline_s, self._log()
             time.sleep(0.1)
@@ -155,9 +155,21 @@ def kill_family(process: psutil.Process) -> None:
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
+    kill_all(family)
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Kill processes, all before the first wait for one to end."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=30)
+
+
+def named(process: psutil.Process, name: str) -> list[psutil.Process]:
+    """The descendants of a process whose command line has this name."""
+    found = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [child] if name in " ".join(child.cmdline()) else []
+    return found

@@ -12,13 +12,14 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.cli.main import main
 from wml_ray.storage.lease import LEASE_FILE
 
 TESTS = Path(__file__).parent
 
 
 def client():
-    return MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    return MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/mlflow.db"))
 
 
 def only_run(name="wml"):
@@ -39,6 +40,39 @@ def assert_bit_equal(one, other):
         ours, theirs = load_file(one / name), load_file(other / name)
         assert ours.keys() == theirs.keys()
         assert all(ours[key].equal(theirs[key]) for key in ours)
+
+
+MEASURED = ("seconds", "per_second", "_bytes")  # ends of the names of metrics that differ between equal trainings
+
+
+def history_of(result):
+    """The epochs of a result with the metrics that an equal training repeats."""
+    return [
+        (entry["epoch"], {key: value for key, value in entry["metrics"].items() if not key.endswith(MEASURED)})
+        for entry in result["history"]
+    ]
+
+
+def assert_logged_once(run, result):
+    """MLflow has every metric of every epoch of this result once, and each of the others once."""
+    logged = {key: client().get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    epochs = {
+        key: [(entry["epoch"], entry["metrics"][key]) for entry in result["history"]]
+        for key in result["history"][0]["metrics"]
+    }
+    assert {key: [(entry.step, entry.value) for entry in logged.pop(key)] for key in epochs} == epochs
+    assert not {key: entries for key, entries in logged.items() if len(entries) != 1}
+    assert {f"test/accuracy/peer{peer['peer']}" for peer in result["peers"]} <= logged.keys()
+    assert run.info.status == "FINISHED"
+
+
+def train_here(config, folder, environment):
+    """`wml-ray train` of a config's text in a folder, in a process that was forked for it."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    Path("config.yaml").write_text(config)
+    sys.exit(main(["train", "config.yaml"]))
 
 
 def start_training():

@@ -79,17 +79,22 @@ class Server:
             self.process.wait()
 
 
-@contextmanager
 def guarded(server, user, password):
     """The address of a proxy to `server` that requires a user name and a password."""
     token = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return proxied(server, lambda headers: None if headers.get("Authorization") == f"Basic {token}" else 401)
+
+
+@contextmanager
+def proxied(server, refusal):
+    """The address of a proxy to `server`. A request of whose headers `refusal` returns a status gets it as response."""
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self):
-            if self.headers.get("Authorization") != f"Basic {token}":
-                self.send_error(401)
-                return
             body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+            if status := refusal(self.headers):
+                self.send_error(status)
+                return
             types = {"Content-Type": self.headers.get("Content-Type", "application/json")}
             request = urllib.request.Request(server.uri + self.path, body, types, method=self.command)
             try:

@@ -11,10 +11,6 @@ class Diverged(RuntimeError):
     """A loss, a parameter or a peer weight became non-finite; the message says which, where, and a remedy."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
 def root_cause(error: BaseException) -> str:
     """The message of the first error in a chain as one line, such as "Connection refused"."""
     while (cause := error.__cause__ or error.__context__) is not None:

@@ -2,14 +2,15 @@
 
 import os
 import signal
-import subprocess
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 from family import DIVERGES, tiny_config
 from mlflow import MlflowClient
+from nodes import named
 from runs import assert_bit_equal, ignore, interrupt_training, only_run, steps
 from servers import Server, guarded
 
@@ -26,9 +27,8 @@ TWO = ["scale.workers=2", "scale.cpus_per_worker=1", "optim.epochs=6", "data.bat
 
 
 def training_workers():
-    """Process ids of Ray's training workers on this machine."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listing.splitlines() if "ray::RayTrainWorker" in line]
+    """Process ids of the training workers of this process's own cluster."""
+    return [process.pid for process in named(psutil.Process(), "ray::RayTrainWorker")]
 
 
 @pytest.mark.core

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from wml_ray.errors import Diverged, Terminated, UserError
+from wml_ray.errors import Diverged, UserError
 from wml_ray.storage.lease import LeaseLost
 from wml_ray.storage.retry import StorageUnavailable
 
@@ -23,8 +23,9 @@ def exit_code(action: Callable[[], int]) -> int:
     2 after a UserError; 143 after SIGTERM; 1 after divergence, a storage that fails for too long, a lost lease or
     Ctrl-C.
     """
+    sigterm = threading.Event()
     try:
-        with _sigterm_raises():
+        with _interrupting(sigterm):
             return action()
     except UserError as error:
         print(f"wml-ray: {error}", file=sys.stderr)
@@ -34,7 +35,7 @@ def exit_code(action: Callable[[], int]) -> int:
         return FAILED
     except KeyboardInterrupt as interrupt:
         print(f"wml-ray: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return TERMINATED if isinstance(interrupt, Terminated) else FAILED
+        return TERMINATED if sigterm.is_set() else FAILED
     except BrokenPipeError:
         if not _discard_output():
             raise
@@ -42,8 +43,8 @@ def exit_code(action: Callable[[], int]) -> int:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Raise `Terminated` in the main thread on SIGTERM, as Kubernetes, systemd and `ray job stop` send it.
+def _interrupting(sigterm: threading.Event) -> Iterator[None]:
+    """Set the event and raise KeyboardInterrupt on SIGTERM, as Kubernetes, systemd and `ray job stop` send it.
 
     A second SIGTERM does not interrupt the clean-up.
     """
@@ -53,7 +54,8 @@ def _sigterm_raises() -> Iterator[None]:
 
     def end(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+        sigterm.set()  # while Ray waits for a result, it turns a subclass of KeyboardInterrupt into the class itself
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:

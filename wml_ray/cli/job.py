@@ -83,8 +83,8 @@ def run_job(job: Job) -> int:
         enter_ray_job(job.verbose)
     try:
         return {"train": _train, "tune": _tune, "compare": _compare}[job.verb](job)
-    except KeyboardInterrupt as interrupt:
-        raise type(interrupt)("interrupted; the same command continues from the last checkpoint") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
 
 
 def _train(job: Job) -> int:

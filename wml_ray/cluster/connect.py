@@ -9,6 +9,8 @@ import sys
 import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,23 +37,39 @@ def join_cluster(verbose: bool = False) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address or "local",  # by default Ray searches for a cluster of this machine, and waits for one that died
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            log_to_driver=verbose,
-        )
+        with _same_sigterm_handler():
+            ray.init(
+                address or "local",  # by default Ray looks for a cluster of this machine, and waits for one that died
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=verbose,
+            )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
             f"RAY_ADDRESS: cannot connect to the Ray cluster {f'at {address}' if address else 'on this machine'} "
             f"({one_line(error)}); check the address; with token authentication set "
             "RAY_AUTH_MODE=token and copy ~/.ray/auth_token here"
         ) from None
+
+
+@contextmanager
+def _same_sigterm_handler() -> Iterator[None]:
+    """Put the handler of SIGTERM back that Ray replaces by one of its own, which exits; it also gets a SIGTERM
+    that came meanwhile.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+    try:
+        yield
+    except SystemExit:  # raised by Ray's handler
+        came = True
     finally:
-        # Ray's own handler ends the process without the clean-up that an exception brings about
-        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)
+        signal.signal(signal.SIGTERM, handler)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint
 from wml_ray.checkpoints.load import build_tree, config_and_spec, rebuild_tree
+from wml_ray.checkpoints.plan import check_plan, layout
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
@@ -27,11 +28,14 @@ from wml_ray.pruning.prune import prune
 from wml_ray.pruning.widths import ChannelWidths, apply_channel_widths
 from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
+from wml_ray.training.evaluation import metric_names
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import below, initial_state, named_parameters
 from wml_ray.training.teacher import FrozenTeacher, check_same_teacher, load_teacher, starting_tree
 from wml_ray.training.threads import torch_threads, training_threads
 from wml_ray.training.trainer import check_batch_shares
+
+_EVERY_EPOCH = ("val/", "train/")  # prefixes of the metrics that every epoch of every method has
 
 
 def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease | None = None) -> Checkpoint:
@@ -78,6 +82,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         tree.load_state_dict(start.tree.state_dict())
     else:
         channels = _prune(tree, config, dataset)
+    state = initial_state(_method_on(tree, config, dataset.spec, teacher))
     metadata = {
         "format": 1,
         "run_id": config.run_id,
@@ -91,6 +96,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
         "channels": channels,
         "peers": removed_shares(full, peer_costs(tree, dataset.spec)),
         "tree": {"params": count_params(tree), "macs": count_macs(tree, dataset.spec)},
+        "trainer_layout": layout(state),
         "created_ms": now_ms(),
         "epoch": 0,
         "metrics": {},
@@ -98,7 +104,7 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     }
     if teacher:
         metadata["teacher"] = teacher.record
-    return Checkpoint(0, tree.state_dict(), initial_state(_method_on(tree, config, dataset.spec, teacher)), metadata)
+    return Checkpoint(0, tree.state_dict(), state, metadata)
 
 
 def _prune(tree: PeerTree, config: Config, dataset: Dataset) -> ChannelWidths:
@@ -138,7 +144,8 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, teacher: FrozenTeac
     """Check that the run of `config` can be resumed from a checkpoint, with its method's teacher.
 
     Raises:
-        DamagedCheckpoint: it is of another run, or its tensors do not fit the network, the method or the optimiser.
+        DamagedCheckpoint: it is of another run, its metadata are not whole, or its tensors do not fit the network, the
+            method or the optimiser.
         UserError: the teacher has changed since the run began.
     """
     name = f"of epoch {checkpoint.epoch}"
@@ -158,6 +165,13 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, teacher: FrozenTeac
             misfits.append(f"optimizer/{key}")
     if misfits:
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (trainer.safetensors: {misfits[0]} does not fit)")
+    metrics = [
+        metric for metric in metric_names(config.method.name, config.num_peers) if metric.startswith(_EVERY_EPOCH)
+    ]
+    try:
+        check_plan(checkpoint.metadata, state, metrics, config.num_peers)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"checkpoint {name} is damaged ({error})") from None
 
 
 def starting_point(config: Config, lease: Lease | None, mid_epoch: Checkpoints) -> tuple[int, bool]:

@@ -128,7 +128,7 @@ def check_same_teacher(checkpoint: Checkpoint, teacher: FrozenTeacher | None) ->
     Raises:
         UserError: the teacher's tensors have changed.
     """
-    if teacher and checkpoint.metadata["teacher"]["digest"] != teacher.record["digest"]:
+    if teacher and (checkpoint.metadata.get("teacher") or {}).get("digest") != teacher.record["digest"]:
         raise UserError(
             f"the teacher, {teacher}, has changed since this run began; restore it, or delete the run's folder to "
             "start over with the new one"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint, best_epoch
+from wml_ray.checkpoints.plan import layout
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
@@ -111,7 +112,9 @@ class _WorkerRun:
 
     def _save(self, checkpoints: Checkpoints, epoch: int) -> None:
         if self.is_first:
-            checkpoint = Checkpoint(epoch, self.trainer.model_state(), self.trainer.state(), self.metadata)
+            state = self.trainer.state()
+            metadata = {**self.metadata, "trainer_layout": layout(state)}
+            checkpoint = Checkpoint(epoch, self.trainer.model_state(), state, metadata)
             retry_storage(lambda: checkpoints.save(checkpoint), checkpoints.folder)
 
     def _load_test_epoch(self) -> None:
