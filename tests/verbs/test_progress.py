@@ -2,6 +2,7 @@
 
 import builtins
 import sys
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_notebook_shows_one_line_that_is_updated_in_place(notebook, capsys):
 
 def test_a_notebook_keeps_the_last_step_of_an_interrupted_training(notebook):
     _, updates = notebook
-    with pytest.raises(KeyboardInterrupt), TrainingProgress(tiny_config()) as progress:
+    with suppress(KeyboardInterrupt), TrainingProgress(tiny_config()) as progress:
         progress(StepProgress(1, 1, 100, 2.5))
         progress(StepProgress(2, 50, 100, 1.5))
         raise KeyboardInterrupt

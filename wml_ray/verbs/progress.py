@@ -39,7 +39,8 @@ def run_line(config: Config) -> str:
 def image_progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of images on a terminal while the body runs; the body calls it with those done and all."""
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
