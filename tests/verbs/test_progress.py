@@ -28,13 +28,13 @@ def test_the_eta_is_left_out_until_steps_were_timed(monkeypatch, capsys):
 
 @pytest.fixture
 def notebook(monkeypatch):
-    """What IPython is given to display, in the first list, and to display in its place later, in the second one."""
+    """The text of what IPython is given to display, and of what it is given later to display in its place."""
     shown, updates = [], []
 
     def display(content, display_id):
         assert display_id
-        shown.append(content)
-        return SimpleNamespace(update=updates.append)
+        shown.append(text_of(content))
+        return SimpleNamespace(update=lambda later: updates.append(text_of(later)))
 
     module = ModuleType("IPython.display")
     module.display = display
@@ -56,8 +56,8 @@ def test_a_notebook_shows_one_line_that_is_updated_in_place(notebook, capsys):
         progress(StepProgress(2, 50, 100, 1.5))
     assert len(shown) == 1
     assert 1 <= len(updates) <= 3
-    assert "finished, accuracy 50.0 %" in text_of(updates[-1])
-    assert "100%" in text_of(updates[-1])
+    assert "finished, accuracy 50.0 %" in updates[-1]
+    assert "100%" in updates[-1]
     assert len(capsys.readouterr().out.splitlines()) == 1  # the run's first line
 
 
@@ -67,4 +67,4 @@ def test_a_notebook_keeps_the_last_step_of_an_interrupted_training(notebook):
         progress(StepProgress(1, 1, 100, 2.5))
         progress(StepProgress(2, 50, 100, 1.5))
         raise KeyboardInterrupt
-    assert "epoch 2/3, loss 1.500" in text_of(updates[-1])
+    assert "epoch 2/3, loss 1.500" in updates[-1]
