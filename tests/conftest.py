@@ -107,6 +107,29 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.run_folder
 
 
+@pytest.fixture(scope="session")
+def trained_place(tmp_path_factory: pytest.TempPathFactory, migrated_store: Path) -> Path:
+    """A working directory in which the tiny family was trained for two epochs; see `trained`."""
+    from family import tiny_config
+
+    import wml_ray
+
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copy(migrated_store, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        wml_ray.train(tiny_config("optim.epochs=2"), lambda event: None)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of that finished run, below the working directory. Tests only read it."""
+    monkeypatch.chdir(trained_place)
+    (folder,) = Path("results/wml").iterdir()
+    return folder
+
+
 @pytest.fixture
 def seeded() -> None:
     torch.manual_seed(0)

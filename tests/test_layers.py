@@ -1,6 +1,7 @@
 """The order of the folders, the folders of each heavy library, and start-up without what is not needed."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,12 +87,16 @@ except SystemExit as end: assert not end.code
     [
         (["--help"], {"torch", "ray", "mlflow", "pydantic", "rich", "numpy"}),
         (["plan", "c.yaml"], {"ray", "mlflow", "optuna", "matplotlib", "sklearn", "torchvision", "pandas"}),
+        (["pick", "run"], {"torch", "ray", "mlflow", "optuna", "matplotlib", "sklearn", "pandas", "numpy"}),
         (["train", "c.yaml", "--dry-run"], {"torch", "ray", "optuna", "matplotlib", "sklearn", "torchvision"}),
     ],
-    ids=["help", "plan", "dry run"],
+    ids=["help", "plan", "pick", "dry run"],
 )
 def test_a_command_that_only_reads_imports_only_what_it_needs(workplace, words, not_needed):
     (workplace / "c.yaml").write_text("pruning: {saliency_images: 2}")
+    (workplace / "run").mkdir()
+    peer = {"peer": 0, "params": 1, "macs": 1, "latency_ms": 1.0, "validation_accuracy": 0.5, "test_accuracy": 0.5}
+    (workplace / "run" / "result.json").write_text(json.dumps({"peers": [peer], "tree": {}, "predictions": {}}))
     assert not_needed & imported(COMMAND.format(words)) == set()
 
 

@@ -13,9 +13,9 @@ from wml_ray.training.events import EpochEnd
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {
-    *("__version__", "Config", "SearchConfig", "RunPlan", "RunResult", "Study", "UserError", "Diverged"),
-    *("load_config", "load_space", "make_space", "increasing", "load_study", "load_tree", "load_peer"),
-    *("plan", "train", "tune", "pareto_front", "Method", "Section", "compare", "CompareConfig"),
+    *("__version__", "Config", "CompareConfig", "SearchConfig", "Section", "Method", "UserError", "Diverged"),
+    *("Run", "Study", "Network", "train", "tune", "compare", "plan", "evaluate", "export_network"),
+    *("load_config", "load_run", "load_space", "load_study", "make_space", "increasing", "pareto_front"),
 }
 
 
@@ -27,6 +27,11 @@ def test_the_public_names_are_these_and_each_resolves():
         assert getattr(wml_ray, name).__name__ == name
     with pytest.raises(AttributeError, match=r"no attribute 'trian'; public are .*train"):
         wml_ray.trian  # noqa: B018
+
+
+def test_no_public_name_becomes_a_folder_of_the_package_once_that_is_imported():
+    folders = {path.parent.name for path in (ROOT / "wml_ray").glob("*/__init__.py")}
+    assert folders & {*wml_ray.__all__} == set()
 
 
 def test_the_import_loads_nothing_heavy():

@@ -25,7 +25,7 @@ _MODULES = {  # imported when a name is first used, so that `import wml_ray` loa
     "UserError": "wml_ray.errors",
     "compare": "wml_ray.verbs.compare",
     "evaluate": "wml_ray.verbs.evaluate",
-    "export": "wml_ray.verbs.export",
+    "export_network": "wml_ray.verbs.export",  # `wml_ray.export` is a folder
     "increasing": "wml_ray.search.ratios",
     "load_config": "wml_ray.config.load",
     "load_run": "wml_ray.verbs.run",

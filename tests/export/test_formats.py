@@ -13,7 +13,7 @@ import torch
 from wml_ray.errors import UserError
 from wml_ray.export import formats
 from wml_ray.export.network import load_network
-from wml_ray.verbs.export import export
+from wml_ray.verbs.export import export_network
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_an_exported_file_computes_the_logits_of_the_network_for_any_number_of_i
     teacher_run, empty_workplace, to, choice
 ):
     network = load_network(teacher_run, choice, trust=True)
-    exported = export(network, to, "out")
+    exported = export_network(network, to, "out")
     assert exported.verification.images >= 256
     assert exported.verification.equal_predictions == 1
     run = formats.FORMATS[to].open(exported.folder)
@@ -38,12 +38,12 @@ def test_an_exported_file_computes_the_logits_of_the_network_for_any_number_of_i
 
 
 def test_what_safetensors_wrote_reloads_bit_equal_and_is_exported_again(network, empty_workplace):
-    export(network, "safetensors", "out")
+    export_network(network, "safetensors", "out")
     again = load_network(empty_workplace / "out", 2, trust=True)
     images = torch.randint(17, (9, 1, 8, 8), dtype=torch.uint8)
     assert torch.equal(again(images), network(images))
     assert replace(again.info, plan={}, test_accuracy=None) == replace(network.info, plan={}, test_accuracy=None)
-    export(again, "safetensors", "again")
+    export_network(again, "safetensors", "again")
     assert (empty_workplace / "again" / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"out holds peer 2 of digits-stages-\w+ and no other network"):
         load_network(empty_workplace / "out", 1, trust=True)
@@ -57,23 +57,23 @@ def test_a_file_that_computes_something_else_is_refused_and_does_not_stay(networ
 
     monkeypatch.setitem(formats.FORMATS, "onnx", replace(formats.FORMATS["onnx"], write=write))
     with pytest.raises(UserError, match=r"differs from PyTorch by up to .* in its logits, more than 0.0001"):
-        export(network, "onnx", "out")
+        export_network(network, "onnx", "out")
     assert list(empty_workplace.iterdir()) == []
 
 
 def test_int8_is_smaller_to_compute_with_and_refused_where_it_costs_too_much(network, empty_workplace):
-    exported = export(network, "onnx", "out", int8=True, max_drop=1.0)
+    exported = export_network(network, "onnx", "out", int8=True, max_drop=1.0)
     assert exported.card["format"] == "onnx int8"
     assert exported.verification.logit_difference > 1e-4
     before = (empty_workplace / "out" / "model.onnx").read_bytes()
     with pytest.raises(UserError, match=r"in int8, peer 2 of .* validation images, more than --max-drop -1 below"):
-        export(network, "onnx", "out", int8=True, max_drop=-1.0)
+        export_network(network, "onnx", "out", int8=True, max_drop=-1.0)
     assert (empty_workplace / "out" / "model.onnx").read_bytes() == before
 
 
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_the_lines_of_the_card_run_without_wml_ray(network, empty_workplace, to):
-    folder = export(network, to, "out").folder
+    folder = export_network(network, to, "out").folder
     (lines,) = re.findall(r"```python\n(.*?)```", (folder / "card.md").read_text(), flags=re.DOTALL)
     assert lines.count("\n") == 5
     program = f"import sys; sys.modules['wml_ray'] = None\n{lines}"
@@ -82,7 +82,7 @@ def test_the_lines_of_the_card_run_without_wml_ray(network, empty_workplace, to)
 
 
 def test_the_card_has_origin_accuracies_with_their_intervals_and_costs(network, empty_workplace):
-    exported = export(network, "onnx", "out")
+    exported = export_network(network, "onnx", "out")
     card = json.loads((exported.folder / "card.json").read_text())
     assert (card["run_id"], card["network"], card["epoch"]) == (network.info.run_id, "peer2", 1)
     assert card["config"] == network.info.config.dump()
@@ -103,7 +103,7 @@ def test_the_card_has_origin_accuracies_with_their_intervals_and_costs(network, 
 )
 def test_what_cannot_be_written_is_refused_before_anything_is(network, empty_workplace, options, message):
     with pytest.raises(UserError, match=message):
-        export(network, out="out", **options)
+        export_network(network, out="out", **options)
     assert list(empty_workplace.iterdir()) == []
 
 
@@ -114,5 +114,5 @@ def test_a_layer_that_cannot_be_exported_is_one_line(network, empty_workplace):
 
     network.tree.stages["stage0"][0].append(Foreign())
     with pytest.raises(UserError, match=r"peer 2 of .* cannot be exported to onnx \(.*\); try --to pt2, safetensors"):
-        export(network, "onnx", "out")
+        export_network(network, "onnx", "out")
     assert list(empty_workplace.iterdir()) == []

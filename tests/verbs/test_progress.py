@@ -1,5 +1,11 @@
-"""The progress of a training without a terminal."""
+"""The progress of a training without a terminal: in a pipe, and in a notebook."""
 
+import builtins
+import sys
+from contextlib import suppress
+from types import ModuleType, SimpleNamespace
+
+import pytest
 from family import tiny_config
 
 from wml_ray.training.events import EpochEnd, StepProgress
@@ -18,3 +24,47 @@ def test_the_eta_is_left_out_until_steps_were_timed(monkeypatch, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "ETA" not in first
     assert second.endswith(", ETA 0:15")
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """The text of what IPython is given to display, and of what it is given later to display in its place."""
+    shown, updates = [], []
+
+    def display(content, display_id):
+        assert display_id
+        shown.append(text_of(content))
+        return SimpleNamespace(update=lambda later: updates.append(text_of(later)))
+
+    module = ModuleType("IPython.display")
+    module.display = display
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    shell = type("ZMQInteractiveShell", (), {})  # by its name, rich tells a notebook from a terminal
+    monkeypatch.setattr(builtins, "get_ipython", shell, raising=False)
+    return shown, updates
+
+
+def text_of(content):
+    return content._repr_mimebundle_(include=(), exclude=())["text/plain"]
+
+
+def test_a_notebook_shows_one_line_that_is_updated_in_place(notebook, capsys):
+    shown, updates = notebook
+    with TrainingProgress(tiny_config()) as progress:
+        progress(StepProgress(1, 1, 100, 2.5))
+        progress(EpochEnd(1, {"val/accuracy/method": 0.5, "train/loss": 2.5}))
+        progress(StepProgress(2, 50, 100, 1.5))
+    assert len(shown) == 1
+    assert 1 <= len(updates) <= 3
+    assert "finished, accuracy 50.0 %" in updates[-1]
+    assert "100%" in updates[-1]
+    assert len(capsys.readouterr().out.splitlines()) == 1  # the run's first line
+
+
+def test_a_notebook_keeps_the_last_step_of_an_interrupted_training(notebook):
+    _, updates = notebook
+    with suppress(KeyboardInterrupt), TrainingProgress(tiny_config()) as progress:
+        progress(StepProgress(1, 1, 100, 2.5))
+        progress(StepProgress(2, 50, 100, 1.5))
+        raise KeyboardInterrupt
+    assert "epoch 2/3, loss 1.500" in updates[-1]

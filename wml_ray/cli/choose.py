@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def add_pick(verbs: Any) -> None:
     pick.add_argument("runs", metavar="RUN", nargs="+", help=text)
     pick.add_argument("--max-macs", metavar="N", type=_count, help="most multiply-accumulates an image, such as 2M")
     pick.add_argument("--max-params", metavar="N", type=_count, help="most parameters, such as 100k")
-    pick.add_argument("--max-latency-ms", metavar="MS", type=float, help="longest time of an image; peers only")
-    pick.add_argument("--min-accuracy", metavar="SHARE", type=float, help="least validation accuracy, such as 0.97")
+    pick.add_argument("--max-latency-ms", metavar="MS", type=_count, help="longest time of an image; peers only")
+    pick.add_argument("--min-accuracy", metavar="SHARE", type=_share, help="least validation accuracy, such as 0.97")
     pick.add_argument("--csv", action="store_true", help="print only the table, as CSV with every figure")
     _add_storage_path(pick)
     pick.set_defaults(command="pick")
@@ -35,7 +36,8 @@ def add_evaluate(verbs: Any) -> None:
     evaluate.add_argument("run", metavar="RUN", help="run id, or folder or address of a run")
     text = "folder of your own images, FOLDER/<class>/<image>, in place of the test images"
     evaluate.add_argument("--data", metavar="FOLDER", help=text)
-    evaluate.add_argument("--peer", metavar="I", default="all", help="a peer, `ensemble`, or `all` (all)")
+    text = "number of a peer, `ensemble`, `average`, `weighted`, or `all`: the peers and the ensemble (all)"
+    evaluate.add_argument("--peer", metavar="I", default="all", help=text)
     evaluate.add_argument("--epoch", metavar="N", type=int, help="epoch of a kept checkpoint (the one that was tested)")
     evaluate.add_argument("--trust", action="store_true", help="import and call code of your own that the run names")
     evaluate.add_argument("--out", metavar="FOLDER", default="reports", help="folder of the files (reports/)")
@@ -60,6 +62,17 @@ def _count(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    """A share between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no share from 0 to 1, such as 0.97")
+    return value
+
+
 def pick_networks(options: argparse.Namespace) -> int:
     """Run `wml-ray pick`."""
     from rich.console import Console
@@ -76,8 +89,7 @@ def pick_networks(options: argparse.Namespace) -> int:
     Console().print(candidates_table(found))
     best = found[0]
     print_line("val, test   accuracy; chosen by validation images. front: none is as accurate with fewer MACs")
-    peer = best.choice if best.choice.isdecimal() else "ensemble"
-    print_line(f"export      wml-ray export {best.folder} --peer {peer} --to onnx")
+    print_line(f"export      wml-ray export {shlex.quote(str(best.folder))} --peer {best.choice} --to onnx")
     return OK
 
 
@@ -86,7 +98,13 @@ def evaluate_run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from wml_ray.cli.output import print_line
-    from wml_ray.report.evaluation import agreement_table, evaluation_table, summary_frame, write_evaluation
+    from wml_ray.report.evaluation import (
+        CALIBRATION_BINS,
+        agreement_table,
+        evaluation_table,
+        summary_frame,
+        write_evaluation,
+    )
     from wml_ray.verbs.evaluate import evaluate
     from wml_ray.verbs.progress import image_progress
     from wml_ray.verbs.run import load_run
@@ -103,17 +121,19 @@ def evaluate_run(options: argparse.Namespace) -> int:
     console.print(evaluation_table(found))
     if len(shares) > 1:
         console.print(agreement_table(shares))
-    for path in write_evaluation(found, shares, Path(options.out) / run.folder.name):
+    print_line(f"calibration error: expected, over {CALIBRATION_BINS} bins of equal width of the highest probability")
+    images_name = Path(options.data).resolve().name if options.data else "test"
+    for path in write_evaluation(found, shares, Path(options.out) / run.folder.name / images_name):
         print_line(f"wrote {path}")
     return OK
 
 
 def network_choice(peer: str) -> int | str:
-    """The value of --peer: a number, or `ensemble`.
+    """The value of --peer: a number, or the name of an ensemble.
 
     Raises:
         UserError: it is neither.
     """
-    if peer != "ensemble" and not peer.isdecimal():
-        raise UserError(f"--peer {peer}: give the number of a peer, such as 0, or `ensemble`")
+    if peer not in ("ensemble", "average", "weighted") and not peer.isdecimal():
+        raise UserError(f"--peer {peer}: give the number of a peer, such as 0, or `ensemble`, `average` or `weighted`")
     return int(peer) if peer.isdecimal() else peer

@@ -59,10 +59,10 @@ def export_network(options: argparse.Namespace) -> int:
     """Run `wml-ray export`."""
     from wml_ray.cli.output import print_line
     from wml_ray.export.network import load_network
-    from wml_ray.verbs.export import export
+    from wml_ray.verbs import export
 
     network = load_network(run_folder(options), network_choice(options.peer), options.epoch, options.trust)
-    exported = export(network, options.to, options.out, options.int8, options.max_drop)
+    exported = export.export_network(network, options.to, options.out, options.int8, options.max_drop)
     _show(exported)
     for name in exported.files:
         print_line(f"wrote {exported.folder / name}")

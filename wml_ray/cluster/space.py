@@ -12,6 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Categorical, LogUniform, Quantized
 from ray.tune.search.sample import Domain as RayDomain
 
+from wml_ray.config.load import as_config
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError, one_line, shortened
 from wml_ray.search.space import Domain, Space, check_space, encode
@@ -24,13 +25,13 @@ ALLOWED = (
 )
 
 
-def load_space(path: str | Path, base: Config) -> Space:
-    """Run a space file and check its space against the config.
+def load_space(path: str | Path, base: str | Path | Mapping[str, Any] | Config, **overrides: Any) -> Space:
+    """Run a space file and check its space against the config; `base` and `overrides` are those of `train`'s config.
 
     Raises:
         UserError: no such file, an error in it, an unknown key or metric, or values that the config refuses.
     """
-    path = Path(path)
+    path, base = Path(path), as_config(base, overrides)
     try:
         source = path.read_text()
         domains, objectives = call_within(RUN_S, lambda: _run(path))
@@ -57,7 +58,11 @@ def _run(path: Path) -> tuple[Any, Any]:
 
 
 def make_space(
-    base: Config, domains: Mapping[str, Any], objectives: dict[str, str], source: str = "", where: str = "space"
+    base: str | Path | Mapping[str, Any] | Config,
+    domains: Mapping[str, Any],
+    objectives: dict[str, str],
+    source: str = "",
+    where: str = "space",
 ) -> Space:
     """A space of config keys and domains, checked as by `load_space`. `where` names the space in messages."""
     if not isinstance(domains, dict) or not domains:
@@ -70,7 +75,7 @@ def make_space(
             converted[key] = _distribution(domain)
         except (ValueError, TypeError, OverflowError, LookupError, ArithmeticError, RecursionError) as error:
             raise UserError(f"{where}: {shortened(repr(key))}: {one_line(error)}; allowed: {ALLOWED}") from None
-    space = Space(base, converted, objectives, source)
+    space = Space(as_config(base), converted, objectives, source)
     check_space(space, where)
     return space
 

@@ -233,9 +233,9 @@ def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> N
         UserError: there is no such peer or ensemble, or the backbone cannot be imported.
     """
     config, _ = config_and_spec(checkpoint, name)
-    choice = _checked_choice(config, choice)
+    choice = checked_choice(config, choice)
     tree = rebuild_tree(checkpoint, name)
-    info = _info(checkpoint, name, _label(choice))
+    info = _info(checkpoint, name, network_name(choice))
     if isinstance(choice, int):
         return Network(_alone(tree, choice), [1.0], info)
     equal = 1 / tree.num_peers
@@ -243,7 +243,7 @@ def network_of(checkpoint: Checkpoint, name: str | Path, choice: int | str) -> N
     return Network(tree, weights if choice == "weighted" else [equal] * tree.num_peers, info)
 
 
-def _label(choice: int | str) -> str:
+def network_name(choice: int | str) -> str:
     """As in the names of metrics: `peer2`, `ensemble_average`."""
     return f"peer{choice}" if isinstance(choice, int) else f"ensemble_{choice}"
 
@@ -278,8 +278,8 @@ def _info(checkpoint: Checkpoint, name: str | Path, choice: str) -> NetworkInfo:
         raise DamagedCheckpoint(f"checkpoint {name} is damaged (plan.json: {one_line(error)})") from error
 
 
-def _checked_choice(config: Config, choice: int | str) -> int | str:
-    """The peer or ensemble that `choice` names.
+def checked_choice(config: Config, choice: int | str) -> int | str:
+    """A peer, `average` or `weighted`: `choice`, where `ensemble` is weighted if the method has peer weights.
 
     Raises:
         UserError: the run has no such peer or ensemble.

@@ -92,11 +92,13 @@ def fitting(candidates: Sequence[Candidate], limits: Limits) -> list[Candidate]:
 
 
 def on_front(candidates: Iterable[Candidate]) -> set[Candidate]:
-    """The candidates that no other one is at least as accurate as on validation images, with fewer MACs."""
-    front, best = set(), -1.0
-    for candidate in sorted(candidates, key=lambda c: (c.macs, -c.validation_accuracy, c.params)):
-        if candidate.validation_accuracy > best:
-            best = candidate.validation_accuracy
+    """The candidates that no other is as accurate as on validation images with fewer MACs, or more so with as many."""
+    front: set[Candidate] = set()
+    best = (0, -1.0)  # MACs and accuracy of the last one added
+    for candidate in sorted(candidates, key=lambda each: (each.macs, -each.validation_accuracy)):
+        costs = (candidate.macs, candidate.validation_accuracy)
+        if costs == best or candidate.validation_accuracy > best[1]:
+            best = costs
             front.add(candidate)
     return front
 

@@ -108,8 +108,11 @@ def logged_run_folder(mlflow_run: str) -> Path | None:
         return None
     if RUN_ID_TAG not in data.tags:
         return None
-    folder: Path = to_path(data.params["run.storage_path"]) / data.params["run.name"] / data.tags[RUN_ID_TAG]
-    return folder
+    storage: Path = to_path(data.params["run.storage_path"])
+    name: str = data.params["run.name"]
+    if TRIAL_TAG in data.tags:
+        name = f"{data.params['run.study'].partition('/')[0]}/trials/{int(data.tags[TRIAL_TAG]):04d}"
+    return storage / name / str(data.tags[RUN_ID_TAG])
 
 
 def is_study(experiment: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wml_ray.cluster.preflight import CheckResult, run_check, run_checks
-from wml_ray.config.load import load_config, with_values
+from wml_ray.config.load import as_config, load_config, with_values
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
@@ -40,22 +40,24 @@ TUNING_SEED = 10_000
 
 
 def compare(
-    config: Config,
+    config: str | Path | Mapping[str, Any] | Config,
     settings: CompareConfig,
     on_change: Callable[[RunningStudy], None] | None = None,
     verbose: bool = False,
+    **overrides: Any,
 ) -> Study:
     """Train each method with each seed, or what remains of that, and write the report.
 
     All runs of a seed have the same data, split, budget, initial tree and plan. With `settings.tune` each row is first
     searched by a study of its own, on validation images of another seed; its best settings are then compared.
-    `on_change` and `verbose` are those of `tune`.
+    `config` and `overrides` are those of `train`, `on_change` and `verbose` those of `tune`.
 
     A second call continues the comparison; further methods, keys and seeds are added to it.
 
     Raises:
         UserError: a mistake in the config or the settings, before the first trial.
     """
+    config = as_config(config, overrides)
     if on_change is None and not verbose:
         with StudyProgress() as progress:
             return compare(config, settings, progress)

@@ -13,7 +13,7 @@ from torch import Tensor
 from wml_ray.data.images import labelled_images
 from wml_ray.data.load import load_dataset
 from wml_ray.export.images import pixels_of
-from wml_ray.export.network import Network, NetworkInfo
+from wml_ray.export.network import Network, NetworkInfo, checked_choice, network_name
 from wml_ray.report.evaluation import Array, Evaluation, agreement, evaluate_logits
 from wml_ray.verbs.run import Run
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 BATCH = 64
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Pixels (B, C, H, W) and labels (B,)."""
-
 
 OnImages = Callable[[int, int], None]
 """Called with the numbers of images done and to be done."""
@@ -53,26 +52,25 @@ def evaluate(
         UserError: no such peer, epoch or folder, a class of the folder is none of the run's, or an unreadable
             image.
     """
-    whole = run.ensemble("average", epoch)  # its tree holds all peers, and runs once for all that is evaluated
-    num_peers = whole.tree.num_peers
-    weights = {
-        choice: _weights(run, choice, epoch, num_peers) for choice in networks or [*range(num_peers), "ensemble"]
-    }
+    whole = run.ensemble(epoch=epoch)  # its tree holds all peers, and runs once for all that is evaluated
+    weights = [_weights(whole, choice) for choice in networks or [*range(whole.tree.num_peers), "ensemble"]]
     total, batches = _folder(Path(data), whole.info) if data else _test_images(whole.info)
     logits_MNK, labels_N = _run(whole, batches, total, on_images)
     found = [
         evaluate_logits(name, whole.classes, np.einsum("m,mnk->nk", weights_M, logits_MNK), labels_N)
-        for name, weights_M in weights.values()
+        for name, weights_M in weights
     ]
     peers = {f"peer{index}": logits_NK.argmax(-1) for index, logits_NK in enumerate(logits_MNK)}
     return EvaluationResult(found, agreement(peers))
 
 
-def _weights(run: Run, choice: int | str, epoch: int | None, num_peers: int) -> tuple[str, Array]:
-    """The name of a network, and the weights (M,) of the peers' logits in its own."""
-    network = run.peer(choice, epoch) if isinstance(choice, int) else run.ensemble(choice, epoch)
-    weights_M = np.eye(num_peers, dtype=np.float32)[choice] if isinstance(choice, int) else network.weights_M.numpy()
-    return network.info.choice, weights_M
+def _weights(whole: Network, choice: int | str) -> tuple[str, Array]:
+    """The name of a network, and the weights (M,) of the peers' logits in its own. `whole` is the default ensemble."""
+    choice, num_peers = checked_choice(whole.info.config, choice), whole.tree.num_peers
+    if isinstance(choice, int):
+        return network_name(choice), np.eye(num_peers, dtype=np.float32)[choice]
+    equal = np.full(num_peers, 1 / num_peers, dtype=np.float32)
+    return network_name(choice), whole.weights_M.numpy() if choice == "weighted" else equal
 
 
 def _run(whole: Network, batches: Batches, total: int, on_images: OnImages | None) -> tuple[Array, Array]:

@@ -30,7 +30,7 @@ class Exported:
     verification: Verification
 
 
-def export(
+def export_network(
     network: Network,
     to: str = "onnx",
     out: str | Path | None = None,

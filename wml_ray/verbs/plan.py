@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.config.load import as_config
 from wml_ray.config.schema import Config
 from wml_ray.data.check import undecodable_images
 from wml_ray.data.dataset import Dataset
@@ -36,15 +38,17 @@ class RunPlan:
     teacher: str  # empty where the method has none
 
 
-def plan(config: Config, check_data: bool = False) -> RunPlan:
+def plan(config: str | Path | Mapping[str, Any] | Config, check_data: bool = False, **overrides: Any) -> RunPlan:
     """Build and prune the tree, and measure it; trains nothing and writes nothing.
 
     Where the dataset is missing, the saliency is computed on noise.
     The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
+    `config` and `overrides` are those of `train`.
 
     Raises:
         UserError: a mistake in the config, images that cannot be decoded, or an unusable storage or teacher.
     """
+    config = as_config(config, overrides)
     check_storage(config.run_folder)
     teacher = check_teacher(config)
     skipped = undecodable_images(config.data, check_data, show_progress=check_data)

@@ -1,4 +1,4 @@
-"""Progress for people: one live display on a terminal, plain lines elsewhere."""
+"""Progress for people: one live display on a terminal or in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # the progress of a training starts before PyTorch is importe
     from wml_ray.search.study import RunningStudy
     from wml_ray.search.trials import Trial
 
+NOTEBOOK_S = 0.25  # between two updates of a notebook
 PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
 
 
@@ -37,13 +39,32 @@ def run_line(config: Config) -> str:
 def image_progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of images on a terminal while the body runs; the body calls it with those done and all."""
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TextColumn("ETA"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+class _Notebook:
+    """A display in a Jupyter notebook that is updated in place. That of rich needs ipywidgets, this one does not."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown_s = 0.0
+
+    def show(self, content: RenderableType, at_once: bool = False) -> None:
+        """Show the content; soon after another it is left out, unless it must be shown at once."""
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(Padding(content, 0), display_id=True)
+        elif at_once or time.monotonic() - self._shown_s >= NOTEBOOK_S:
+            self._handle.update(Padding(content, 0))
+            self._shown_s = time.monotonic()
+
+
 class TrainingProgress:
-    """Shows the progress of a training: one live line with an ETA on a terminal, else one line an epoch."""
+    """Shows the progress of a training: a live line with an ETA on a terminal or in a notebook, else one an epoch."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -51,19 +72,26 @@ class TrainingProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("ETA"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._task = self._bar.add_task("starting", total=None)
-        self._plain = not console.is_terminal
+        self._notebook = _Notebook() if console.is_jupyter else None
+        self._plain = not console.is_terminal and not console.is_jupyter
         self._accuracy = ""
         self._first: tuple[float, StepProgress] | None = None  # seconds and event of the first report
         self._eta = ""
 
     def __enter__(self) -> TrainingProgress:
         print(run_line(self._config), flush=True)
-        if not self._plain:
+        if self._notebook:
+            self._notebook.show(self._bar)
+        elif not self._plain:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self._plain:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._notebook:
+            if error is None:
+                self._bar.update(self._task, description=f"finished{self._accuracy}", total=1, completed=1)
+            self._notebook.show(self._bar, at_once=True)
+        elif not self._plain:
             self._bar.stop()
 
     def __call__(self, event: StepProgress | EpochEnd) -> None:
@@ -82,6 +110,8 @@ class TrainingProgress:
         if steps:
             self._eta = f", ETA {_clock(elapsed_s / steps * (event.total_steps - event.step))}"
         self._bar.update(self._task, description=text, completed=event.step)
+        if self._notebook:
+            self._notebook.show(self._bar)
 
     def _text(self, epoch: int, loss: float) -> str:
         return f"epoch {epoch}/{self._config.optim.epochs}, loss {loss:.3f}{self._accuracy}"
@@ -93,23 +123,33 @@ class StudyProgress:
     def __init__(self) -> None:
         console = Console()
         self._live = Live(console=console, transient=True, refresh_per_second=4)
-        self._plain = not console.is_terminal
+        self._notebook = _Notebook() if console.is_jupyter else None
+        self._plain = not console.is_terminal and not console.is_jupyter
+        self._content: RenderableType = Text("starting Ray")
         self._shown: set[str] = set()  # ended trials whose line was printed
         self._last_line_s = 0.0
 
     def __enter__(self) -> StudyProgress:
-        if not self._plain:
+        if self._notebook:
+            self._notebook.show(self._content)
+        elif not self._plain:
             self._live.start()
-            self._live.update(Text("starting Ray"))
+            self._live.update(self._content)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._plain:
+        if self._notebook:
+            self._notebook.show(self._content, at_once=True)
+        elif not self._plain:
             self._live.stop()
 
     def __call__(self, study: RunningStudy) -> None:
         if not self._plain:
-            self._live.update(Group(Text(summary(study)), _running_table(study)))
+            self._content = Group(Text(summary(study)), _running_table(study))
+            if self._notebook:
+                self._notebook.show(self._content)
+            else:
+                self._live.update(self._content)
             return
         ended = [trial for trial in study.trials.values() if trial.state != "RUNNING"]
         ended = [trial for trial in ended if study.label(trial) not in self._shown]

@@ -13,7 +13,7 @@ from wml_ray.storage.files import read_json
 from wml_ray.tracking.client import check_reachable, explain_connection_errors, tracking_uri
 from wml_ray.tracking.models import RegisteredModel, check_names, register_model
 from wml_ray.tracking.runs import TrackedRun
-from wml_ray.verbs.export import Exported, export
+from wml_ray.verbs.export import Exported, export_network
 
 
 def register(
@@ -24,13 +24,13 @@ def register(
     The run's own MLflow run is the source of the version; `alias` is moved to it.
 
     Raises:
-        UserError: as `export`; a name is not allowed, the run has no MLflow run, or MLflow does not answer.
+        UserError: as `export_network`; a name is not allowed, the run has no MLflow run, or MLflow does not answer.
     """
     check_names(name, alias)
     tracked = _tracked_run(folder)
     check_reachable(tracked.uri)
     with tempfile.TemporaryDirectory() as temporary:
-        exported = export(network, "onnx", temporary, int8, max_drop)
+        exported = export_network(network, "onnx", temporary, int8, max_drop)
         files = [exported.folder / file for file in exported.files]
         example = np.zeros((1, *network.info.spec.shape), np.uint8)
         with explain_connection_errors():

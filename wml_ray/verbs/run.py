@@ -12,6 +12,7 @@ from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
 from wml_ray.report.choosing import Limits, candidates_of, fitting
 from wml_ray.storage.files import read_json
+from wml_ray.storage.retry import retry_storage
 from wml_ray.storage.runs import RESULT, find_run
 from wml_ray.tracking.results import logged_run_folder
 from wml_ray.tracking.runs import TrackedRun
@@ -70,8 +71,7 @@ class Run:
     @property
     def pictures(self) -> list[Path]:
         """Its pictures, PNG files; none before it has finished."""
-        report = self.folder / "report"
-        return sorted(report.glob("*.png")) if report.is_dir() else []
+        return retry_storage(lambda: sorted((self.folder / "report").glob("*.png")), self.folder)
 
     def peer(self, index: int, epoch: int | None = None) -> Network:
         """Peer `index` as a network that takes images as they are, of the tested epoch or of a kept one.
@@ -143,11 +143,11 @@ def _plan(folder: Path) -> dict[str, Any]:
     """The metadata of an exported network, or of the newest checkpoint of a run that has not finished."""
     from wml_ray.checkpoints.checkpoint import epoch_folder, epochs_of, read_checkpoint
 
-    if (folder / "plan.json").exists():
+    if retry_storage((folder / "plan.json").exists, folder):
         plan = dict(read_checkpoint(folder).metadata)
         return plan | {"config": plan.get("run_config", plan["config"])}
     checkpoints = folder / "checkpoints"
-    epochs = epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else []
+    epochs = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
     if not epochs:
         raise UserError(f"{folder} is no run: it has neither {RESULT} nor a checkpoint")
     return read_checkpoint(epoch_folder(checkpoints, epochs[-1])).metadata
