@@ -31,7 +31,9 @@ def quantise(folder: Path, images: Array) -> None:
             return next(self.batches, None)
 
     model, prepared = folder / "model.onnx", folder / "prepared.onnx"
-    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's tools log to the root logger
+    root = logging.getLogger()  # to which onnxruntime's tools log
+    level = root.level
+    root.setLevel(logging.ERROR)
     try:
         quant_pre_process(str(model), str(prepared))
         quantize_static(
@@ -48,4 +50,5 @@ def quantise(folder: Path, images: Array) -> None:
             f"int8: onnxruntime cannot quantise the network ({one_line(root_cause(error))}); export it without --int8"
         ) from error
     finally:
+        root.setLevel(level)
         prepared.unlink(missing_ok=True)

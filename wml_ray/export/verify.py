@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from wml_ray.data.dataset import Dataset
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.export.formats import Array, Format, Runner, torch_runner
 from wml_ray.export.network import Network
 
@@ -49,7 +49,10 @@ def verify(network: Network, exported: Format, folder: Path, dataset: Dataset) -
     except UserError:
         raise
     except Exception as error:  # runtimes raise many types; each means that the file is of no use
-        raise UserError(f"{network.info.title}: its own runtime cannot load the exported file ({error})") from error
+        raise UserError(
+            f"the runtime of the exported {network.info.title} cannot load it ({one_line(error)}); nothing was kept: try "
+            "another format with --to"
+        ) from error
     images, labels, num_validation = _images(dataset)
     ours, theirs = (_logits(runner, images) for runner in (torch_runner(network), run))
     predicted, expected = theirs.argmax(-1), ours.argmax(-1)
