@@ -50,8 +50,8 @@ def verify(network: Network, exported: Format, folder: Path, dataset: Dataset) -
         raise
     except Exception as error:  # runtimes raise many types; each means that the file is of no use
         raise UserError(
-            f"the runtime of the exported {network.info.title} cannot load it ({one_line(error)}); nothing was kept: try "
-            "another format with --to"
+            f"the runtime of the exported {network.info.title} cannot load it ({one_line(error)}); nothing was kept: "
+            "try another format with --to"
         ) from error
     images, labels, num_validation = _images(dataset)
     ours, theirs = (_logits(runner, images) for runner in (torch_runner(network), run))
