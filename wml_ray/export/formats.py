@@ -44,8 +44,7 @@ def write_onnx(network: Network, folder: Path) -> None:
     Raises:
         UserError: a library is missing, or ONNX has no operator for a layer.
     """
-    onnx = require("onnx", "onnx")
-    require("onnxscript", "onnx")
+    onnx, *_ = (require(library, "onnx") for library in ("onnx", "onnxscript", "onnxruntime"))
     batch = torch.export.Dim("batch", min=1)
     with _quiet(), _explained(network, "onnx"):
         program = torch.onnx.export(

@@ -55,6 +55,7 @@ def export_network(
     info, written = network.info, FORMATS[to]
     dataset = load_dataset(info.config, skipped=info.plan["skipped_images"])
     folder = Path(out) if out else Path(EXPORTS) / f"{info.run_id}-{info.choice}-{to}{'-int8' * int8}"
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
@@ -72,6 +73,7 @@ def export_network(
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror or error}); name another folder") from None
     finally:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
     return Exported(folder, (*written.files, "card.json", "card.md"), card, found)
