@@ -68,7 +68,7 @@ def test_a_registered_network_has_signature_card_metrics_and_the_run_as_its_sour
     source = client.get_run(version.run_id)
     assert source.data.tags[RUN_ID_TAG] == CONFIG.run_id
     assert version.description.startswith(f"# peer 1 of {CONFIG.run_id}")
-    model = client.get_logged_model(version.model_id)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert model.source_run_id == version.run_id
     assert model.params["params"] == str(network.info.params)
     metrics = {metric.key: metric.value for metric in model.metrics}
@@ -76,7 +76,7 @@ def test_a_registered_network_has_signature_card_metrics_and_the_run_as_its_sour
     assert metrics["export/file_accuracy"] == pytest.approx(network.info.validation_accuracy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-        info = get_model_info(f"models:/{version.model_id}")
+        info = get_model_info(version.source)
     assert "onnx" in info.flavors
     (images,), (logits,) = info.signature.inputs.inputs, info.signature.outputs.inputs
     assert (images.name, images.shape, images.type) == ("images", (-1, 1, 8, 8), np.dtype("uint8"))
