@@ -47,7 +47,7 @@ def main(folder: Path, peer: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for to in verb.FORMATS:
             wall_s, cpu_s = time.perf_counter(), time.process_time()
-            verb.export(network, to, Path(temporary) / to)
+            verb.export_network(network, to, Path(temporary) / to)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
             print(f"export to {to:12} wall, CPU time     {wall_s:8.1f} s {cpu_s:5.1f} s")
         ours = open_onnx(Path(temporary) / "onnx")
