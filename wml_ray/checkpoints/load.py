@@ -73,7 +73,8 @@ def build_tree(config: Config, spec: ImageSpec) -> PeerTree:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "initialisation"))
-        return PeerTree(lambda: build_stages(config.model.backbone, spec), config.model.sharing)
+        model = config.model
+        return PeerTree(lambda: build_stages(model.backbone, spec, model.patch_size), model.sharing)
 
 
 def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:

@@ -89,7 +89,12 @@ class ModelConfig(Section):
     """The backbone and the tree of its shared stages."""
 
     backbone: Annotated[Text, Field(pattern=IMPORT_PATH, max_length=200)] = Field(
-        "resnet20", description="name of a backbone, or `package.module:function` that returns a list of stages"
+        "resnet20",
+        description="name of a backbone, a network of a library as `timm:NAME` or `torchvision:NAME`, or "
+        "`package.module:function` that returns a list of stages",
+    )
+    patch_size: Annotated[Count, Field(le=4096)] | None = Field(
+        None, description="width of the patches of a vision transformer of timm, in pixels; null is the network's own"
     )
     sharing: tuple[Annotated[Count, Field(le=MAX_PEERS)], ...] = Field(
         (1, 1, 2, 4, 4),
