@@ -1,4 +1,6 @@
 import math
+import tempfile
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
@@ -50,6 +52,10 @@ def another(value, annotation):
     if isinstance(value, dict):
         return {**value, "x": 1}
     assert value is None
+    if "_state_dict_file" in str(annotation):
+        path = Path(tempfile.mkdtemp()) / "a.pth"
+        path.touch()
+        return str(path)
     return "x:y" if "str" in str(annotation) else 100
 
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, model_validator
 
+from wml_ray.config.model import MAX_PEERS, ModelConfig
 from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.errors import shortened
 from wml_ray.methods import settings as methods
 from wml_ray.methods.feature_settings import BocKdConfig, FflConfig, OkddipConfig, OneConfig
 from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
-    IMPORT_PATH,
     MAX_INTEGER,
     NAME,
     Address,
@@ -30,7 +30,7 @@ from wml_ray.settings import (
 )
 from wml_ray.storage.paths import to_path
 
-MAX_PEERS, MAX_WORKERS = 64, 4096
+MAX_WORKERS = 4096
 MAX_PIXELS = 100_000_000
 
 
@@ -82,39 +82,6 @@ class DataConfig(Section):
                 f"data.train_images = {self.train_images} is less than data.batch_size = {self.batch_size}; use at "
                 "least one batch of images, or a smaller batch"
             )
-        return self
-
-
-class ModelConfig(Section):
-    """The backbone and the tree of its shared stages."""
-
-    backbone: Annotated[Text, Field(pattern=IMPORT_PATH, max_length=200)] = Field(
-        "resnet20",
-        description="name of a backbone, a network of a library as `timm:NAME` or `torchvision:NAME`, or "
-        "`package.module:function` that returns a list of stages",
-    )
-    patch_size: Annotated[Count, Field(le=4096)] | None = Field(
-        None, description="width of the patches of a vision transformer of timm, in pixels; null is the network's own"
-    )
-    sharing: tuple[Annotated[Count, Field(le=MAX_PEERS)], ...] = Field(
-        (1, 1, 2, 4, 4),
-        min_length=1,
-        max_length=100,
-        description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M, "
-        "at most 64",
-    )
-    trunk_gradient: Literal["sum", "mean"] = Field(
-        "sum", description="gradient of a shared copy: the sum of its peers' gradients, or their mean"
-    )
-
-    @model_validator(mode="after")
-    def _sharing_is_a_tree(self) -> ModelConfig:
-        for stage, (above, here) in enumerate(zip(self.sharing, self.sharing[1:], strict=False), start=1):
-            if here % above:
-                raise ValueError(
-                    f"model.sharing = {shortened(list(self.sharing))} is not a tree: entry {stage} ({here}) must be a "
-                    f"multiple of the one before ({above}); such as [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] for no sharing"
-                )
         return self
 
 
@@ -302,13 +269,18 @@ class Config(Section):
         """Name of the run: dataset, backbone, and a hash of everything that determines its result.
 
         Storage, data folder, number of workers and unused sections do not enter, so a run may move or scale and still
-        find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too.
+        find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too, and
+        `model.pretrained` by its content.
+
+        Raises:
+            UserError: the file `model.pretrained` cannot be read.
         """
         dump = self.model_dump(mode="json", exclude=unused_sections(self.method.name))
         if "teacher" in dump:
             dump["teacher"]["run"] = self.teacher.run_id
         if not is_own_method(self.method.name):
             del dump["method"]["settings"]
+        dump["model"]["pretrained"] = self.model.pretrained_digest
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         for key in ("root", "download", "loader_workers"):
