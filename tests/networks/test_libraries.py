@@ -29,6 +29,7 @@ CONVOLUTIONAL = (
     *(f"timm:{name}" for name in ("efficientnet_b0", "mobilenetv3_small_100", "mobilenetv3_large_100")),
     *("timm:convnext_tiny", "timm:regnety_004", "timm:efficientnetv2_rw_t"),
 )
+LIBRARY = (*CONVOLUTIONAL, "timm:vit_tiny_patch16_224", "timm:deit_tiny_patch16_224")
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
@@ -37,7 +38,7 @@ def by_original_name(stages):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONVOLUTIONAL]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LIBRARY]
 )
 def test_the_stages_of_a_library_network_are_that_network_under_its_own_names(name):
     stages = build_stages(name, SMALL)
@@ -104,7 +105,7 @@ def test_batchnorm_with_an_activation_inside_keeps_it_over_workers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", LIBRARY)
 def test_a_library_network_is_pruned_trained_and_exported(name, tmp_path, monkeypatch):
     from wml_ray.export.network import network_of
     from wml_ray.verbs.export import export

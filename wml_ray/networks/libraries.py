@@ -15,6 +15,7 @@ from torch import nn
 from wml_ray.errors import UserError, shortened
 from wml_ray.networks.spec import ImageSpec, Stages
 from wml_ray.networks.staging import NotAChain, StagePaths, check_stages, cut_stages, find_stages
+from wml_ray.networks.transformer import is_transformer, transformer_stages
 
 TRACED_CLASSES = 7
 
@@ -26,7 +27,18 @@ def library_stages(name: str, spec: ImageSpec, patch_size: int | None) -> Stages
         UserError: the library is missing or has no such network, it cannot be cut into stages, or the patch size does
             not fit.
     """
-    network = library_network(name, spec)
+    network = library_network(name, spec, patch_size)
+    if is_transformer(network):
+        side = cast(Any, network).patch_embed.patch_size[0]
+        if spec.resolution % side:
+            raise UserError(
+                f"model.backbone = '{name}' has patches of {side} pixels, which do not divide images of "
+                f"{spec.resolution}; set model.patch_size to a number that does"
+            )
+        try:
+            return transformer_stages(network)
+        except NotAChain as error:
+            raise _not_staged(name, error) from None
     if patch_size is not None:
         raise UserError(f"model.patch_size = {patch_size}: model.backbone = '{name}' has no patches; set it to null")
     return cut_stages(network, _stage_paths(name, spec.channels))
@@ -44,27 +56,35 @@ def _stage_paths(name: str, channels: int) -> StagePaths:
             check_stages(cut_stages(network, paths), image, expected)
             return paths
     except NotAChain as error:
-        raise UserError(f"model.backbone = '{name}' cannot be cut into stages: {error}") from None
+        raise _not_staged(name, error) from None
 
 
-def library_network(name: str, spec: ImageSpec) -> nn.Module:
+def _not_staged(name: str, error: NotAChain) -> UserError:
+    return UserError(f"model.backbone = '{name}' cannot be cut into stages: {error}")
+
+
+def library_network(name: str, spec: ImageSpec, patch_size: int | None = None) -> nn.Module:
     """The whole network `timm:NAME` or `torchvision:NAME`, randomly initialised.
 
     Raises:
-        UserError: the library is missing or has no such network.
+        UserError: the library is missing or has no such network, or the patches do not fit the images.
     """
     library, _, network = name.partition(":")
-    return _from_timm(name, network, spec) if library == "timm" else _from_torchvision(name, network, spec)
+    return _from_timm(name, network, spec, patch_size) if library == "timm" else _from_torchvision(name, network, spec)
 
 
-def _from_timm(name: str, network: str, spec: ImageSpec) -> nn.Module:
+def _from_timm(name: str, network: str, spec: ImageSpec, patch_size: int | None) -> nn.Module:
     try:
         import timm
     except ImportError:
         raise UserError(f"model.backbone = '{name}' needs the timm package: pip install 'wml_ray[timm]'") from None
     if not timm.is_model(network):
         raise _unknown(name, timm.list_models())
-    return cast(nn.Module, timm.create_model(network, num_classes=spec.num_classes, in_chans=spec.channels))
+    options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.channels}
+    if timm.model_entrypoint(network).__module__.rpartition(".")[2] in ("vision_transformer", "deit"):
+        options["img_size"] = spec.resolution
+        options |= {"patch_size": patch_size} if patch_size else {}
+    return cast(nn.Module, timm.create_model(network, **options))
 
 
 def _from_torchvision(name: str, network: str, spec: ImageSpec) -> nn.Module:
