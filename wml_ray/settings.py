@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 MAX_NAME = 100
 NAME = rf"^[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}$"
+LIBRARIES = ("timm", "torchvision")  # whose networks are backbones, as LIBRARY:NAME
 IMPORT_PATH = r"^\w+$|^\w+(\.\w+)*:\w+$"  # a name, or the user's own as package.module:name
 MAX_INTEGER = 2**31 - 1
 MAX_NAME_BYTES = 255  # of a file or folder

@@ -75,9 +75,13 @@ def build_tree(config: Config, spec: ImageSpec) -> PeerTree:
     model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "initialisation"))
+
+        def build() -> dict[str, nn.Module]:
+            return build_stages(model.backbone, spec, model.patch_size)
+
         if model.exits:
-            return exit_tree(lambda: build_stages(model.backbone, spec), model.sharing, model.exits, spec)
-        return PeerTree(lambda: build_stages(model.backbone, spec), model.sharing)
+            return exit_tree(build, model.sharing, model.exits, spec)
+        return PeerTree(build, model.sharing)
 
 
 def rebuild_tree(checkpoint: Checkpoint, name: str | Path) -> PeerTree:

@@ -37,6 +37,10 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     device = "one GPU each" if config.scale.gpu else "CPU"
     print_line(f"images      {plan.images}, {config.data.batch_size} a step, {config.optim.epochs} epochs")
     print_line(f"model       {config.model.backbone}, sharing {list(config.model.sharing)}{exits}")
+    copies = ", ".join(f"{name} {number}" for name, number in zip(plan.stages, config.model.sharing, strict=True))
+    print_line(f"stages      copies of each: {copies}; sharing may split before any but the first")
+    if plan.pretrained:
+        print_line(f"pretrained  {plan.pretrained}")
     if plan.teacher:
         print_line(f"teacher     {plan.teacher}")
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from wml_ray.config.schema import Config, ModelConfig, PruningConfig
+from wml_ray.config.model import ModelConfig
+from wml_ray.config.schema import Config, PruningConfig
 from wml_ray.config.yaml_text import MAX_CHARACTERS, read_yaml
 from wml_ray.errors import UserError, root_cause, shortened
 from wml_ray.settings import Section

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from wml_ray.settings import LIBRARIES
+
 
 def functions_named_in(raw: Any) -> dict[str, str]:
     """The keys of nested settings that name a user's own `package.module:name`, and these names.
@@ -16,7 +18,7 @@ def functions_named_in(raw: Any) -> dict[str, str]:
         section, _, last = key.partition(".")
         settings = raw.get(section) if isinstance(raw, dict) else None
         name = settings.get(last) if isinstance(settings, dict) else None
-        if isinstance(name, str) and ":" in name:
+        if isinstance(name, str) and ":" in name and not (key == "model.backbone" and name.split(":")[0] in LIBRARIES):
             named[key] = name
     return named
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from wml_ray.config.model import MAX_PEERS, ModelConfig
 from wml_ray.config.nested import flatten, functions_named_in
 from wml_ray.config.scale import ScaleConfig
 from wml_ray.errors import shortened
@@ -25,7 +26,6 @@ from wml_ray.methods.feature_settings import (
 )
 from wml_ray.methods.settings import is_own_method, unused_sections
 from wml_ray.settings import (
-    IMPORT_PATH,
     MAX_INTEGER,
     NAME,
     Address,
@@ -39,7 +39,6 @@ from wml_ray.settings import (
 )
 from wml_ray.storage.paths import to_path
 
-MAX_PEERS = 64
 MAX_PIXELS = 100_000_000
 
 
@@ -90,58 +89,6 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.train_images = {self.train_images} is less than data.batch_size = {self.batch_size}; use at "
                 "least one batch of images, or a smaller batch"
-            )
-        return self
-
-
-class ModelConfig(Section):
-    """The backbone and the tree of its shared stages."""
-
-    backbone: Annotated[Text, Field(pattern=IMPORT_PATH, max_length=200)] = Field(
-        "resnet20", description="name of a backbone, or `package.module:function` that returns a list of stages"
-    )
-    sharing: tuple[Annotated[Count, Field(le=MAX_PEERS)], ...] = Field(
-        (1, 1, 2, 4, 4),
-        min_length=1,
-        max_length=100,
-        description="copies of each stage, each entry a multiple of the one before; the last is the number of peers M, "
-        "at most 64",
-    )
-    exits: tuple[Annotated[Count, Field(le=100)], ...] = Field(
-        (),
-        max_length=MAX_PEERS,
-        description="peers as exits of one network: stages that each runs before a head of its own, increasing; with "
-        "`sharing` [1, 1, 1, 1, 3], such as [2, 3, 4]; empty for a tree",
-    )
-    trunk_gradient: Literal["sum", "mean"] = Field(
-        "sum", description="gradient of a shared copy: the sum of its peers' gradients, or their mean"
-    )
-
-    @model_validator(mode="after")
-    def _sharing_is_a_tree(self) -> ModelConfig:
-        for stage, (above, here) in enumerate(zip(self.sharing, self.sharing[1:], strict=False), start=1):
-            if here % above:
-                raise ValueError(
-                    f"model.sharing = {shortened(list(self.sharing))} is not a tree: entry {stage} ({here}) must be a "
-                    f"multiple of the one before ({above}); such as [1, 1, 2, 4, 4], or [4, 4, 4, 4, 4] for no sharing"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _exits_are_of_one_network(self) -> ModelConfig:
-        if not self.exits:
-            return self
-        exits, sharing, last = shortened(list(self.exits)), shortened(list(self.sharing)), len(self.sharing) - 1
-        one_network = [*[1] * last, len(self.exits)]
-        if list(self.sharing) != one_network:
-            raise ValueError(
-                f"model.exits = {exits} are {len(self.exits)} heads on stages of one copy each, but model.sharing = "
-                f"{sharing}; set model.sharing = {shortened(one_network)}, or model.exits = [] for a tree"
-            )
-        if list(self.exits) != sorted(set(self.exits)) or self.exits[-1] > last:
-            raise ValueError(
-                f"model.exits = {exits} must increase, from 1 to at most {last}, the number of stages before the last "
-                f"of model.sharing = {sharing}; such as {list(range(1, last + 1))[-len(self.exits) :]}"
             )
         return self
 
@@ -300,13 +247,18 @@ class Config(Section):
         """Name of the run: dataset, backbone, and a hash of everything that determines its result.
 
         Storage, data folder, number of workers and unused sections do not enter, so a run may move or scale and still
-        find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too.
+        find its own checkpoint; `teacher.run` enters by its last part, so that the teacher may move too, and
+        `model.pretrained` by its content.
+
+        Raises:
+            UserError: the file `model.pretrained` cannot be read.
         """
         dump = self.model_dump(mode="json", exclude=unused_sections(self.method.name))
         if "teacher" in dump:
             dump["teacher"]["run"] = self.teacher.run_id
         if not is_own_method(self.method.name):
             del dump["method"]["settings"]
+        dump["model"]["pretrained"] = self.model.pretrained_digest
         dump["test_epoch"] = self.run.test_epoch
         del dump["scale"], dump["run"]
         if not self.model.exits:

@@ -8,6 +8,7 @@ from typing import Any
 from wml_ray.config.schema import Config
 from wml_ray.errors import shortened
 from wml_ray.methods.settings import is_own_method, unused_sections
+from wml_ray.storage.paths import to_path
 
 MAX_TITLE = 200
 LAST_SECTIONS = ("model", "optim", "data", "seed")
@@ -44,6 +45,8 @@ def _values(config: Config, left_out: set[str]) -> dict[str, Any]:
             values |= {f"{section}.{key}": value for key, value in dump[section].items()}
         else:
             values[section] = dump[section]
+    if config.model.pretrained:
+        values["model.pretrained"] = to_path(config.model.pretrained).name
     if "teacher" in dump:
         values["teacher.run"] = config.teacher.run_id
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wml_ray.distributed import mean_over_workers, means_in_rank_order
 from wml_ray.methods.base import Batch, StepContext
@@ -58,7 +59,8 @@ def weight_gradient(
         direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
         v = mean_over_workers(v, outer_targets)
     # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
-    with torch.no_grad(), forward_ad.dual_level():
+    # Attention's other kernels have no forward mode.
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
         duals = {
             name: forward_ad.make_dual(theta[name], step_sizes[name] * t) for name, t in zip(theta, v, strict=True)
         }

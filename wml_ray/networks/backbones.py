@@ -13,23 +13,32 @@ from torch import nn
 
 from wml_ray.errors import UserError, one_line
 from wml_ray.networks.cnn import cifar_resnet, densenet_bc, mobilenet_v2, resnet, vgg16_bn, wide_resnet
+from wml_ray.networks.libraries import library_stages
 from wml_ray.networks.spec import ImageSpec, Stages
+from wml_ray.settings import LIBRARIES
 
 
-def build_stages(name: str, spec: ImageSpec) -> Stages:
-    """Freshly initialised stages of the backbone `name` (or of a user's `package.module:function`).
+def build_stages(name: str, spec: ImageSpec, patch_size: int | None = None) -> Stages:
+    """Freshly initialised stages of a backbone.
 
-    A user's function is called as `function(spec)` and returns a list or a dict of modules.
+    `name` is one of `BACKBONES`, a network of a library such as `timm:efficientnet_b0`, or a user's
+    `package.module:function`, which is called as `function(spec)` and returns a list or a dict of modules.
+    `patch_size`, in pixels, is that of a vision transformer; None is the network's own.
 
     Raises:
-        UserError: the name is unknown, or the user's function cannot be imported or returns something else.
+        UserError: the name is unknown, the network cannot be cut into stages or has no such patches, or the user's
+            function cannot be imported or returns something else.
     """
+    if name.partition(":")[0] in LIBRARIES and ":" in name:
+        return library_stages(name, spec, patch_size)
+    if patch_size is not None:
+        raise UserError(f"model.patch_size = {patch_size}: model.backbone = '{name}' has no patches; set it to null")
     if ":" in name:
         return _user_stages(name, spec)
     if name not in BACKBONES:
         raise UserError(
             f"model.backbone = '{name}' is unknown; allowed: {', '.join(BACKBONES)}, "
-            "or your own as package.module:function"
+            "timm:NAME, torchvision:NAME, or your own as package.module:function"
         )
     return BACKBONES[name](spec)
 

@@ -30,6 +30,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.weight, self.bias = local.weight, local.bias
         self.running_mean, self.running_var = local.running_mean, local.running_var
         self.num_batches_tracked = local.num_batches_tracked
+        self.after = nn.Sequential(*local.children())  # the activation inside timm's BatchNormAct2d
         self.train(local.training)
 
     def _check_input_dim(self, input: Tensor) -> None:  # any number of dimensions: it replaces BatchNorm1d, 2d and 3d
@@ -38,7 +39,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """`input` (B, C, ...) normalised with the statistics of the global batch, or with the running statistics."""
         if not self.training:
-            return super().forward(input)
+            return self._activated(super().forward(input))
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input  # as BatchNorm does
         own_var_C, own_mean_C = torch.var_mean(values, [0, *range(2, input.dim())], correction=0)
         count = own_mean_C.new_tensor([input.numel() / self.num_features])
@@ -56,7 +57,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
             shift_C = shift_C + self.bias
         shape = (1, -1, *[1] * (input.dim() - 2))
         normalised: Tensor = values * scale_C.view(shape) + shift_C.view(shape)
-        return normalised.to(input.dtype)
+        return self._activated(normalised.to(input.dtype))
+
+    def _activated(self, outputs: Tensor) -> Tensor:
+        active: Tensor = self.after(outputs)
+        return active
 
     @torch.no_grad()
     def _track(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import gcd
 
 import torch
 
@@ -66,8 +67,9 @@ class PeerBudget:
         kept = {group: group.kept for group in self.groups if group.kept is not None}
         for group in self.free:
             wanted = group.size - int(group.size * min(1.0, strength * self.losing[group]) + 1e-9)
-            step = self.config.round_to
-            wanted = -(-max(wanted, self.config.min_channels) // step) * step
+            step = self.config.round_to // gcd(self.config.round_to, group.unit)
+            fewest = -(-self.config.min_channels // group.unit)
+            wanted = -(-max(wanted, fewest) // step) * step
             kept[group] = min(wanted, group.size)
         return kept
 

@@ -31,10 +31,13 @@ CRITERIA: dict[str, Callable[[PeerTree, Sequence[Batch]], dict[str, Tensor]]] = 
 
 
 def score_groups(groups: Sequence[ChannelGroup], saliencies: Mapping[str, Tensor]) -> None:
-    """Set I_f of each group: the summed importance of a filter's weights, averaged over the layers tied to it."""
+    """Set I_f of each group: the summed importance of a filter's weights, averaged over the layers tied to it.
+
+    Of a head it is the mean over its filters, so that heads and channels compare.
+    """
     for group in groups:
         scores = [
-            saliencies[f"{name}.weight"].flatten(1).sum(1).cpu()[indices].sum(1)
+            saliencies[f"{name}.weight"].flatten(1).sum(1).cpu()[indices].mean(1)
             for name, side, indices in group.members
             if side == "out" and saliencies[f"{name}.weight"].dim() > 1
         ]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from wml_ray.config.schema import PruningConfig
-from wml_ray.errors import UserError
+from wml_ray.errors import UserError, one_line
 from wml_ray.methods.base import Batch
-from wml_ray.networks.costs import WEIGHTED, LayerCost, layer_costs
-from wml_ray.networks.peer_tree import PeerTree, copy_name
+from wml_ray.networks.costs import WEIGHTED, LayerCost, example, layer_costs
+from wml_ray.networks.peer_tree import PeerTree, copy_name, in_mode
 from wml_ray.networks.spec import ImageSpec
 from wml_ray.pruning.budget import PeerBudget
 from wml_ray.pruning.channels import channel_groups
@@ -37,7 +39,31 @@ def prune(tree: PeerTree, config: PruningConfig, spec: ImageSpec, batches: Seque
     score_groups(groups, CRITERIA["snip"](tree, batches))
     for peer in sorted(range(tree.num_peers), key=lambda peer: config.ratios[peer]):
         PeerBudget(tree, peer, groups, costs, heads, config).fit()
-    return remove_channels(tree, groups)
+    widths = remove_channels(tree, groups)
+    _check_that_it_runs(tree, spec)
+    return widths
+
+
+def _check_that_it_runs(tree: PeerTree, spec: ImageSpec) -> None:
+    """Run the pruned tree once.
+
+    Raises:
+        UserError: a layer has other widths than the layers around it.
+    """
+    names = {module: name for name, module in tree.named_modules()}
+    running: list[str] = []
+    hooks = [module.register_forward_pre_hook(lambda module, _: running.append(names[module])) for module in names]
+    try:
+        with torch.no_grad(), in_mode(tree, training=False):
+            tree.logits(example(tree, spec))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model.backbone cannot be pruned: {running[-1]} stands in the way, as its channels depend on "
+            f"others in a way that cannot be traced ({one_line(error)})"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def head_names(tree: PeerTree, costs: Mapping[str, LayerCost], spec: ImageSpec) -> list[str]:

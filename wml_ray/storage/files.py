@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,22 @@ def check_regular(path: Path) -> None:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path} is not a regular file; remove it or restore the file")
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a local file; it is computed again only after the file has changed.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    status = path.stat()
+    return _digest_of(path.resolve(), status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from wml_ray.checkpoints.checkpoint import Checkpoint, DamagedCheckpoint
 from wml_ray.checkpoints.load import build_tree, config_and_spec, rebuild_tree
 from wml_ray.checkpoints.plan import check_plan, layout
+from wml_ray.checkpoints.pretrained import load_pretrained
 from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
@@ -76,11 +78,13 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     teacher = load_teacher(config, dataset)
     tree = build_tree(config, dataset.spec)
     full = peer_costs(tree, dataset.spec)
+    pretrained = None
     if start := starting_tree(config, teacher):
         channels = start.channels
         apply_channel_widths(tree, channels)
         tree.load_state_dict(start.tree.state_dict())
     else:
+        pretrained = load_pretrained(tree, config.model, dataset.spec) if config.model.pretrained else None
         channels = _prune(tree, config, dataset)
     state = initial_state(_method_on(tree, config, dataset.spec, teacher))
     metadata = {
@@ -104,6 +108,8 @@ def initial_checkpoint(config: Config, dataset: Dataset) -> Checkpoint:
     }
     if teacher:
         metadata["teacher"] = teacher.record
+    if pretrained:
+        metadata["pretrained"] = pretrained
     return Checkpoint(0, tree.state_dict(), state, metadata)
 
 
@@ -150,6 +156,8 @@ def check_checkpoint(config: Config, checkpoint: Checkpoint, teacher: FrozenTeac
     """
     name = f"of epoch {checkpoint.epoch}"
     own_config, spec = config_and_spec(checkpoint, name)
+    if own_config.model.pretrained and config.model.pretrained:  # the file may have moved
+        own_config = with_values(own_config, {"model.pretrained": config.model.pretrained})
     run_ids = {str(checkpoint.metadata.get("run_id")), own_config.run_id}
     if run_ids != {config.run_id}:
         raise DamagedCheckpoint(f"the checkpoint {name} is of another run ({', '.join(sorted(run_ids))})")

@@ -173,6 +173,7 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
         tree = rebuild_tree(checkpoint, f"of epoch {epoch}")
         own_config, own_spec = config_and_spec(checkpoint, f"of epoch {epoch}")
         statistics = checkpoint.metadata["normalisation"]["mean"], checkpoint.metadata["normalisation"]["std"]
+        source = {"run": checkpoint.metadata["run_id"], "epoch": epoch, "peer": peer}
     except (DamagedCheckpoint, *UNREADABLE) as error:
         raise _refused(config, f"{one_line(error)}; restore its files, or train it again") from None
     _check_data(config, own_config, spec, own_spec)
@@ -184,7 +185,6 @@ def _from_run(config: Config, spec: ImageSpec, dataset: Dataset | None) -> tuple
         raise UserError(
             f"teacher.peer = {peer}: {folder.name} has the peers 0 to {tree.num_peers - 1}, or null for all"
         )
-    source = {"run": own_config.run_id, "epoch": epoch, "peer": peer}
     if peer is None:
         return FrozenTeacher(tree, source, checkpoint.metadata["channels"]), statistics
     return FrozenTeacher(_chain(tree.stages_of(peer)), source), statistics

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from wml_ray.checkpoints.pretrained import describe_pretrained
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.config.load import as_config
 from wml_ray.config.schema import Config
@@ -36,6 +37,8 @@ class RunPlan:
     state: str
     images: str
     teacher: str  # empty where the method has none
+    stages: list[str]  # names; `model.sharing` has an entry for each
+    pretrained: str  # what was loaded; empty without `model.pretrained`
 
 
 def plan(config: str | Path | Mapping[str, Any] | Config, check_data: bool = False, **overrides: Any) -> RunPlan:
@@ -59,7 +62,16 @@ def plan(config: str | Path | Mapping[str, Any] | Config, check_data: bool = Fal
     check_batch_shares(config, dataset, max(most, 1))
     images_a_worker = -(-config.data.batch_size // max(fewest, 1))
     memory = training_memory_bytes(method, dataset.spec, images_a_worker, config.optim)
-    return RunPlan(start.metadata["peers"], start.metadata["tree"]["params"], memory, _state(config), images, teacher)
+    return RunPlan(
+        peers=start.metadata["peers"],
+        tree_params=start.metadata["tree"]["params"],
+        memory_bytes=memory,
+        state=_state(config),
+        images=images,
+        teacher=teacher,
+        stages=list(method.tree.stages),
+        pretrained=describe_pretrained(start.metadata["pretrained"]) if "pretrained" in start.metadata else "",
+    )
 
 
 def _state(config: Config) -> str:
