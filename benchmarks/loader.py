@@ -1,4 +1,4 @@
-"""Images a second of the loader: shards against an image folder and a bare loop over the decoder; memory of many images.
+"""Images a second of the loader: shards against an image folder and a bare decoding loop; memory of many images.
 
 .venv/bin/python benchmarks/loader.py [IMAGES] [TINY_IMAGES]
 """
