@@ -33,7 +33,7 @@ def test_the_status_file_holds_those_errors_that_a_retry_cannot_mend(workplace, 
     settings = {
         "config": config.dump(),
         "threads": 1,
-        "worker_environment": WorkerEnvironment.capture(config.run_folder, None),
+        "worker_environment": WorkerEnvironment.capture(config.run_folder, config.data, None),
     }
     with pytest.raises(error, match="its message"):
         train.train_loop_per_worker(settings)

@@ -48,8 +48,9 @@ def test_streamed_training_images_are_cropped_anew_each_epoch(tmp_path):
 def test_val_is_the_test_set_unless_there_is_a_test_folder(tmp_path, parts, validation, test):
     dataset = image_folder(make_image_folder(tmp_path, parts))
 
+    samples = dataset.images.samples
     files = {
-        split: [Path(dataset.files.samples[index][0]).relative_to(tmp_path) for index in dataset.splits[split].tolist()]
+        split: [Path(samples[index][0]).relative_to(tmp_path) for index in dataset.splits[split].tolist()]
         for split in ("train", "validation", "test")
     }
     folders = {split: {path.parts[0] for path in paths} for split, paths in files.items()}

@@ -12,6 +12,7 @@ from wml_ray.cli.export import export_network, register_network
 from wml_ray.cli.job import job_from_options, run_job
 from wml_ray.cli.options import parse_arguments
 from wml_ray.cli.output import configure_warnings, print_line, show_comparison, show_plan, show_study
+from wml_ray.cli.shard import shard_images
 from wml_ray.cli.submit import manage_jobs, submit_job
 
 
@@ -99,6 +100,7 @@ VERBS = {
     "evaluate": evaluate_run,
     "export": export_network,
     "register": register_network,
+    "shard": shard_images,
     "submit": submit_job,
     "jobs": manage_jobs,
 }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from wml_ray.cli.choose import add_evaluate, add_pick
 from wml_ray.cli.exit_codes import USER_ERROR
 from wml_ray.cli.export import add_export, add_register
+from wml_ray.cli.shard import add_shard
 
 if TYPE_CHECKING:
     from wml_ray.config.schema import Config
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(verbs)
     add_export(verbs)
     add_register(verbs)
+    add_shard(verbs)
     _add_submit(verbs)
     _add_jobs(verbs)
     return parser

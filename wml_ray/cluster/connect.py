@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from wml_ray.config.schema import Config
+from wml_ray.config.schema import Config, DataConfig
 from wml_ray.errors import UserError, one_line
 from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.storage.files import storage_environment
@@ -82,9 +82,12 @@ class WorkerEnvironment:
     tracked: TrackedRun | None = field(default=None, repr=False)  # its address may hold a password
 
     @classmethod
-    def capture(cls, folder: Path, lease: Lease | None, tracked: TrackedRun | None = None) -> WorkerEnvironment:
-        """The environment of this process, for a worker that writes into `folder`."""
-        credentials = storage_environment() if is_remote(folder) else {}
+    def capture(
+        cls, folder: Path, data: DataConfig, lease: Lease | None, tracked: TrackedRun | None = None
+    ) -> WorkerEnvironment:
+        """The environment of this process, for a worker that reads `data` and writes into `folder`."""
+        remote = is_remote(folder) or is_remote(to_path(data.root))
+        credentials = storage_environment() if remote else {}
         return cls([path for path in sys.path if path], tracking_environment() | credentials, lease, tracked)
 
     def send(self) -> WorkerEnvironment | ray.ObjectRef:
@@ -116,7 +119,7 @@ def with_absolute_paths(config: Config) -> dict[str, Any]:
     """The config as a dict for a worker, whose working directory is made by Ray."""
     raw = config.model_dump(mode="json")
     raw["run"]["storage_path"] = str(to_path(config.run.storage_path).resolve())
-    raw["data"]["root"] = str(Path(config.data.root).resolve())
+    raw["data"]["root"] = str(to_path(config.data.root).resolve())
     if config.teacher.run and config.method.name in TEACHER_METHODS:
         raw["teacher"]["run"] = absolute_run(config.teacher.run, config.run.storage_path)
     return raw

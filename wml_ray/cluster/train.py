@@ -57,7 +57,7 @@ def fit(config: Config, tracked: TrackedRun | None, on_event: OnEvent, lease: Le
         UserError: a mistake in the user's input that only a worker meets, such as an image that cannot be read.
     """
     name = uuid.uuid4().hex
-    environment = WorkerEnvironment.capture(config.run_folder, lease, tracked)
+    environment = WorkerEnvironment.capture(config.run_folder, config.data, lease, tracked)
     if config.scale.workers == 0:
         return _train(config, {"on_event": on_event}, name, environment)
     with DriverQueue({"on_event": on_event}) as queue:
@@ -82,7 +82,7 @@ def fit_trial(
     """
     with DriverQueue({"log": log, "on_placement": on_placement}) as queue:
         senders = {"log": queue.sender("log"), "on_placement": queue.sender("on_placement", acknowledge=False)}
-        _train(config, senders, name, WorkerEnvironment.capture(config.run_folder, lease))
+        _train(config, senders, name, WorkerEnvironment.capture(config.run_folder, config.data, lease))
 
 
 def _train(config: Config, settings: dict[str, Any], name: str, environment: WorkerEnvironment) -> int:

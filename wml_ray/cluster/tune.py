@@ -65,7 +65,7 @@ def _fit(
     scheduler = make_scheduler(study.search, study.space, searcher.stopped)
     replay(scheduler, study)
     several_workers = has_several_workers(config)
-    worker_environment = WorkerEnvironment.capture(study.folder, study.lease).send()
+    worker_environment = WorkerEnvironment.capture(study.folder, study.space.base.data, study.lease).send()
     function = partial(trial_function, worker_environment=worker_environment)
     # an actor that starts workers needs no CPU, but Ray Tune refuses actors without resources
     resources = {"memory": 2.0**20} if several_workers else trial_resources(config)

@@ -45,10 +45,12 @@ MAX_PIXELS = 100_000_000
 class DataConfig(Section):
     """The dataset, its splits, and the augmentation."""
 
-    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"] = Field(
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder", "shards"] = Field(
         "digits", description="dataset; `digits` is part of scikit-learn and needs no download"
     )
-    root: Text = Field("data", description="folder of the dataset")
+    root: Address = Field(
+        "data", description="folder of the dataset; of `shards` also an address such as s3://bucket/set"
+    )
     download: bool = Field(False, description="download the dataset into `data.root` if it is not there")
     batch_size: Annotated[Count, Field(ge=2, le=2**16)] = Field(
         64, description="images per training step, summed over all workers; from 2 to 65,536"
@@ -59,26 +61,33 @@ class DataConfig(Section):
     )
     resolution: Annotated[Count, Field(ge=8, le=4096)] = Field(
         224,
-        description="width and height of the images in pixels, from 8 to 4,096; `imagefolder` only",
+        description="width and height of the images in pixels, from 8 to 4,096; `imagefolder` and `shards` only",
     )
     crop_padding: Annotated[CountOrZero, Field(le=64)] = Field(
         0,
         description="pixels of zero padding, at most 64, before a random crop to the original size; 0 is off; not for "
-        "`imagefolder`",
+        "`imagefolder` or `shards`",
     )
     flip: bool = Field(False, description="mirror half of the training images horizontally, at random")
     cutout: Annotated[CountOrZero, Field(le=4096)] = Field(
-        0, description="side in pixels of a random square that is set to the mean; 0 is off; not for `imagefolder`"
+        0,
+        description="side in pixels of a random square that is set to the mean; 0 is off; not for `imagefolder` "
+        "or `shards`",
     )
     loader_workers: Annotated[CountOrZero, Field(le=256)] = Field(
-        2, description="processes that load images, per training worker, at most 256; `imagefolder` only"
+        2, description="processes that load images, per training worker, at most 256; `imagefolder` and `shards` only"
     )
     skip_bad: bool = Field(
         False, description="leave out images that cannot be decoded: decodes all before training; `imagefolder` only"
     )
     max_pixels: Count = Field(
-        MAX_PIXELS, description="images with more pixels are refused by their header, unread; `imagefolder` only"
+        MAX_PIXELS,
+        description="images with more pixels are refused by their header, unread; `imagefolder` and `shards` only",
     )
+    cache_gb: NonNegative = Field(
+        10.0, description="largest size in GB of the local copies of remote `shards` on a node; 0 keeps none"
+    )
+    cache_path: Text = Field("~/.cache", description="folder on each node that holds these copies")
     train_images: Count | None = Field(
         None, description="use only so many training images, drawn by the seed, balanced by class; null uses all"
     )
@@ -263,7 +272,7 @@ class Config(Section):
         del dump["scale"], dump["run"]
         if not self.model.exits:
             del dump["model"]["exits"]
-        for key in ("root", "download", "loader_workers"):
+        for key in ("root", "download", "loader_workers", "cache_gb", "cache_path"):
             del dump["data"][key]
         digest = hashlib.sha256(json.dumps(dump, sort_keys=True).encode()).hexdigest()[:10]
         backbone = self.model.backbone.rsplit(":", 1)[-1]

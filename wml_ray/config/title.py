@@ -12,7 +12,10 @@ from wml_ray.storage.paths import to_path
 
 MAX_TITLE = 200
 LAST_SECTIONS = ("model", "optim", "data", "seed")
-NOT_SHOWN = ("data.name", "data.root", "data.download", "data.loader_workers", "model.backbone", "scale.", "run.")
+NOT_SHOWN = (
+    *("data.name", "data.root", "data.download", "data.loader_workers", "data.cache_", "model.backbone"),
+    *("scale.", "run."),
+)
 """Keys at the start of the title, and keys that decide where a run is and not its numbers."""
 
 

@@ -50,7 +50,7 @@ def _find_undecodable(listing: ImageListing, max_pixels: int, decode_all: bool, 
     paths = [path for path, _ in listing.samples]
     sample = set(paths[:: max(1, len(paths) // SAMPLE)])
     bad: dict[str, str] = {}
-    with _progress(bar=show_progress) as on_progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress("checking images", bar=show_progress) as on_progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(paths), CHUNK):
             chunk = paths[start : start + CHUNK]
             for path, reason in zip(
@@ -92,7 +92,7 @@ def _looks_whole(path: str, max_pixels: int) -> bool:
 
 
 @contextmanager
-def _progress(bar: bool) -> Iterator[OnProgress]:
+def progress(title: str, bar: bool) -> Iterator[OnProgress]:
     """A progress bar on a terminal if `bar`; otherwise a plain line every 10 s."""
     from rich.console import Console
     from rich.progress import Progress
@@ -100,7 +100,7 @@ def _progress(bar: bool) -> Iterator[OnProgress]:
     console = Console(stderr=True)
     if bar and console.is_terminal:
         with Progress(console=console, transient=True) as shown:
-            task = shown.add_task("checking images", total=None)
+            task = shown.add_task(title, total=None)
             yield lambda done, total: shown.update(task, completed=done, total=total)
         return
     last_s = time.monotonic()
@@ -109,6 +109,6 @@ def _progress(bar: bool) -> Iterator[OnProgress]:
         nonlocal last_s
         if time.monotonic() - last_s >= PROGRESS_S:
             last_s = time.monotonic()
-            print(f"checking images: {done:,} of {total:,}", flush=True)
+            print(f"{title}: {done:,} of {total:,}", flush=True)
 
     yield print_now_and_then

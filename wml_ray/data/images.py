@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,6 +30,24 @@ class ImageListing:
     samples: list[tuple[str, int]]  # path, label
     num_train: int
     num_test: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image."""
+        return [label for _, label in self.samples]
+
+    def read(self, indices: Sequence[int], max_pixels: int) -> Iterator[tuple[Tensor, int]]:
+        """Image, uint8 (3, H, W), and label of each index.
+
+        Raises:
+            UserError: an image cannot be decoded.
+        """
+        for index in indices:
+            path, label = self.samples[index]
+            yield read_image(path, max_pixels), label
+
+    def read_ahead(self) -> None:
+        """Nothing: the images are files of a folder."""
 
     def name(self, path: str) -> str:
         """Path below the root, as `skipped_images` records it."""
@@ -152,11 +171,16 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         UserError: the file cannot be decoded, or its header names more than `max_pixels` pixels.
     """
+    return decode_image(path, path, max_pixels)
+
+
+def decode_image(file: str | BytesIO, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """As `read_image`, from a path or from the bytes of a file; `name` is that of the image in messages."""
     try:
-        return _decode(path, max_pixels)
+        return _decode(file, max_pixels)
     except Exception as error:  # decoders raise many types; each means that this file cannot be decoded
         raise UserError(
-            f"image {printable(path)} cannot be decoded ({decode_reason(error)}); repair or remove the file, or set "
+            f"image {printable(name)} cannot be decoded ({decode_reason(error)}); repair or remove the file, or set "
             "data.skip_bad=true"
         ) from error
 
@@ -175,13 +199,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def _decode(path: str, max_pixels: int) -> Tensor:
+def _decode(file: str | BytesIO, max_pixels: int) -> Tensor:
     from PIL import Image
 
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow refuses images of twice that
     try:
-        image = Image.open(path)
+        image = Image.open(file)
     except Image.DecompressionBombError:
         raise _too_many_pixels(max_pixels) from None
     with image:

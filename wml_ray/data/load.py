@@ -13,6 +13,7 @@ from wml_ray.data.dataset import Dataset
 from wml_ray.data.images import list_images, printable
 from wml_ray.data.in_memory import InMemoryDataset
 from wml_ray.data.readers import DATASETS, read_images
+from wml_ray.data.shards import ShardedImages
 from wml_ray.data.splits import make_splits
 from wml_ray.data.streamed import StreamedDataset
 
@@ -21,7 +22,7 @@ def load_dataset(config: Config, device: torch.device | str = "cpu", skipped: Co
     """Load the dataset of `config`; a small one is kept in the memory of `device`.
 
     `skipped` names images of an image folder to leave out, below `data.root`. With None and data.skip_bad, every image
-    is decoded once to find those that cannot be.
+    is decoded once to find those that cannot be. A set of shards records those that it leaves out.
 
     Raises:
         UserError: the folder is missing or broken, the download failed, or a split would be empty.
@@ -32,6 +33,9 @@ def load_dataset(config: Config, device: torch.device | str = "cpu", skipped: Co
             skipped = _skipped_images(config)
         listing = list_images(config.data).without(skipped)
         return StreamedDataset(config, listing, device, skipped)
+    if config.data.name == "shards":
+        shards = ShardedImages(config.data)
+        return StreamedDataset(config, shards, device, shards.header.skipped)
     pixels, classes, num_train = read_images(config.data)
     images, labels = torch.from_numpy(pixels), torch.from_numpy(classes)
     splits = make_splits(config, labels, num_train, len(labels) - num_train)

@@ -19,7 +19,8 @@ from filelock import FileLock
 
 from wml_ray.config.schema import DataConfig
 from wml_ray.data.images import class_folders
-from wml_ray.errors import UserError, one_line, root_cause
+from wml_ray.data.shards import read_header
+from wml_ray.errors import UserError, number_of, one_line, root_cause
 from wml_ray.networks.spec import ImageSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -45,27 +46,29 @@ def image_spec(config: DataConfig) -> ImageSpec:
     """Channels, resolution and classes of the configured dataset; reads no image.
 
     Raises:
-        UserError: an image folder that is missing or has no classes.
+        UserError: an image folder or a set of shards that is missing or has no classes.
     """
-    if config.name != "imagefolder":
+    if config.name in DATASETS:
         return DATASETS[config.name].spec
-    return ImageSpec(3, config.resolution, len(class_folders(config)))
+    return ImageSpec(3, config.resolution, len(class_names(config)))
 
 
 def class_names(config: DataConfig) -> list[str]:
     """Names of the classes in the order of their labels; of an image folder, its folders.
 
     Raises:
-        UserError: an image folder that is missing or has no classes.
+        UserError: an image folder or a set of shards that is missing or has no classes.
     """
     if config.name == "imagefolder":
         return class_folders(config)
+    if config.name == "shards":
+        return read_header(config.root).classes
     return list(DATASETS[config.name].classes)
 
 
 def image_resolution(config: DataConfig) -> int:
     """Side in pixels of the images that a network sees."""
-    return config.resolution if config.name == "imagefolder" else DATASETS[config.name].spec.resolution
+    return DATASETS[config.name].spec.resolution if config.name in DATASETS else config.resolution
 
 
 def read_images(config: DataConfig) -> Images:
@@ -100,6 +103,9 @@ def check_dataset(config: DataConfig) -> str:
     """
     if config.name == "imagefolder":
         return f"is there, {len(class_folders(config))} classes"
+    if config.name == "shards":
+        header = read_header(config.root)
+        return f"is there, {len(header.classes)} classes in {number_of(len(header.shards), 'shard')}"
     try:
         images, _, _ = read_images(config.model_copy(update={"download": False}))
     except DataMissing:

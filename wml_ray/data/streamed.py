@@ -1,16 +1,16 @@
-"""A dataset of image files, decoded and augmented in loader processes."""
+"""A dataset of encoded images, in files or in shards, decoded and augmented in loader processes."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wml_ray.config.schema import Config, DataConfig
 from wml_ray.data.dataset import EVAL_BATCH, Dataset, NumberedBatches, view_keys
-from wml_ray.data.images import ImageListing, read_image
 from wml_ray.data.splits import Split, make_splits, seed_for
 from wml_ray.distributed import WorkerRank
 from wml_ray.errors import UserError
@@ -20,21 +20,46 @@ from wml_ray.networks.spec import ImageSpec
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class StreamedDataset(Dataset):
-    """Image files, decoded and augmented one by one in loader processes."""
+class Images(Protocol):
+    """Encoded images of a set: those for training first, then those for testing, then those for validation."""
 
-    def __init__(
-        self, config: Config, listing: ImageListing, device: torch.device, skipped: Collection[str] = ()
-    ) -> None:
-        """`skipped` names the images that `listing` leaves out."""
-        spec = ImageSpec(3, config.data.resolution, len(listing.classes))
-        labels = torch.tensor([label for _, label in listing.samples])
-        num_validation = len(labels) - listing.num_train - listing.num_test
-        splits = make_splits(config, labels, listing.num_train, listing.num_test, num_validation)
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes in the order of their labels."""
+
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+
+    @property
+    def num_test(self) -> int:
+        """Number of test images."""
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The label of each image."""
+
+    def read(self, indices: Sequence[int], max_pixels: int) -> Iterator[tuple[Tensor, int]]:
+        """Image, uint8 (3, H, W), and label of each index."""
+
+    def read_ahead(self) -> None:
+        """Called at each training step: fetch what later steps need, and raise the errors met there since."""
+
+
+class StreamedDataset(Dataset):
+    """Encoded images, decoded and augmented one by one in loader processes."""
+
+    def __init__(self, config: Config, images: Images, device: torch.device, skipped: Collection[str] = ()) -> None:
+        """`skipped` names the images that `images` leaves out."""
+        spec = ImageSpec(3, config.data.resolution, len(images.classes))
+        labels = torch.tensor(images.labels)
+        num_validation = len(labels) - images.num_train - images.num_test
+        splits = make_splits(config, labels, images.num_train, images.num_test, num_validation)
         super().__init__(config, spec, splits, device)
         self.skipped = tuple(skipped)
         self.mean, self.std = (tuple(255 * v for v in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.files = ImageFiles(listing.samples, config.data)
+        self.images = images
+        self.files = ImageFiles(images, config.data)
 
     def pixels(self, indices: Tensor) -> Batch:
         return next(self._decoded([[(index, ()) for index in indices.tolist()]], workers=0))
@@ -56,9 +81,12 @@ class StreamedDataset(Dataset):
             keys = view_keys(key, step, views)
             return tuple(seed_for(self.config.seed, *drawn_from, index) for drawn_from in keys)
 
-        return self._stream(
+        stream = self._stream(
             [(index, seeds(step, index)) for index in worker.share_of(indices).tolist()] for step, indices in batches
         )
+        for batch in stream:
+            self.images.read_ahead()
+            yield batch
 
     def _stream(self, batches: Any) -> Iterator[Batch]:
         for images, labels in self._decoded(batches):
@@ -76,8 +104,9 @@ class StreamedDataset(Dataset):
             for images, labels in loader:  # images (B, views, C, H, W)
                 on_device = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
                 yield on_device, labels.to(self.device, non_blocking=True)
-        except UserError as error:  # the message of a loader process starts with its traceback
-            raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+        except UserError as error:  # the message of a loader process has its traceback before that of the error
+            last = str(error).strip().splitlines()[-1]
+            raise type(error)(re.sub(r"^wml_ray[.\w]+: ", "", last)) from None
 
 
 def evaluation_transform(resolution: int) -> Any:
@@ -90,29 +119,29 @@ def evaluation_transform(resolution: int) -> Any:
 class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Reads (index, seeds): a random crop and flip drawn from each seed, or the centre crop if there is no seed."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], config: DataConfig) -> None:
+    def __init__(self, images: Images, config: DataConfig) -> None:
         from torchvision.transforms import v2
 
-        self.samples, self.max_pixels = samples, config.max_pixels
+        self.images, self.max_pixels = images, config.max_pixels
         resolution = config.resolution
         self.training = v2.Compose(
             [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)]
         )
         self.evaluation = evaluation_transform(resolution)
 
-    def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, int]:
-        index, seeds = key
-        path, label = self.samples[index]
-        image = read_image(path, self.max_pixels)
+    def __getitems__(self, keys: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[Tensor, int]]:
+        """Views (views, C, H, W) and label of each image of a batch; a DataLoader calls this once a batch."""
+        read = self.images.read([index for index, _ in keys], self.max_pixels)
+        return [(self._views(image, seeds), label) for (_, seeds), (image, label) in zip(keys, read, strict=True)]
+
+    def _views(self, image: Tensor, seeds: tuple[int, ...]) -> Tensor:
         if not seeds:
-            return self.evaluation(image)[None], label
+            evaluated: Tensor = self.evaluation(image)
+            return evaluated[None]
         with torch.random.fork_rng(devices=[]):
-            return torch.stack([self._view(image, seed) for seed in seeds]), label
+            return torch.stack([self._view(image, seed) for seed in seeds])
 
     def _view(self, image: Tensor, seed: int) -> Tensor:
         torch.manual_seed(seed)
         view: Tensor = self.training(image)
         return view
-
-    def __len__(self) -> int:
-        return len(self.samples)

@@ -35,7 +35,7 @@ def pixels_of(image: Image, data: DataConfig, spec: ImageSpec) -> Tensor:
             raise UserError(f"an image has the shape {tuple(image.shape)}; as a tensor it must be {spec.shape}")
         return image
     rgb = read_image(str(image), data.max_pixels) if isinstance(image, (str, Path)) else decoded(image)
-    if data.name == "imagefolder":
+    if data.name not in DATASETS:
         cropped: Tensor = evaluation_transform(spec.resolution)(rgb)
         return cropped
     return _as_stored(rgb, DATASETS[data.name].white, spec)

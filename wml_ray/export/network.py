@@ -61,7 +61,8 @@ class NetworkInfo:
     @property
     def white(self) -> int:
         """The largest value of a pixel."""
-        return 255 if self.config.data.name == "imagefolder" else DATASETS[self.config.data.name].white
+        name = self.config.data.name
+        return DATASETS[name].white if name in DATASETS else 255
 
     @property
     def title(self) -> str:

@@ -119,7 +119,7 @@ def group_runs(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, l
     params = [name for name in runs.columns if "." in name and "/" not in name]
     grouped = [name for key in keys for name in _columns_of(params, key)]
     for name in params:
-        left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
+        left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_")
         values = runs[name].dropna().unique()
         if len(values) > 1 and name not in grouped and (not name.startswith(left_out) or name == "run.test_epoch"):
             raise UserError(

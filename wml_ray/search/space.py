@@ -26,6 +26,8 @@ _NOT_SEARCHED = {
     "data.root": "it does not change the trained networks; set it in the config",
     "data.download": "it does not change the trained networks; set it in the config",
     "data.loader_workers": "it does not change the trained networks; set it in the config",
+    "data.cache_gb": "it does not change the trained networks; set it in the config",
+    "data.cache_path": "it does not change the trained networks; set it in the config",
 }
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 Domain = Distribution | Increasing
@@ -210,7 +212,7 @@ def extremes(distribution: Distribution) -> list[Any]:
 
 def result_settings(config: Config) -> dict[str, Any]:
     """Dotted keys to values, without those that do not change the trained networks."""
-    left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers")
+    left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_")
     flat = config.flatten().items()
     return {key: value for key, value in flat if not key.startswith(left_out) or key == "run.test_epoch"}
 

@@ -19,6 +19,7 @@ from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
 from wml_ray.search.trials import Trial, TrialStore
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.paths import to_path
 from wml_ray.storage.runs import absolute_run
 from wml_ray.tracking.tags import TrialState
 from wml_ray.training.events import now_ms
@@ -130,7 +131,7 @@ class RunningStudy:
         values = {
             "run.storage_path": str((self.folder / "trials").resolve()),
             "run.name": self.store.trial_folder(trial.number).name,
-            "data.root": str(Path(config.data.root).resolve()),
+            "data.root": str(to_path(config.data.root).resolve()),
             "scale.cpus_per_worker": config.scale.cpus_per_worker or 1,  # as in `trial_resources`
         }
         if config.teacher.run and config.method.name in TEACHER_METHODS:

@@ -36,13 +36,13 @@ def dataset_inputs(result: Mapping[str, Any]) -> list[Any]:
     """The splits that a finished run was trained, validated and tested on, as MLflow's dataset inputs.
 
     The digest covers all that decides which images a split holds: the dataset, the seed and the sizes of the splits;
-    for an image folder also its path and resolution.
+    for an image folder or a set of shards also its path and resolution.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     config, images = result["config"], result["images"]
     data = config["data"]
-    own_folder = [data["root"], data["resolution"]] if data["name"] == "imagefolder" else []
+    own_folder = [data["root"], data["resolution"]] if data["name"] in ("imagefolder", "shards") else []
     identity = [data["name"], config["seed"], images, *own_folder]
 
     source = json.dumps({"uri": "scikit-learn" if data["name"] == "digits" else data["root"]})
