@@ -108,7 +108,7 @@ def test_batchnorm_with_an_activation_inside_keeps_it_over_workers():
 @pytest.mark.parametrize("name", LIBRARY)
 def test_a_library_network_is_pruned_trained_and_exported(name, tmp_path, monkeypatch):
     from wml_ray.export.network import network_of
-    from wml_ray.verbs.export import export
+    from wml_ray.verbs.export import export_network
 
     monkeypatch.chdir(tmp_path)
     stages = len(build_stages(name, SMALL))
@@ -125,7 +125,7 @@ def test_a_library_network_is_pruned_trained_and_exported(name, tmp_path, monkey
     for peer, ratio in zip(result["peers"], (0.1, 0.3), strict=True):
         assert ratio <= peer["macs_drop"] < ratio + 0.03
     checkpoint = Checkpoints(config.run_folder / "checkpoints", 1).load(1)
-    exported = export(network_of(checkpoint, "checkpoint", 1), "onnx", tmp_path / "out")
+    exported = export_network(network_of(checkpoint, "checkpoint", 1), "onnx", tmp_path / "out")
     assert exported.verification.logit_difference < 1e-4
     assert exported.verification.equal_predictions == 1
 
