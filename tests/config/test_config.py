@@ -11,7 +11,7 @@ from wml_ray.errors import UserError
 from wml_ray.methods.settings import has_effect
 
 SECTIONS_OUTSIDE_THE_RUN_ID = ("run", "scale")
-KEYS_OUTSIDE_THE_RUN_ID = ("data.root", "data.download", "data.loader_workers")
+KEYS_OUTSIDE_THE_RUN_ID = ("data.root", "data.download", "data.loader_workers", "data.cache_gb", "data.cache_path")
 BASE = {"optim": {"milestones": [2]}}  # so that every schedule is valid
 
 UNUSUAL = {

@@ -81,7 +81,7 @@ def test_a_subset_follows_from_the_seed_and_is_part_of_a_larger_one():
 
 def test_a_subset_of_streamed_images_is_balanced(tmp_path):
     dataset = image_folder(make_image_folder(tmp_path), train_images=10)
-    labels = [dataset.files.samples[index][1] for index in dataset.splits["train"].tolist()]
+    labels = [dataset.images.labels[index] for index in dataset.splits["train"].tolist()]
     assert sorted(labels) == [0] * 5 + [1] * 5
 
 

@@ -16,7 +16,7 @@ from studies import small_space
 
 from wml_ray.cluster.tune import run_trials
 from wml_ray.search.settings import SearchConfig
-from wml_ray.search.study import Study
+from wml_ray.search.study import RunningStudy
 from wml_ray.training.events import EpochEnd
 from wml_ray.verbs.train import train
 
@@ -87,7 +87,7 @@ def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplac
         if len(study.trials) - study.counts()["RUNNING"] > len(usage.rows):
             usage.measure()
 
-    study = Study(small_space("optim.epochs=1"), search, Path("results/many").resolve(), "token", on_change)
+    study = RunningStudy(small_space("optim.epochs=1"), search, Path("results/many").resolve(), "token", on_change)
     run_trials(study, InMemoryStorage(), trial_function=train_nothing)
     assert len(usage.rows) > 150
     assert_no_growth(usage)

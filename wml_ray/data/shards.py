@@ -12,16 +12,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from wml_ray.config.schema import DataConfig
 from wml_ray.data.images import decode_image
 from wml_ray.data.shard_cache import Shard, ShardCache, read_file
 from wml_ray.errors import UserError
 from wml_ray.storage.files import DamagedFile, parse_object
+
+if TYPE_CHECKING:  # the header is read without PyTorch
+    from torch import Tensor
 
 HEADER, INDEX = "shards.json", "index.npy"
 HEADER_KEYS = ("classes", "num_train", "num_test", "skipped", "resize", "index_sha256", "shards")
@@ -147,5 +149,5 @@ class ShardedImages:
         raw = read_file(self.root, INDEX)
         if hashlib.sha256(raw).hexdigest() != self.header.index_sha256:
             raise UserError(f"data.root = '{self.root}': {INDEX} is damaged; write the set again with `wml-ray shard`")
-        rows: Rows = np.load(io.BytesIO(raw), allow_pickle=False)
+        rows: Rows = np.load(io.BytesIO(raw))
         return rows

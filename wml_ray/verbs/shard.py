@@ -198,7 +198,7 @@ def _finished(root: Path, record: Path, key: str) -> _Part | None:
 def _write_index(root: Path, listing: ImageListing, parts: Sequence[_Part], resize: int | None) -> ShardHeader:
     rows = [(number, *row) for number, part in enumerate(parts) for row in part.rows]
     stream = io.BytesIO()
-    np.save(stream, np.array(rows, ROW), allow_pickle=False)
+    np.save(stream, np.array(rows, ROW))
     _put(root / INDEX, stream.getvalue())
     header = ShardHeader(
         classes=listing.classes,
