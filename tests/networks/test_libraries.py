@@ -66,7 +66,8 @@ def test_the_first_convolution_follows_the_channels_of_the_data():
 def test_stages_follow_from_the_seed_whether_or_not_they_were_found_before():
     def built():
         torch.manual_seed(0)
-        return by_original_name(build_stages("torchvision:mobilenet_v3_small", ImageSpec(3, 32, 3)))
+        build_stages("torchvision:mobilenet_v3_small", ImageSpec(2, 32, 3))  # those of another peer
+        return by_original_name(build_stages("torchvision:mobilenet_v3_small", ImageSpec(2, 32, 3)))
 
     first, second = built(), built()
     assert all(tensor.equal(second[name]) for name, tensor in first.items())

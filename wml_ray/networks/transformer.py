@@ -49,8 +49,8 @@ class Tokens(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Tokens, the class token first if there is one."""
         tokens = self.patch_embed(images)
-        if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        if self.cls_token is not None:  # a shape and no len(), which exporters take for a constant
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         outputs: Tensor = self.norm_pre(tokens + self.pos_embed)
         return outputs
 
