@@ -38,12 +38,17 @@ def add_evaluate(verbs: Any) -> None:
     evaluate.add_argument("--data", metavar="FOLDER", help=text)
     text = "number of a peer, `ensemble`, `average`, `weighted`, or `all`: the peers and the ensemble (all)"
     evaluate.add_argument("--peer", metavar="I", default="all", help=text)
-    evaluate.add_argument("--epoch", metavar="N", type=int, help="epoch of a kept checkpoint (the one that was tested)")
-    evaluate.add_argument("--trust", action="store_true", help="import and call code of your own that the run names")
     evaluate.add_argument("--out", metavar="FOLDER", default="reports", help="folder of the files (reports/)")
     evaluate.add_argument("--csv", action="store_true", help="print only the table, as CSV")
-    _add_storage_path(evaluate)
+    add_run_options(evaluate)
     evaluate.set_defaults(command="evaluate")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which checkpoint of the run is loaded, and how."""
+    parser.add_argument("--epoch", metavar="N", type=int, help="epoch of a kept checkpoint (the one that was tested)")
+    parser.add_argument("--trust", action="store_true", help="import and call code of your own that the run names")
+    _add_storage_path(parser)
 
 
 def _add_storage_path(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wml_ray.cli.choose import network_choice
+from wml_ray.cli.choose import add_run_options, network_choice
 from wml_ray.cli.exit_codes import OK
 
 if TYPE_CHECKING:
@@ -49,10 +49,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run id, or folder or address of a run")
     text = "number of the peer, or `ensemble`: weighted where the method has weights, else average"
     parser.add_argument("--peer", metavar="I", required=True, help=text)
-    parser.add_argument("--epoch", metavar="N", type=int, help="epoch of a kept checkpoint (the one that was tested)")
-    parser.add_argument("--trust", action="store_true", help="import and call code of your own that the run names")
-    text = "folder or address that run ids are looked up below (results)"
-    parser.add_argument("--storage-path", metavar="PATH", default="results", help=text)
+    add_run_options(parser)
 
 
 def export_network(options: argparse.Namespace) -> int:

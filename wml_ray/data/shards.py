@@ -46,7 +46,11 @@ class ShardHeader:
 
     @classmethod
     def parse(cls, text: str) -> ShardHeader:
-        """Raises DamagedFile: the text is not such a header."""
+        """The header of a text.
+
+        Raises:
+            DamagedFile: the text is not such a header.
+        """
         values = parse_object(text, HEADER_KEYS)
         try:
             shards = tuple(Shard(**shard) for shard in values["shards"])

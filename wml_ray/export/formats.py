@@ -88,20 +88,17 @@ def write_pt2(network: Network, folder: Path) -> None:
 def open_pt2(folder: Path) -> Runner:
     """Open `model.pt2` in PyTorch."""
     with _quiet():
-        return _torch_runner(torch.export.load(folder / "model.pt2").module())
+        return torch_runner(torch.export.load(folder / "model.pt2").module())
 
 
 def open_standalone(folder: Path) -> Runner:
     """Open the tensors and plan of a folder."""
-    return _torch_runner(load_standalone(folder, trust=True))
+    return torch_runner(load_standalone(folder, trust=True))
 
 
-def torch_runner(network: Network) -> Runner:
-    """The network itself, in PyTorch."""
-    return _torch_runner(network)
+def torch_runner(module: torch.nn.Module) -> Runner:
+    """A module in PyTorch, such as the network itself."""
 
-
-def _torch_runner(module: torch.nn.Module) -> Runner:
     def run(images: Array) -> Array:
         with torch.no_grad(), torch_threads(1):
             return np.asarray(module(torch.from_numpy(images)).numpy())

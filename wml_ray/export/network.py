@@ -27,6 +27,7 @@ from wml_ray.export.images import Image, pixels_of
 from wml_ray.methods.registry import method_class
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.report.style import prediction_words
 from wml_ray.storage.retry import retry_storage
 from wml_ray.storage.runs import RESULT
 from wml_ray.training.result import read_result
@@ -67,10 +68,7 @@ class NetworkInfo:
     @property
     def title(self) -> str:
         """Such as `peer 2 of digits-resnet20-0123456789`."""
-        words = self.choice.replace("peer", "peer ").replace("ensemble_", "") + (
-            "" if self.choice.startswith("peer") else " ensemble"
-        )
-        return f"{words} of {self.run_id}"
+        return f"{prediction_words(self.choice)} of {self.run_id}"
 
     @property
     def validation_accuracy(self) -> float:

@@ -27,7 +27,11 @@ class SelfDistillation(Method):
     settings: SelfDistillationConfig
 
     def __init__(self, tree: PeerTree, settings: SelfDistillationConfig, spec: ImageSpec) -> None:
-        """Raises UserError: the tree has no exits."""
+        """Make a linear layer for each early exit.
+
+        Raises:
+            UserError: the tree has no exits.
+        """
         super().__init__(tree, settings, spec)
         if not tree.exits:
             raise UserError(

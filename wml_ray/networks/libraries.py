@@ -14,7 +14,7 @@ from torch import nn
 
 from wml_ray.errors import UserError, shortened
 from wml_ray.networks.spec import ImageSpec, Stages
-from wml_ray.networks.staging import NotAChain, StagePaths, check_stages, cut_stages, find_stages
+from wml_ray.networks.staging import TRACED_SIDE, NotAChain, StagePaths, check_stages, cut_stages, find_stages
 from wml_ray.networks.transformer import is_transformer, transformer_stages
 
 TRACED_CLASSES = 7
@@ -50,7 +50,7 @@ def _stage_paths(name: str, channels: int) -> StagePaths:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             network = library_network(name, ImageSpec(channels, 0, TRACED_CLASSES)).eval()
             paths = find_stages(network, channels)
-            image = torch.randn(2, channels, 64, 64)
+            image = torch.randn(2, channels, TRACED_SIDE, TRACED_SIDE)
             with torch.no_grad():
                 expected = network(image)
             check_stages(cut_stages(network, paths), image, expected)

@@ -71,13 +71,14 @@ class PeerTree(nn.Module):
     def logits(self, inputs: Tensor, own_views: bool = False) -> list[Tensor]:
         """The M peers' logits, (B, K) each, before they are stacked."""
         *_, heads = self._copies()
-        _, entering = self._body(inputs, own_views)
+        entering = self._body(inputs, own_views)
         return [head(tensor) for head, tensor in zip(heads, entering, strict=True)]
 
     def features(self, inputs: Tensor, own_views: bool = False) -> Features:
         """The logits of `forward`, equal to the bit, with the maps and the peers' features that they are made from."""
         *_, heads = self._copies()
-        maps, entering = self._body(inputs, own_views)
+        maps: list[list[Tensor]] = []
+        entering = self._body(inputs, own_views, maps)
         pooled, logits = zip(*map(pooled_and_logits, heads, entering), strict=True)
         return Features(maps, list(pooled), torch.stack(logits))
 
@@ -109,22 +110,22 @@ class PeerTree(nn.Module):
         stages = list(enumerate(self.stages))
         return [*stages[: self.exits[peer]], stages[-1]] if self.exits else stages
 
-    def _body(self, inputs: Tensor, own_views: bool) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """The maps of all stages but the last, and what enters each copy of the last."""
+    def _body(self, inputs: Tensor, own_views: bool, maps: list[list[Tensor]] | None = None) -> list[Tensor]:
+        """What enters each copy of the last stage; the maps of all stages before it are added to `maps`."""
         *body, heads = self._copies()
         features: list[Tensor] = [inputs]
-        maps: list[list[Tensor]] = []
         entering: list[Tensor] = []
         for number, copies in enumerate(body, start=1):
             features = _run(copies, features, own_views)
-            maps.append(features)
+            if maps is not None:
+                maps.append(features)
             if number in self.exits and own_views:  # the first of the views that are left is that of the exit
                 exiting, *others = features[0].chunk(self.num_peers - len(entering))
                 entering.append(exiting)
                 features = [torch.cat(others)] if others else []
             elif number in self.exits:
                 entering.append(features[0])
-        return maps, entering if self.exits else _forked(features, len(heads), own_views)
+        return entering if self.exits else _forked(features, len(heads), own_views)
 
     def _copies(self) -> list[nn.ModuleList]:
         return list(self.stages.values())  # type: ignore[arg-type]
