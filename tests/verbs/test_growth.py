@@ -73,14 +73,13 @@ def test_300_epochs_leave_no_memory_descriptors_threads_or_files_behind(workplac
     assert_no_growth(usage)
 
 
-def train_nothing(settings, worker_environment):
-    value = settings["trial"] / 200
-    entry = {"epoch": 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": value}}
-    ray_tune_api.report({"epoch": 1, **entry["metrics"], "report": {**entry, "sizes": {}, "final": entry}})
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplace):
+    def train_nothing(settings, worker_environment):  # here: Ray's workers cannot import this file
+        value = settings["trial"] / 200
+        entry = {"epoch": 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": value}}
+        ray_tune_api.report({"epoch": 1, **entry["metrics"], "report": {**entry, "sizes": {}, "final": entry}})
+
     usage, search = Usage(), SearchConfig(study="many", trials=200, sampler="random", scheduler="none")
 
     def on_change(study):
