@@ -131,7 +131,8 @@ def _report_without_training(settings: dict[str, Any], worker_environment: Worke
     value = (settings["trial"] * 0.6180339) % 1
     metrics = {ACCURACY: value, "peers/macs/tree": value}
     entry = {"epoch": 1, "timestamp_ms": 0, "metrics": metrics}
-    ray.tune.report({"epoch": 1, **metrics, "report": {**entry, "sizes": {"peers/macs/tree": 1.0}, "final": entry}})
+    report = json.dumps({**entry, "sizes": {"peers/macs/tree": 1.0}, "final": entry})
+    ray.tune.report({"epoch": 1, **metrics, "report": report})
 
 
 def epochs_to_the_best_of_random(seeds: int = 3, trials: int = 20) -> list[dict[str, float]]:

@@ -1,6 +1,7 @@
 """Long runs and studies: memory, descriptors, threads and temporary files do not grow."""
 
 import gc
+import json
 import os
 import tempfile
 import threading
@@ -78,7 +79,8 @@ def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplac
     def train_nothing(settings, worker_environment):  # here: Ray's workers cannot import this file
         value = settings["trial"] / 200
         entry = {"epoch": 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": value}}
-        ray_tune_api.report({"epoch": 1, **entry["metrics"], "report": {**entry, "sizes": {}, "final": entry}})
+        report = json.dumps({**entry, "sizes": {}, "final": entry})
+        ray_tune_api.report({"epoch": 1, **entry["metrics"], "report": report})
 
     usage, search = Usage(), SearchConfig(study="many", trials=200, sampler="random", scheduler="none")
 

@@ -84,7 +84,7 @@ class _Reporter:
     def _report(self, entry: dict[str, Any]) -> None:
         metrics = {**self.sizes, **entry["metrics"]}
         past = entry["timestamp_ms"] < self.started_ms  # the epoch was trained before a restart
-        report = {**entry, "sizes": self.sizes}
+        report = json.dumps({**entry, "sizes": self.sizes})  # a text: Ray Tune keeps statistics of nested numbers
         ray.tune.report({"epoch": entry["epoch"], "past": past, **metrics, "report": report})
         self.sizes = {}
 

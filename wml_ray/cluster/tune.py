@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -118,7 +119,7 @@ class _StudyCallback(ray.tune.Callback):  # type: ignore[misc]  # Ray is not typ
             self.placement_groups[trial.trial_id] = result["placement_group"]
         elif "epoch" in result:
             with self.pending.capture():
-                self.study.on_report(self._trial(trial), result["report"])
+                self.study.on_report(self._trial(trial), json.loads(result["report"]))
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         if self.pending.error:
