@@ -1,7 +1,7 @@
 """Training from shards in object storage."""
 
 import pytest
-from runs import ignore, start_training, wait_for_epoch
+from runs import history_of, ignore, start_training, wait_for_epoch
 from small_sets import make_image_folder
 
 from wml_ray.checkpoints.store import Checkpoints
@@ -33,11 +33,5 @@ def test_a_killed_run_of_two_workers_resumes_from_shards_on_s3_to_the_same_metri
     process.wait()
     resumed = train(config("killed"), ignore)
 
-    def metrics(result):
-        return [
-            {name: value for name, value in entry["metrics"].items() if "second" not in name}
-            for entry in result.record["history"]
-        ]
-
-    assert metrics(resumed) == metrics(whole)
+    assert history_of(resumed.record) == history_of(whole.record)
     assert list((workplace / "cache").rglob("*.tar"))
