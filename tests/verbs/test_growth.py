@@ -23,7 +23,8 @@ from wml_ray.verbs.train import train
 
 pytestmark = pytest.mark.nightly
 
-LIMITS = {"MiB": 0.05, "descriptors": 0.02, "threads": 0.02, "temporary files": 0.02, "shared memory files": 0.02}
+LIMITS = {"MiB": 0.02, "descriptors": 0.02, "threads": 0.02, "temporary files": 0.02, "shared memory files": 0.02}
+TRIAL_MIB = 0.08  # Ray Tune keeps the trial and statistics of its metrics, 0.05 MiB
 
 
 class Usage:
@@ -50,10 +51,10 @@ class Usage:
         return {name: float(np.polyfit(range(len(rows)), [row[name] for row in rows], 1)[0]) for name in rows[0]}
 
 
-def assert_no_growth(usage):
+def assert_no_growth(usage, **limits):
     slopes = usage.slopes()
     print({name: round(slope, 4) for name, slope in slopes.items()}, usage.rows[len(usage.rows) // 2], usage.rows[-1])
-    assert not {name: slope for name, slope in slopes.items() if slope > LIMITS[name]}
+    assert not {name: slope for name, slope in slopes.items() if slope > {**LIMITS, **limits}[name]}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def test_300_epochs_leave_no_memory_descriptors_threads_or_files_behind(workplac
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplace):
+def test_200_trials_leave_no_descriptors_threads_or_files_behind_and_no_memory_but_their_records(workplace):
     def train_nothing(settings, worker_environment):  # here: Ray's workers cannot import this file
         value = settings["trial"] / 200
         entry = {"epoch": 1, "timestamp_ms": 0, "metrics": {"val/accuracy/ensemble_weighted": value}}
@@ -91,4 +92,4 @@ def test_200_trials_leave_no_memory_descriptors_threads_or_files_behind(workplac
     study = RunningStudy(small_space("optim.epochs=1"), search, Path("results/many").resolve(), "token", on_change)
     run_trials(study, InMemoryStorage(), trial_function=train_nothing)
     assert len(usage.rows) > 150
-    assert_no_growth(usage)
+    assert_no_growth(usage, MiB=TRIAL_MIB)
