@@ -93,14 +93,14 @@ def killers(draw):
     return {"group": group, "driver": kill_driver, "worker": worker}
 
 
+@pytest.mark.usefixtures("ray_cluster")  # before the first fork: a process reads Ray's authentication mode at import
 @pytest.mark.parametrize("variant", SHARES)
-def test_a_run_that_is_killed_many_times_equals_an_undisturbed_one(workplace, request, variant):
+def test_a_run_that_is_killed_many_times_equals_an_undisturbed_one(workplace, variant):
     kills = max(1, round(KILLS * SHARES[variant]))
     draw = random.Random(kills)
     overrides = [f"optim.epochs={4 * kills}", "data.batch_size=32"]
     kill, environment = kill_driver, {}
     if variant != "in process":
-        request.getfixturevalue("ray_cluster")
         environment = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         overrides += TWO
         kill = killers(draw)[variant]
