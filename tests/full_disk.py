@@ -83,7 +83,7 @@ def serve():
 
         result = train(config, on_event)
         assert result.undelivered == 0
-        assert_logged_once(only_run(), result.result)
+        assert_logged_once(only_run(), result.record)
     finally:
         server.kill()
 

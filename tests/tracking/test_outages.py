@@ -52,7 +52,7 @@ def test_a_database_that_another_process_locks_misses_no_metric(workplace, monke
     run = train(tiny_config("optim.epochs=6"), during_epochs(lock, lambda: lockers[0].communicate()))
     assert lockers
     assert run.undelivered == 0
-    assert_logged_once(only_run(), run.result)
+    assert_logged_once(only_run(), run.record)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_a_server_that_answers_with_errors_for_a_while_misses_no_metric(workplac
             with pytest.warns(UserWarning, match="MLflow does not answer"):
                 run = train(tiny_config("optim.epochs=6"), during_epochs(fails.set, fails.clear))
             assert run.undelivered == 0
-            assert_logged_once(only_run(), run.result)
+            assert_logged_once(only_run(), run.record)
     finally:
         server.kill()
 

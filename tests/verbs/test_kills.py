@@ -24,7 +24,7 @@ from wml_ray.config.title import run_title
 pytestmark = pytest.mark.nightly
 
 KILLS = int(os.environ.get("WML_TEST_KILLS", "100"))
-SHARES = {"in process": 0.52, "group": 0.16, "driver": 0.16, "worker": 0.16}
+SHARES = {"in process": 0.76, "group": 0.08, "driver": 0.08, "worker": 0.08}  # Ray's workers take long to start
 TWO = ["scale.workers=2", "scale.cpus_per_worker=1", "scale.max_failures=1000"]
 FORKS = multiprocessing.get_context("forkserver")  # a process starts with all imports done
 FORKS.set_forkserver_preload(["runs", "family", "wml_ray.verbs.train", "mlflow.store.tracking.sqlalchemy_store"])
