@@ -14,6 +14,7 @@ from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
+from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.start import check_checkpoint, initial_checkpoint, load_or_create_checkpoint
 
 CONFIG = tiny_config()
@@ -111,11 +112,16 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
         check_checkpoint(CONFIG, changed(start, part, **changes))
 
 
-def test_a_full_disk_at_the_start_ends_the_run_at_once(workplace, monkeypatch):
+def test_a_full_disk_at_the_first_checkpoint_is_waited_for_as_at_every_other(workplace, monkeypatch):
+    """Else it would fail one trial of a study after the other."""
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("wml_ray.checkpoints.store.write_checkpoint", full)
     monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 0.0)
-    with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name a folder that can"):
+    with (
+        pytest.warns(UserWarning, match=r"no space left on .*checkpoints; retrying"),
+        pytest.raises(StorageUnavailable, match=r"no space left on .*checkpoints; run the same command again"),
+    ):
         load_or_create_checkpoint(CONFIG)
