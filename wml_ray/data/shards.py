@@ -157,7 +157,7 @@ class ShardedImages:
         for label in np.unique(rows["label"]):
             if not 0 <= label < len(self.classes):
                 raise UserError(
-                    f"data.root = '{self.root}': label {label} of {INDEX} is none of the {len(self.classes)} classes of "
-                    f"{HEADER}; write the set again with `wml-ray shard`"
+                    f"data.root = '{self.root}': label {label} of {INDEX} is none of the {len(self.classes)} classes "
+                    f"of {HEADER}; write the set again with `wml-ray shard`"
                 )
         return rows
