@@ -43,7 +43,11 @@ class Head:
         with (folder / "head.log").open("w") as log:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("ray")), *map(str, command)],
-                env=self.environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", RAY_TRAIN_ENABLE_STATE_TRACKING="1"),
+                env=self.environment(
+                    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+                    RAY_TRAIN_ENABLE_STATE_TRACKING="1",
+                    PYTHONPATH=str(ROOT),  # for drivers that are no jobs
+                ),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

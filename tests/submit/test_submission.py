@@ -210,8 +210,9 @@ def test_no_password_of_a_run_a_study_or_a_job_is_shown_written_or_kept(head, cl
                 while process.poll() is None:
                     seen.add(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout)
                     time.sleep(0.2)
-                seen |= {*process.communicate()}
-                assert process.returncode == 0, seen
+                out, errors = process.communicate()
+                assert process.returncode == 0, out + errors
+                seen |= {out, errors}
     finally:
         server.kill()
     state = head.state()
