@@ -7,7 +7,7 @@ import signal
 import threading
 from types import TracebackType
 
-GRACE_S = 5.0  # for the steps before a checkpoint and for writing it; Kubernetes kills after 30 s
+GRACE_S = 3.0  # for the steps before a checkpoint and for writing it; all must have ended after 10 s
 
 
 class Termination:
