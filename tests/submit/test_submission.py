@@ -189,7 +189,7 @@ def test_no_password_of_a_run_a_study_or_a_job_is_shown_written_or_kept(head, cl
     server, small = Server(tmp_path / "server"), [*SMALL, "optim.epochs=2", "scale.cpus_per_worker=1"]
     server.folder.mkdir()
     server.start()
-    here = {"RAY_ADDRESS": f"127.0.0.1:{head.port}", "RAY_AUTH_MODE": "token"}
+    here = {"RAY_ADDRESS": f"127.0.0.1:{head.port}", "RAY_AUTH_MODE": "token", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
     space = ["--space", str(ROOT / "tune_spaces" / "smoke.py"), "--trials", "1"]
     commands = {
         "a-run": (["train", *small, "scale.workers=1", "run.name=a-run"], here),
