@@ -43,7 +43,11 @@ class Head:
         with (folder / "head.log").open("w") as log:
             self.process = subprocess.Popen(
                 [str(Path(sys.executable).with_name("ray")), *map(str, command)],
-                env=self.environment(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0", RAY_TRAIN_ENABLE_STATE_TRACKING="1"),
+                env=self.environment(
+                    RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
+                    RAY_TRAIN_ENABLE_STATE_TRACKING="1",
+                    PYTHONPATH=str(ROOT),  # for drivers that are no jobs
+                ),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -102,13 +106,16 @@ class Head:
         """The metrics that Prometheus would read."""
         return urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10).read().decode()
 
-    def train_runs(self):
-        """The runs of Ray Train with their settings, as its dashboard has them."""
+    def state(self):
+        """What Ray's state API and the page of Ray Train show in full, by the path of the request."""
         token = (self.home / ".ray" / "auth_token").read_text()
-        request = urllib.request.Request(
-            f"{self.url}/api/train/v2/runs/v1", headers={"Authorization": f"Bearer {token}"}
-        )
-        return urllib.request.urlopen(request, timeout=30).read().decode()
+        kinds = ("jobs", "actors", "tasks", "workers", "objects", "placement_groups", "runtime_envs")
+        found = {}
+        for path in ("api/jobs/", "api/train/v2/runs/v1", *(f"api/v0/{kind}" for kind in kinds)):
+            address = f"{self.url}/{path}?detail=true&limit=1000"
+            request = urllib.request.Request(address, headers={"Authorization": f"Bearer {token}"})
+            found[path] = urllib.request.urlopen(request, timeout=30).read().decode()
+        return found
 
     def stop(self):
         self.process.terminate()

@@ -275,6 +275,11 @@ def test_the_training_image_has_the_locked_versions_no_tool_of_the_developers_an
     assert {clients[protocol] for protocol in used} <= image.keys()
 
 
+def test_the_licence_of_every_package_of_the_training_image_is_listed():
+    listed = re.findall(r"^\| ([\w.-]+) \| .*\w.* \|$", (ROOT / "docs" / "licences.md").read_text(), re.M)
+    assert sorted(packages(DEPLOY / "wml-ray.lock")) == sorted(set(listed) - {"package"})
+
+
 def test_the_images_contain_exactly_the_files_sent_to_the_builder():
     sent = [line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
     copied = [

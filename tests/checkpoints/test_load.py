@@ -14,6 +14,7 @@ from wml_ray.checkpoints.load import load_peer, load_tree
 from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
+from wml_ray.storage.retry import StorageUnavailable
 from wml_ray.training.start import check_checkpoint, initial_checkpoint, load_or_create_checkpoint
 
 CONFIG = tiny_config()
@@ -87,6 +88,15 @@ MISFITS = {
     "another run": ("metadata", {"run_id": "another"}, "is of another run"),
     "another config": ("metadata", {"config": tiny_config("wml.alpha=0.1").model_dump(mode="json")}, "another run"),
     "a broken config": ("metadata", {"config": {"seed": "no number"}}, r"plan.json: seed"),
+    "a key of another type": ("metadata", {"sharing": "1, 2"}, r"plan.json: sharing"),
+    "an epoch that is not in the history": ("metadata", {"epoch": 1}, "history does not have the epochs 1 to 1"),
+    "an epoch without metrics": (
+        "metadata",
+        {"epoch": 1, "history": [{"epoch": 1, "timestamp_ms": 0, "metrics": {}}]},
+        "history: epoch 1 has no ",
+    ),
+    "costs of no peer": ("metadata", {"peers": []}, "peers: there are 0, not 4"),
+    "another layout": ("metadata", {"trainer_layout": "x"}, "names, shapes or dtypes are not those of plan.json"),
     "no widths": ("metadata", {"channels": None}, r"plan.json: 'channels'"),
     "other widths": ("metadata", {"channels": {}}, r"model.safetensors: .* is \("),
     "a missing tensor": ("model", {WEIGHT: None}, f"{WEIGHT} is missing"),
@@ -111,11 +121,16 @@ def test_a_checkpoint_that_does_not_belong_to_the_run_is_refused(start, name):
         check_checkpoint(CONFIG, changed(start, part, **changes))
 
 
-def test_a_full_disk_at_the_start_ends_the_run_at_once(workplace, monkeypatch):
+def test_a_full_disk_at_the_first_checkpoint_is_waited_for_as_at_every_other(workplace, monkeypatch):
+    """Else it would fail one trial of a study after the other."""
+
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("wml_ray.checkpoints.store.write_checkpoint", full)
     monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 0.0)
-    with pytest.raises(UserError, match=r"cannot be written .No space left on device.; name a folder that can"):
+    with (
+        pytest.warns(UserWarning, match=r"no space left on .*checkpoints; retrying"),
+        pytest.raises(StorageUnavailable, match=r"no space left on .*checkpoints; run the same command again"),
+    ):
         load_or_create_checkpoint(CONFIG)

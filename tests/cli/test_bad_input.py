@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from wml_ray.cli.main import main
 from wml_ray.networks.backbones import BACKBONES
 
+SPACE = str(Path(__file__).parents[2] / "tune_spaces" / "smoke.py")
 CONFIG = "data: {name: digits}\noptim: {epochs: 1}\n"
 DATASETS = ["digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"]
 
@@ -128,6 +130,18 @@ def test_a_mistake_in_submitted_work_is_refused_before_the_cluster_is_asked(refu
     )
     line = refusal("submit", "tune", config, "--space", str(space), "--trials", "2", "--stop-metric", "test/accuracy")
     assert "stop_metric = 'test/accuracy'" in line
+
+
+@pytest.mark.parametrize("submit", [[], ["submit"]], ids=["tune", "submit tune"])
+@pytest.mark.parametrize(
+    "address",
+    ["postgresql://ann:4711@host/db", "postgresql://ann:/47?1#1@host/db", "postgresql://host/db?password=4711"],
+)
+def test_a_password_on_the_command_line_is_refused(refusal, config, submit, address):
+    """Other users see it in the list of processes, and Ray keeps the command line of a driver."""
+    line = refusal(*submit, "tune", config, "--space", SPACE, "--trials", "2", "--storage", address)
+    assert "OPTUNA_STORAGE" in line
+    assert "47" not in line
 
 
 @pytest.mark.parametrize("submit", [[], ["submit"]], ids=["compare", "submit compare"])

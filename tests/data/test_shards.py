@@ -1,5 +1,6 @@
 """Shards give the batches of the image folder they were made of, from a folder and from object storage."""
 
+import json
 import os
 import tarfile
 
@@ -90,6 +91,15 @@ def test_a_damaged_index_is_named(images, tmp_path, name, content):
     with pytest.raises(UserError, match=name) as caught:
         sharded(tmp_path)
     assert "wml-ray shard" in one_line(caught)
+
+
+def test_a_label_that_is_no_class_is_refused(images, tmp_path):
+    shard(str(images), str(tmp_path))
+    header = json.loads((tmp_path / "shards.json").read_text())
+    (tmp_path / "shards.json").write_text(json.dumps({**header, "classes": ["cat"]}))
+    with pytest.raises(UserError, match=r"label 1 of index\.npy is none of the 1 classes of shards\.json") as caught:
+        sharded(tmp_path)
+    one_line(caught)
 
 
 def test_an_interrupted_call_is_continued_and_writes_only_what_is_missing(images, shards, tmp_path):

@@ -148,6 +148,16 @@ def test_a_process_in_another_pid_namespace_of_this_host_is_respected(tmp_path):
         pass
 
 
+def test_a_process_on_another_machine_of_the_same_name_is_respected(tmp_path):
+    """The first PID namespace has the same number on all machines: only the id of the boot differs."""
+    with exclusive_access(tmp_path):
+        mine = stored(tmp_path)
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    write_lease(tmp_path, **{**mine, "machine": mine["machine"].replace(boot, "another-boot"), "pid": 2**22 + 1})
+    with pytest.raises(UserError, match="in use"), exclusive_access(tmp_path):
+        pass
+
+
 def test_the_lease_of_an_earlier_process_with_the_id_of_another_one_is_taken_over(tmp_path):
     with exclusive_access(tmp_path):
         mine = stored(tmp_path)

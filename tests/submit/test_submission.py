@@ -182,11 +182,20 @@ def test_passed_variables_reach_drivers_and_workers_but_no_log(head, client, tmp
     assert not any(path.stat().st_mode & 0o077 for path in passed)
 
 
-def test_no_password_of_a_job_is_shown_written_or_kept(head, client, tmp_path):
-    """It is looked for in output, command lines, logs and state of Ray, files of the run and MLflow's database."""
-    server, words = Server(tmp_path / "server"), [*SMALL, "optim.epochs=2", "scale.workers=1", "run.name=secret"]
+def test_no_password_of_a_run_a_study_or_a_job_is_shown_written_or_kept(head, client, tmp_path):
+    """It is looked for in output, command lines, logs and state of Ray, and all files, with databases of MLflow and
+    Optuna.
+    """
+    server, small = Server(tmp_path / "server"), [*SMALL, "optim.epochs=2", "scale.cpus_per_worker=1"]
     server.folder.mkdir()
     server.start()
+    here = {"RAY_ADDRESS": f"127.0.0.1:{head.port}", "RAY_AUTH_MODE": "token", "RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}
+    space = ["--space", str(ROOT / "tune_spaces" / "smoke.py"), "--trials", "1"]
+    commands = {
+        "a-run": (["train", *small, "scale.workers=1", "run.name=a-run"], here),
+        "a-study": (["tune", *small, "run.name=a-study", *space], here),
+        "a-job": (["submit", "train", *small, "scale.workers=1", "run.name=a-job"], {}),
+    }
     seen = set()
     try:
         server.wait()
@@ -194,20 +203,26 @@ def test_no_password_of_a_job_is_shown_written_or_kept(head, client, tmp_path):
             passwords = {
                 "MLFLOW_TRACKING_URI": address.replace("//", f"//ann:{SECRET}@"),
                 "AWS_SECRET_ACCESS_KEY": SECRET,
-                "OPTUNA_STORAGE": f"postgresql://ann:{SECRET}@127.0.0.1:9/none",
+                "OPTUNA_STORAGE": f"sqlite:///file:{tmp_path}/optuna.db?uri=true&password={SECRET}",
             }
-            process = head.start("submit", "train", *words, folder=tmp_path, **passwords)
-            while process.poll() is None:
-                seen.add(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout)
-                time.sleep(0.2)
-        seen |= {*process.communicate(), head.train_runs(), str(client.get_job_info(run_id(*words)))}
+            for words, cluster in commands.values():
+                process = head.start(*words, folder=tmp_path, **passwords, **cluster)
+                while process.poll() is None:
+                    seen.add(subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout)
+                    time.sleep(0.2)
+                out, errors = process.communicate()
+                assert process.returncode == 0, out + errors
+                seen |= {out, errors}
     finally:
         server.kill()
-    assert process.returncode == 0, seen
-    assert any("secret" in text and "train_loop_config" in text for text in seen), "Ray's state has no such run"
-    assert [text for text in seen if SECRET in text] == []
+    state = head.state()
+    for name in commands:
+        assert f"run.name={name}" in state["api/v0/jobs"], "Ray's state has no such driver"
+    assert all(name in state["api/train/v2/runs/v1"] for name in ("a-run", "a-job")), "Ray's state has no such run"
+    shown = [*seen, *state.values(), str(client.list_jobs())]
+    assert [text[max(0, text.index(SECRET) - 500) :][:600] for text in shown if SECRET in text] == []
     files = [path for folder in (head.temp, tmp_path) for path in folder.rglob("*") if path.is_file()]
-    assert {"server.db", "result.json", "raylet.out"} <= {path.name for path in files}
+    assert {"server.db", "optuna.db", "result.json", "trial.json", "raylet.out"} <= {path.name for path in files}
     holding = {path.name for path in files if SECRET.encode() in path.read_bytes()}
     assert holding <= {ENVIRONMENT_FILE}  # of a working directory; only its owner can read it
 

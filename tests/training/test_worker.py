@@ -1,5 +1,7 @@
 """A run through `run_worker`, without Ray and MLflow."""
 
+import signal
+import threading
 import time
 
 import numpy as np
@@ -8,13 +10,16 @@ import pytest
 import torch
 from family import tiny_config
 from rich.console import Console
+from runs import history_of
 
 from wml_ray.checkpoints.checkpoint import epoch_folder
 from wml_ray.checkpoints.load import load_tree
+from wml_ray.checkpoints.store import Checkpoints
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank
 from wml_ray.report.run_report import peer_table, write_files
-from wml_ray.training.events import EpochEnd
+from wml_ray.training import termination
+from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.training.worker import WorkerContext, run_worker
 
 
@@ -77,3 +82,48 @@ def test_a_resumed_run_counts_the_seconds_and_the_memory_of_the_process_before_i
     epochs_s = [1280 / entry["metrics"]["train/images_per_second"] for entry in result["history"]]
     assert result["cost"]["seconds"] == pytest.approx(sum(epochs_s))
     assert result["cost"]["peak_memory_bytes"] > 800e6 + psutil.Process().memory_info().rss / 2
+
+
+@pytest.fixture
+def interrupting():
+    """SIGTERM raises KeyboardInterrupt, as on the command line."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("interrupting")
+@pytest.mark.parametrize(
+    ("batch_size", "on_sigterm", "saved"),
+    [(16, "continue", 50), (16, "again", None), (16, "hang", None), (64, "continue", 1)],
+    ids=["in the middle of an epoch", "twice", "longer than the grace period", "at the end of an epoch"],
+)
+def test_sigterm_saves_a_checkpoint_from_which_the_run_resumes(tmp_path, monkeypatch, batch_size, on_sigterm, saved):
+    """The steps done of the epoch that is saved in `partial`, or the epoch: it ends before the next check of a step."""
+    monkeypatch.setattr("wml_ray.training.trainer.PROGRESS_INTERVAL_S", 0.0)  # an event a step
+    monkeypatch.setattr(termination, "GRACE_S", 0.01 if on_sigterm == "hang" else 60.0)
+
+    def terminate(event):
+        if isinstance(event, StepProgress) and event.step == (30 if batch_size == 16 else 15):
+            signal.raise_signal(signal.SIGTERM)
+            if on_sigterm == "again":
+                signal.raise_signal(signal.SIGTERM)
+            if on_sigterm == "hang":
+                threading.Event().wait(60)
+
+    options = [f"data.batch_size={batch_size}", "optim.epochs=2"]
+    config = tiny_config(*options, f"run.storage_path={tmp_path}")
+    with pytest.raises(KeyboardInterrupt):
+        run_worker(config, WorkerContext(report=terminate))
+    folder = config.run_folder / "checkpoints"
+    partial = Checkpoints(folder / "partial", 1).latest()
+    if batch_size == 16:
+        assert (partial and int(partial.state["step"])) == saved
+    else:
+        assert (partial, Checkpoints(folder, 2).latest().epoch) == (None, saved)
+    whole = run_worker(tiny_config(*options, f"run.storage_path={tmp_path / 'whole'}"), WorkerContext())
+    assert history_of(run_worker(config, WorkerContext())) == history_of(whole)

@@ -184,12 +184,19 @@ def search_settings(options: argparse.Namespace, base: Config) -> SearchConfig:
     """The search settings that the options of `wml-ray tune` give.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range, or an address of a storage with a password.
     """
     from pathlib import Path
 
+    from wml_ray.errors import UserError
     from wml_ray.search.settings import SearchConfig
+    from wml_ray.tracking.client import redacted
 
+    if options.storage and redacted(options.storage) != options.storage:
+        raise UserError(
+            "--storage: an address with a user, a password or a query would appear in `ps` and in Ray's list of jobs; "
+            "give it in the environment, in OPTUNA_STORAGE"
+        )
     study = options.study or f"{base.run.name}-{Path(options.space).stem}"
     settings = {key: getattr(options, key) for key in SearchConfig.model_fields}
     settings |= {"study": study, "storage": options.storage or os.environ.get("OPTUNA_STORAGE")}

@@ -72,10 +72,8 @@ def manage_jobs(options: argparse.Namespace) -> int:
 
 
 def shown_command(options: argparse.Namespace) -> str:
-    """The command line for `wml-ray jobs status`. The address of an Optuna storage may hold a password."""
-    storage = getattr(options, "storage", None)
-    words = [word.replace(storage, "$OPTUNA_STORAGE") if storage else word for word in options.words]
-    return shlex.join(["wml-ray", *words])
+    """The command line for `wml-ray jobs status`."""
+    return shlex.join(["wml-ray", *options.words])
 
 
 def _print_submission(client: JobSubmissionClient, job: Job, submission: Submission) -> None:

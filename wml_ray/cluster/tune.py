@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.tune
+from ray.tune.execution import class_cache
 from ray.tune.trainable import wrap_function
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -51,6 +52,7 @@ def run_trials(
         StorageUnavailable: Optuna's storage or that of the results failed for too long, or the lease was lost.
     """
     _configure_output(verbose)
+    _keep_credentials_out_of_actors()
     while study.remaining:  # again for trials that Ray Tune ended before `scale.max_failures` deaths
         optuna_study = OptunaStudy(study.space, study.search, storage, started=len(study.trials))
         pending = PendingError()
@@ -167,6 +169,15 @@ def _trainable(function: Callable[[dict[str, Any]], None], resources: dict[str, 
 
 def _trial_name(trial: Any) -> str:
     return f"trial-{trial.config['trial']:04d}-{trial.trial_id}"
+
+
+def _keep_credentials_out_of_actors() -> None:
+    """Make Ray Tune pass no AWS_* variable to a trial's actor: Ray logs them and its state API shows them.
+
+    Trials receive them from `WorkerEnvironment`.
+    """
+    names = class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in names if not name.startswith("AWS_")}
 
 
 def _configure_output(verbose: bool) -> None:

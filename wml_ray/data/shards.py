@@ -92,7 +92,7 @@ class ShardedImages:
         """Read the index.
 
         Raises:
-            UserError: the set is missing or its index is damaged.
+            UserError: the set is missing, its index is damaged, or a label is none of its classes.
             StorageUnavailable: the storage failed for ten minutes.
         """
         self.root = config.root
@@ -154,4 +154,10 @@ class ShardedImages:
         if hashlib.sha256(raw).hexdigest() != self.header.index_sha256:
             raise UserError(f"data.root = '{self.root}': {INDEX} is damaged; write the set again with `wml-ray shard`")
         rows: Rows = np.load(io.BytesIO(raw))
+        for label in np.unique(rows["label"]):
+            if not 0 <= label < len(self.classes):
+                raise UserError(
+                    f"data.root = '{self.root}': label {label} of {INDEX} is none of the {len(self.classes)} classes "
+                    f"of {HEADER}; write the set again with `wml-ray shard`"
+                )
         return rows

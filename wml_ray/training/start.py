@@ -28,8 +28,8 @@ from wml_ray.networks.spec import ImageSpec
 from wml_ray.networks.trunk_gradient import divide_shared_gradients
 from wml_ray.pruning.prune import prune
 from wml_ray.pruning.widths import ChannelWidths, apply_channel_widths
-from wml_ray.storage.files import storage_error
 from wml_ray.storage.lease import Lease
+from wml_ray.storage.retry import retry_storage
 from wml_ray.training.evaluation import metric_names
 from wml_ray.training.events import now_ms
 from wml_ray.training.state import below, initial_state, named_parameters
@@ -47,8 +47,9 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
     `num_workers` is the largest number of workers the run may have.
 
     Raises:
-        UserError: backbone, sharing, ratios, data or teacher are wrong, the teacher has changed since the run began,
-            the folder cannot be written, or there are checkpoints and none can be used.
+        StorageUnavailable: the folder cannot be written, or was full for ten minutes.
+        UserError: backbone, sharing, ratios, data or teacher are wrong, the teacher has changed since the run began, or
+            there are checkpoints and none can be used.
     """
     teacher = load_teacher(config)
     with closing(epoch_checkpoints(config, lease)) as checkpoints:
@@ -60,11 +61,8 @@ def load_or_create_checkpoint(config: Config, num_workers: int = 1, lease: Lease
                 )
             dataset = load_dataset(config)
             check_batch_shares(config, dataset, num_workers)
-            newest = initial_checkpoint(config, dataset)
-            try:
-                checkpoints.save(newest)  # a full disk is waited for later, when there is progress to lose
-            except OSError as error:
-                raise storage_error(config.run_folder, error) from error
+            newest = first = initial_checkpoint(config, dataset)
+            retry_storage(lambda: checkpoints.save(first), checkpoints.folder)
             checkpoints.wait_for_uploads()
         return newest
 

@@ -25,6 +25,7 @@ from wml_ray.training.memory import PeakMemory
 from wml_ray.training.result import log_history, summary, with_smallest_peer
 from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
 from wml_ray.training.teacher import check_same_teacher, load_teacher
+from wml_ray.training.termination import Termination
 from wml_ray.training.trainer import Trainer
 
 
@@ -47,6 +48,8 @@ class WorkerContext:
 def run_worker(config: Config, context: WorkerContext) -> dict[str, Any] | None:
     """Train from the newest checkpoint to the end; returns the result on rank 0, None elsewhere.
 
+    SIGTERM to a training in the main thread is passed on to its handler after a checkpoint, see `Termination`.
+
     Raises:
         Diverged: training turned non-finite; the last good checkpoint stays.
         LeaseLost: another process has taken the run over.
@@ -68,7 +71,7 @@ class _WorkerRun:
     ) -> None:
         self.config, self.context, self.checkpoints, self.mid_epoch = config, context, checkpoints, mid_epoch
         self.is_first = context.worker.rank == 0
-        self.memory = PeakMemory(context.device)
+        self.memory, self.termination = PeakMemory(context.device), Termination()
         epoch, in_mid_epoch = broadcast_from_rank_0(lambda: starting_point(config, checkpoints.lease, mid_epoch))
         start = (mid_epoch if in_mid_epoch else checkpoints).load(epoch)
         dataset = load_dataset(config, context.device, start.metadata["skipped_images"])
@@ -81,7 +84,8 @@ class _WorkerRun:
 
     def run(self) -> dict[str, Any] | None:
         log_history(self.metadata, self._log)
-        self.trainer.fit(self._on_event, self.context.preempted, self._save_mid_epoch)
+        with self.termination:
+            self.trainer.fit(self._on_event, self._must_stop, self._save_mid_epoch)
         self.checkpoints.wait_for_uploads()
         self._load_test_epoch()
         test = with_smallest_peer(self.trainer.evaluate("test"), "test", self.metadata["peers"])
@@ -105,10 +109,15 @@ class _WorkerRun:
             self.metadata["peak_memory_bytes"] = max(earlier_bytes, self.memory.measure_bytes())
             self._save(self.checkpoints, event.epoch)  # before logging: a logged epoch is never trained again
             self._log(event.epoch, metrics, timestamp_ms)
+            self.termination.end()
         self.context.report(event)
+
+    def _must_stop(self) -> bool:
+        return self.termination.requested or (self.context.preempted is not None and self.context.preempted())
 
     def _save_mid_epoch(self, event: MidEpochState) -> None:
         self._save(self.mid_epoch, event.epoch)
+        self.termination.end()
 
     def _save(self, checkpoints: Checkpoints, epoch: int) -> None:
         if self.is_first:
