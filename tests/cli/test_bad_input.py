@@ -65,6 +65,7 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["pruning.ratios.3=1.0"], ["pruning.ratios.3 = 1.0", "less than 1"]),
         (["pruning.ratios=[0, 0.2, 0.4, -0.1]"], ["pruning.ratios.3 = -0.1", "greater than or equal to 0"]),
         (["pruning.ratios.4=0.1"], ["pruning.ratios.4", "0 to 3"]),
+        (["pruning.round_to=0"], ["pruning.round_to = 0", "from 1 on", "auto"]),
         (["pruning.ratios=[0.0, 0.5]"], ["pruning.ratios has 2 entries", "4 peers", "one ratio per peer"]),
         (
             ["model.sharing=[1, 2, 3]", "pruning.ratios=[0, 0, 0]"],

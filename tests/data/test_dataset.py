@@ -87,9 +87,10 @@ def test_batches_follow_from_seed_and_epoch_alone(kind):
 
 
 @pytest.mark.parametrize("outer_data", ["train", "holdout"])
-def test_outer_batches_are_full_and_never_end(outer_data):
-    dataset = digits(data={"batch_size": 200}, wml={"outer_data": outer_data})
-    size = min(200, len(dataset.splits["outer"]))
+@pytest.mark.parametrize(("share", "images"), [(0.01, 8), (0.4, 80), (1.0, 200)])
+def test_outer_batches_have_their_share_of_images_and_never_end(share, images, outer_data):
+    dataset = digits(data={"batch_size": 200}, wml={"outer_data": outer_data, "outer_share": share})
+    size = min(images, len(dataset.splits["outer"]))
     batches = listed(dataset.outer_batches(1, ALONE), 12)
     assert [len(targets) for _, targets in batches] == [size] * 12
     assert not same(batches[:1], batches[6:7])

@@ -132,6 +132,19 @@ def test_every_layer_keeps_the_minimum_and_round_widths(min_channels, round_to):
     assert sum(hidden) < 2 * (16 * 3 + 32) * 0.75 + 1
 
 
+@pytest.mark.parametrize("ratios", [[0.1, 0.3], [0.5, 0.6]])
+def test_auto_keeps_multiples_of_16_and_any_number_below_16(ratios):
+    """Ratios stay in reach where all layers have 16 channels, as in a CIFAR ResNet's first stage."""
+    tree = tiny_tree(1, 2, 2, 2)
+    full = peer_costs(tree, TINY)
+    pruned(tree, ratios=ratios, round_to="auto")
+    hidden = {n for name, n in widths(tree).items() if ".head." not in name}
+    assert all(n < 16 or n % 16 == 0 for n in hidden)
+    assert any(n < 16 for n in hidden)
+    achieved = [peer["channels_drop"] for peer in removed_shares(full, peer_costs(tree, TINY))]
+    assert all(got >= asked - ROUNDING for got, asked in zip(achieved, ratios, strict=True))
+
+
 def test_a_layer_narrower_than_the_minimum_stays_whole():
     tree = tiny_tree(1, 1, 1, 1)
     pruned(tree, ratios=[0.1], min_channels=20)

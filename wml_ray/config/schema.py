@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from wml_ray.config.model import MAX_PEERS, ModelConfig
 from wml_ray.config.nested import flatten, functions_named_in
@@ -102,6 +102,12 @@ class DataConfig(Section):
         return self
 
 
+def _number_or_auto(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and 1 <= value <= MAX_INTEGER):
+        return value
+    raise ValueError(f"pruning.round_to = {shortened(repr(value))} must be a whole number from 1 on, or auto")
+
+
 class PruningConfig(Section):
     """The share removed from each peer at initialisation."""
 
@@ -113,8 +119,10 @@ class PruningConfig(Section):
     )
     unit: Literal["channels", "params", "macs"] = Field("channels", description="unit that the ratios are shares of")
     min_channels: Count = Field(4, description="fewest channels that a layer keeps")
-    round_to: Count = Field(
-        1, description="number of which every layer keeps a multiple of channels; 8 or 16 is fastest on GPUs"
+    round_to: Annotated[Count | Literal["auto"], BeforeValidator(_number_or_auto)] = Field(
+        1,
+        description="number of which every layer keeps a multiple of channels; `auto`: 16, the width that fills the "
+        "kernels of CPUs and GPUs, in layers that keep at least 16, and any number in narrower ones",
     )
     saliency_images: Annotated[Count, Field(ge=2, le=2**16)] = Field(
         256, description="training images for the saliency that decides which channels are removed; from 2 to 65,536"

@@ -7,6 +7,7 @@ share of every global batch, so the number of workers changes no batch.
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -23,6 +24,7 @@ from wml_ray.networks.spec import ImageSpec
 
 NumberedBatches = Iterable[tuple[int, Tensor]]  # step of the epoch, indices
 SALIENCY_BATCH = 64  # largest batch of a pass through the unpruned tree
+FEWEST_OUTER_IMAGES = 8  # for the statistics of BatchNorm, where a batch has as many
 EVAL_BATCH = 512  # images that a worker evaluates at once
 
 
@@ -52,6 +54,13 @@ class Dataset(ABC):
         """Number of full global batches in the training split; an incomplete last batch is not used."""
         return len(self.splits["train"]) // self.batch_size
 
+    @property
+    def outer_batch_size(self) -> int:
+        """Number of images of a global batch for the outer loss."""
+        share = self.config.wml.outer_share if self.config.method.name == "wml" else 1.0
+        wanted = max(math.ceil(share * self.batch_size), FEWEST_OUTER_IMAGES)
+        return min(wanted, self.batch_size, len(self.splits["outer"]))
+
     def train_batches(self, epoch: int, worker: WorkerRank, first: int = 0, views: int = 1) -> Iterator[Batch]:
         """This worker's share of each batch of an epoch, from step `first`, in an order drawn from seed and epoch.
 
@@ -64,7 +73,7 @@ class Dataset(ABC):
 
     def outer_batches(self, epoch: int, worker: WorkerRank, first: int = 0) -> Iterator[Batch]:
         """Endless batches for the outer loss, from step `first`: augmented like training batches, in another order."""
-        size = min(self.batch_size, len(self.splits["outer"]))
+        size = self.outer_batch_size
         orders = (self._shuffled("outer", (epoch, lap)) for lap in itertools.count())
         batches = enumerate(batch for order in orders for batch in order.split(size) if len(batch) == size)
         return self._augmented(itertools.islice(batches, first, None), ("outer", epoch), worker)

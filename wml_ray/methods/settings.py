@@ -139,6 +139,11 @@ class WmlConfig(Section):
     outer_data: Literal["train", "holdout"] = Field(
         "train", description="images of the outer loss: training images, or a slice kept out of training"
     )
+    outer_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.25,
+        description="images of a batch of the outer loss, as a share of `data.batch_size`, at least 8 where it is as "
+        "many; an update costs about 1.1 + outer_share training steps, and a larger share has less noise",
+    )
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
         0.1, description="share of the training images kept for the outer loss when outer_data is holdout"
     )

@@ -13,6 +13,9 @@ from wml_ray.networks.costs import WEIGHTED, LayerCost
 from wml_ray.networks.peer_tree import PeerTree, copy_name
 from wml_ray.pruning.channels import ChannelGroup, Side
 
+KERNEL_CHANNELS = 16
+"""Channels that a vector of AVX-512 holds; two vectors of AVX2, and two of the 8 that a GPU's tensor cores ask for."""
+
 
 class PeerBudget:
     """Decides the channels kept in those groups of one peer that no peer of a smaller ratio shares.
@@ -67,11 +70,16 @@ class PeerBudget:
         kept = {group: group.kept for group in self.groups if group.kept is not None}
         for group in self.free:
             wanted = group.size - int(group.size * min(1.0, strength * self.losing[group]) + 1e-9)
-            step = self.config.round_to // gcd(self.config.round_to, group.unit)
             fewest = -(-self.config.min_channels // group.unit)
-            wanted = -(-max(wanted, fewest) // step) * step
-            kept[group] = min(wanted, group.size)
+            kept[group] = min(self._rounded(max(wanted, fewest), group.unit), group.size)
         return kept
+
+    def _rounded(self, kept: int, unit: int) -> int:
+        """`kept`, counted in units of channels, rounded up as `round_to` says."""
+        multiple = KERNEL_CHANNELS if self.config.round_to == "auto" else self.config.round_to
+        step = multiple // gcd(multiple, unit)
+        narrow = self.config.round_to == "auto" and kept < step
+        return kept if narrow else -(-kept // step) * step
 
     def _cost(self, kept: Mapping[ChannelGroup, int]) -> int:
         """The peer's channels, params or MACs with these channels kept."""

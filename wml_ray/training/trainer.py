@@ -47,11 +47,12 @@ def check_batch_shares(config: Config, dataset: Dataset, num_workers: int) -> No
     Raises:
         UserError: too many workers for the batch size.
     """
-    smallest = min(config.data.batch_size, len(dataset.splits["outer"]))
+    smallest = dataset.outer_batch_size  # at most data.batch_size
     if smallest < 2 * num_workers:
+        larger = "data.batch_size" if smallest == config.data.batch_size else "data.batch_size or wml.outer_share"
         raise UserError(
             f"scale.workers = {num_workers} is too many for batches of {smallest} images: BatchNorm needs two images a "
-            "worker; use fewer workers or a larger data.batch_size"
+            f"worker; use fewer workers or a larger {larger}"
         )
 
 
