@@ -99,12 +99,11 @@ def test_tokens_of_a_language_model_count_like_images():
     assert ensemble_loss(*as_tokens, weights).equal(ensemble_loss(logits, targets, weights))
 
 
-def test_half_precision_logits_are_scored_in_float32():
+@pytest.mark.parametrize("weigh_labels", [True, False])
+def test_half_precision_logits_are_scored_in_float32(weigh_labels):
     logits, targets, weights = family()
-    half = logits.detach().bfloat16()
-    assert inner_loss(half, targets, weights, eq_1(alpha=0.3)).equal(
-        inner_loss(half.float(), targets, weights, eq_1(alpha=0.3))
-    )
+    half, settings = logits.detach().bfloat16(), eq_1(alpha=0.3, weigh_labels=weigh_labels)
+    assert inner_loss(half, targets, weights, settings).equal(inner_loss(half.float(), targets, weights, settings))
 
 
 def test_confident_peers_stay_finite():
