@@ -71,4 +71,4 @@ def test_a_seed_determines_the_points_and_they_come_closer_to_the_best_one(sampl
     assert points == search(sampler, NUMBERS, trials)
     assert points[0] != search(sampler, NUMBERS, trials=1, seed=1)[0]
     distances = [max(abs(value - 0.6) for value in point.values()) for point in points]
-    assert max(distances[-3:]) < 0.15 < max(distances[:5])
+    assert min(distances[-4:]) < 0.05 < min(distances[:5])

@@ -154,7 +154,7 @@ class StudyProgress:
         if start_s >= self._next_s:
             self._show(study)
             end_s = time.monotonic()
-            self._next_s = end_s + (end_s - start_s) / MAX_SHARE
+            self._next_s = end_s + min((end_s - start_s) / MAX_SHARE, PLAIN_LINE_S)
 
     def _show(self, study: RunningStudy) -> None:
         if not self._plain:
