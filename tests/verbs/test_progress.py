@@ -1,4 +1,4 @@
-"""The progress of a training without a terminal: in a pipe, and in a notebook."""
+"""The progress of a training and of a study without a terminal: in a pipe, and in a notebook."""
 
 import builtins
 import sys
@@ -7,10 +7,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 from family import tiny_config
+from studies import small_space
 
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.study import RunningStudy
+from wml_ray.search.trials import Trial
 from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.verbs import progress as progress_module
-from wml_ray.verbs.progress import TrainingProgress
+from wml_ray.verbs.progress import StudyProgress, TrainingProgress
 
 
 def test_the_eta_is_left_out_until_steps_were_timed(monkeypatch, capsys):
@@ -68,3 +72,25 @@ def test_a_notebook_keeps_the_last_step_of_an_interrupted_training(notebook):
         progress(StepProgress(2, 50, 100, 1.5))
         raise KeyboardInterrupt
     assert "epoch 2/3, loss 1.500" in updates[-1]
+
+
+def test_a_study_that_takes_long_to_show_is_shown_a_tenth_of_the_time_and_no_trial_is_left_out(
+    monkeypatch, capsys, tmp_path
+):
+    seconds = [0.0]
+
+    def summary_in_a_second(study):
+        seconds[0] += 1
+        return f"{len(study.trials)} trials"
+
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: seconds[0])
+    monkeypatch.setattr(progress_module, "summary", summary_in_a_second)
+    study = RunningStudy(small_space(), SearchConfig(study="s", trials=25), tmp_path, "token")
+    with StudyProgress() as progress:
+        for number in range(25):
+            study.trials[number] = Trial(number, {"wml.alpha": 0.1}, "FAILED")
+            seconds[0] += 1
+            progress(study)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith("trials")] == [f"s: {n} trials" for n in (1, 11, 21, 25)]
+    assert [line.split(" (")[0] for line in lines if " FAILED " in line] == [f"s: trial {n}" for n in range(25)]

@@ -311,6 +311,30 @@ def test_the_scheduler_stops_bad_trials_and_their_checkpoints_are_deleted(workpl
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_grid_under_hyperband_that_continues_has_each_point_once(workplace):
+    domains = {"wml.alpha": ray_tune_api.choice([0.0, 0.3]), "optim.nesterov": ray_tune_api.choice([True, False])}
+    search = SearchConfig(study="grid", trials=2, sampler="grid", scheduler="hyperband", grace_epochs=1)
+    for trials in (2, 4):
+        tune(small_space(domains=domains), search.model_copy(update={"trials": trials}))
+    trials = TrialStore(Path("results/grid")).trials()
+    assert {tuple(trial.point.values()) for trial in trials} == {(a, n) for a in (0.0, 0.3) for n in (True, False)}
+    assert {trial.state for trial in trials} <= {"COMPLETE", "STOPPED"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("sampler", ["gp", pytest.param("cmaes", marks=pytest.mark.nightly)])
+def test_a_study_with_a_sampler_that_learns_from_its_trials(workplace, sampler):
+    domains = {**ALPHA, "optim.momentum": ray_tune_api.uniform(0.0, 0.9)}
+    search = SearchConfig(study="learns", trials=6, sampler=sampler, scheduler="hyperband", grace_epochs=1)
+    for trials in (6, 7):
+        tune(small_space(domains=domains), search.model_copy(update={"trials": trials}))
+    trials = TrialStore(Path("results/learns")).trials()
+    assert len({tuple(trial.point.values()) for trial in trials}) == 7
+    assert {trial.state for trial in trials} <= {"COMPLETE", "STOPPED"}
+    assert [run.info.status for run in children("learns")] == ["FINISHED"] * 7
+
+
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nsga2", "random"))]
 )

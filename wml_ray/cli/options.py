@@ -104,13 +104,14 @@ def _add_tune(verbs: Any) -> argparse.ArgumentParser:
         "--trials", metavar="N", type=int, required=True, help="trials of the study, earlier ones included"
     )
     tune.add_argument("--study", metavar="NAME", help="its name (run.name and the space's, such as wml-smoke)")
-    tune.add_argument("--sampler", choices=("tpe", "nsga2", "random"), help="Optuna's sampler (tpe)")
-    tune.add_argument("--scheduler", choices=("asha", "median", "none"), help="early stopping of trials (asha)")
+    samplers, schedulers = ("tpe", "gp", "cmaes", "nsga2", "grid", "random"), ("asha", "hyperband", "median", "none")
+    tune.add_argument("--sampler", choices=samplers, help="Optuna's sampler (tpe)")
+    tune.add_argument("--scheduler", choices=schedulers, help="early stopping of trials (asha)")
     tune.add_argument("--stop-metric", metavar="M", help="metric of early stopping (val/accuracy/method)")
     tune.add_argument(
         "--grace-epochs", metavar="N", type=int, help="epochs before a trial can be stopped (root of all)"
     )
-    tune.add_argument("--reduction-factor", metavar="N", type=int, help="ASHA keeps one trial in N at a rung (3)")
+    tune.add_argument("--reduction-factor", metavar="N", type=int, help="keep one trial in N at a rung (3)")
     tune.add_argument("--storage", metavar="URL", help="Optuna storage to share the study ($OPTUNA_STORAGE, or none)")
     tune.add_argument("--concurrent", metavar="N", type=int, help="trials at a time (as many as the cluster holds)")
     tune.add_argument("--keep-stopped", action="store_true", default=None, help="keep checkpoints of stopped trials")

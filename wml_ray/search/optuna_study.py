@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState as OptunaState
 
-from wml_ray.errors import UserError, root_cause
+from wml_ray.errors import UserError, number_of, root_cause
 from wml_ray.search.settings import SearchConfig
-from wml_ray.search.space import Space
+from wml_ray.search.space import Space, count_values
 from wml_ray.storage.retry import StorageUnavailable, retry_for
 from wml_ray.tracking.client import redacted
 from wml_ray.tracking.tags import TrialState
 
 TRIAL_ATTRIBUTE = "wml_ray.trial"  # user attribute of Optuna's trials: study and number
 TOKEN_ATTRIBUTE = "wml_ray.token"  # user attribute of Optuna's studies: the token of the study's folder
-STARTUP_TRIALS = 5  # random trials before TPE; half of Optuna's default, because each trial is a training
+STARTUP_TRIALS = 5  # random trials before TPE and GP; half of Optuna's default, because each trial is a training
 LIAR_TRIALS = 200  # largest study with constant_liar, which rereads all trials for each suggestion
 DATABASE_TIMEOUT_S = 60.0  # how long calls are retried while the database is unreachable
 _STATES = {"COMPLETE": OptunaState.COMPLETE, "STOPPED": OptunaState.PRUNED, "FAILED": OptunaState.FAIL}
@@ -43,12 +44,48 @@ class TrialRecord:
     """Values that the sampler stored with the trial, such as its generation."""
 
 
+class _GridSampler(optuna.samplers.BruteForceSampler):
+    """Each point of a finite space once. Optuna's GridSampler needs trials that are numbered without gaps."""
+
+    def after_trial(self, *_: object) -> None:
+        """Do nothing; Optuna would end its own loop, which a study under Ray Tune does not have."""
+
+
+def check_sampler(search: SearchConfig, space: Space) -> None:
+    """Check that the sampler of `search` can suggest points of the space.
+
+    Raises:
+        UserError: it cannot.
+    """
+    where = f"sampler = '{search.sampler}'"
+    if search.sampler == "cmaes":
+        choices = [key for key, domain in space.domains.items() if isinstance(domain, CategoricalDistribution)]
+        if choices or len(space.objectives) > 1:
+            problem = f"'{choices[0]}' is a choice" if choices else f"there are {len(space.objectives)} objectives"
+            raise UserError(f"{where} needs numbers only, and one objective, but {problem}; use sampler tpe or gp")
+    if search.sampler == "grid":
+        endless = next((key for key, one in space.domains.items() if count_values(one) is None), None)
+        if endless:
+            raise UserError(
+                f"{where} needs a finite space: '{endless}' has no steps; use quniform or choice there, or sampler tpe"
+            )
+        points = math.prod(count_values(one) or 0 for one in space.domains.values())
+        if search.trials > points:
+            raise UserError(f"trials = {search.trials}: the grid has {number_of(points, 'point')}; use at most so many")
+
+
 def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
     """The sampler of this name in `SearchConfig`, for a study of so many trials."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "random":
             return optuna.samplers.RandomSampler(seed=seed)
+        if name == "grid":
+            return _GridSampler(seed=seed)
+        if name == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
+        if name == "cmaes":  # stopped trials count with their last value, else early stopping would leave it few trials
+            return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         if name == "nsga2":  # at least five generations; the first is random
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(max(trials // 5, 4), 50))
         # constant_liar counts running trials as bad, so that concurrent trials are spread over the space

@@ -38,8 +38,12 @@ class SearchConfig(_Options):
     trials: Annotated[Count, Field(le=1_000_000)] = Field(
         description="number of trials of the study, those of earlier starts included"
     )
-    sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="Optuna sampler that suggests points")
-    scheduler: Literal["asha", "median", "none"] = Field("asha", description="rule that stops trials early")
+    sampler: Literal["tpe", "gp", "cmaes", "nsga2", "grid", "random"] = Field(
+        "tpe", description="Optuna sampler that suggests points"
+    )
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha", description="rule that stops trials early"
+    )
     stop_metric: Annotated[Text, Field(max_length=200)] = Field(
         "val/accuracy/method", description="metric that the scheduler compares"
     )
@@ -47,7 +51,7 @@ class SearchConfig(_Options):
         None, description="epochs before a trial can be stopped; none is the square root of all epochs"
     )
     reduction_factor: Annotated[Count, Field(ge=2)] = Field(
-        3, description="ASHA keeps one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
+        3, description="ASHA and HyperBand keep one trial in this many at each rung (1, 3, 9, .. times grace_epochs)"
     )
     storage: str | None = Field(
         None,

@@ -210,6 +210,15 @@ def extremes(distribution: Distribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
+def count_values(domain: Domain) -> int | None:
+    """The number of values of a domain; None if it has no steps."""
+    if isinstance(domain, CategoricalDistribution):
+        return len(domain.choices)
+    if isinstance(domain, Increasing) or domain.step is None:
+        return None
+    return round((domain.high - domain.low) / domain.step) + 1
+
+
 def result_settings(config: Config) -> dict[str, Any]:
     """Dotted keys to values, without those that do not change the trained networks."""
     left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the progress of a training starts before PyTorch is importe
 
 NOTEBOOK_S = 0.25  # between two updates of a notebook
 PLAIN_LINE_S = 10.0  # between two lines of a study where there is no terminal
+MAX_SHARE = 0.1  # of the driver's time that goes into showing a study, which takes longer the more trials it has
 
 
 def run_line(config: Config) -> str:
@@ -128,6 +129,8 @@ class StudyProgress:
         self._content: RenderableType = Text("starting Ray")
         self._shown: set[str] = set()  # ended trials whose line was printed
         self._last_line_s = 0.0
+        self._study: RunningStudy | None = None
+        self._next_s = 0.0  # time before which changes are not shown
 
     def __enter__(self) -> StudyProgress:
         if self._notebook:
@@ -138,12 +141,22 @@ class StudyProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._study:  # the last change may not have been shown
+            self._show(self._study)
         if self._notebook:
             self._notebook.show(self._content, at_once=True)
         elif not self._plain:
             self._live.stop()
 
     def __call__(self, study: RunningStudy) -> None:
+        """Show the study, or leave that to a later change to stay within `MAX_SHARE`."""
+        self._study, start_s = study, time.monotonic()
+        if start_s >= self._next_s:
+            self._show(study)
+            end_s = time.monotonic()
+            self._next_s = end_s + min((end_s - start_s) / MAX_SHARE, PLAIN_LINE_S)
+
+    def _show(self, study: RunningStudy) -> None:
         if not self._plain:
             self._content = Group(Text(summary(study)), _running_table(study))
             if self._notebook:

@@ -18,7 +18,7 @@ from wml_ray.errors import UserError
 from wml_ray.methods.settings import TEACHER_METHODS
 from wml_ray.report.study_page import write_study
 from wml_ray.report.study_tables import front_markdown
-from wml_ray.search.optuna_study import TrialRecord, open_storage
+from wml_ray.search.optuna_study import TrialRecord, check_sampler, open_storage
 from wml_ray.search.ratios import Increasing
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space, check_stop_metric, decode, extremes, result_settings
@@ -54,6 +54,7 @@ def tune(
         with StudyProgress() as progress:
             return tune(space, search, progress, start, warm_start)
     check_stop_metric(search, space)
+    check_sampler(search, space)
     with study_folder(space, search.study) as (folder, lease, stored):
         _check_same_study(folder, stored, space)
         storage = open_storage(search.storage, search.study, stored.get("token"))
@@ -69,6 +70,7 @@ def dry_run(space: Space, search: SearchConfig) -> Iterator[CheckResult]:
         UserError: a mistake in the settings.
     """
     check_stop_metric(search, space)
+    check_sampler(search, space)
     yield from run_checks(space.base, searching=True)
     yield from (run_check("teacher", partial(check_teacher, config)) for config in _with_other_teachers(space))
     yield run_check("pruning", partial(check_ratios, space))
