@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wml_ray.config.schema import Config
     from wml_ray.report.comparison_page import ComparisonReport
     from wml_ray.tracking.results import StudyRecords
+    from wml_ray.training.prediction import StepPrediction
     from wml_ray.verbs.plan import RunPlan
     from wml_ray.verbs.run import Run
 
@@ -46,9 +47,32 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")
     print_line(f"memory      about {plan.memory_bytes / 2**20:,.0f} MiB a worker")
     print_line(f"resources   {where}, {device}")
+    if plan.step:
+        _show_step(plan.step)
     print_line(f"precision   {describe_precision(config)}")
     print_line(f"run id      {config.run_id}")
     print_line(f"folder      {config.run_folder} ({plan.state})")
+
+
+def _show_step(step: StepPrediction) -> None:
+    """Print the predicted split of a training step."""
+    network, update = step.network, step.update
+    links = (
+        f"{network.workers} workers, {network.bandwidth_gbit:g} Gbit/s and {1e6 * network.latency_s:.0f} us a message"
+    )
+    measured = f"compute {1e3 * step.compute_s:.1f} ms" if step.device else "compute not measured (no GPU here)"
+    reduced = f"all-reduce {1e3 * step.gradient_s:.1f} ms ({step.gradient_bytes / 2**20:.1f} MiB of gradients)"
+    print_line(f"network     {links}")
+    print_line(
+        f"step        {measured} for {step.images} images, {reduced}, of it {1e3 * step.exposed_s:.1f} ms exposed"
+    )
+    if step.statistics_s:
+        print_line(f"statistics  {1e3 * step.statistics_s:.1f} ms a step for optim.sync_batchnorm")
+    if update:
+        measured = f"compute {1e3 * update.compute_s:.1f} ms" if step.device else "compute not measured"
+        print_line(f"omega       every {update.every} steps: {measured}, all-reduce {1e3 * update.all_reduce_s:.1f} ms")
+    if step.device:
+        print_line(f"predicted   {1e3 * step.step_s:.1f} ms a step, {100 * step.computing:.0f} % of it compute")
 
 
 def show_run(run: Run) -> None:
