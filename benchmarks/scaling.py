@@ -1,61 +1,110 @@
-"""Predicted and measured time of a training step on 1, 2, 4 and 8 gloo workers, each behind a link of its own.
+"""Predicted and measured time of a training step on 2, 4 and 8 gloo workers, each behind a link of its own.
 
-python benchmarks/scaling.py [MBIT ...]        as root on Linux; 100 and 300 Mbit/s by default
+python benchmarks/scaling.py [BACKBONE MBIT COMPUTE_S]...      as root, on Linux
 
-A worker runs in a network namespace; a token bucket (tc tbf) limits what its link sends. The links, a bridge between
-them, and the namespaces disappear with the process. All-reduces are those of wml_ray: DistributedDataParallel in
-`Trainer.train_step`, and `mean_over_workers` as an update of omega calls it.
+A worker is a process in a network namespace; a token bucket (tc tbf) limits what its link sends. Links and namespaces
+disappear with the program. The all-reduces are those of a training: of DistributedDataParallel in `Trainer.train_step`,
+and `mean_over_workers` of all gradients, as an update of omega calls it. Only the computation is replaced: forward and
+backward pass sleep, as the workers share the cores of one machine.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from wml_ray.config.load import parse_config
+from wml_ray.config.schema import Config
+from wml_ray.data.dataset import Dataset
 from wml_ray.data.load import load_dataset
 from wml_ray.distributed import WorkerRank, mean_over_workers, sum_of_workers
-from wml_ray.methods.base import StepContext
+from wml_ray.methods.base import Outputs, StepContext
+from wml_ray.methods.wml import Wml
 from wml_ray.training.prediction import BACKWARD_SHARE, Network, exposed_s, gradient_buckets
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.trainer import Trainer
 
-WORKERS = (1, 2, 4, 8)
-ROUNDS = 7
-ETHERNET = 8934 / 9014  # payload of a frame of 9,000 bytes over TCP
+CASES = ["resnet32", "20", "2", "resnet18_cifar", "200", "2"]
+WORKERS = (2, 4, 8)
+ROUNDS = 3
+PAYLOAD = 8948 / 9014  # of an Ethernet frame of 9,000 bytes with TCP
+SLEEPS = 12  # of a backward pass, spread over the parameters
+CLASSES = 10  # of digits
+CLONE_NEWNET = 0x40000000
+
+
+class Sleeping(Wml):
+    """WML whose passes sleep for `compute_s` in place of the computation; gradients are zeros in the usual order."""
+
+    compute_s = 0.0
+
+    def forward(self, inputs: Tensor) -> Outputs:
+        time.sleep((1 - BACKWARD_SHARE) * self.compute_s)
+        parameters = list(self.parameters())
+        every = -(-len(parameters) // SLEEPS)
+        total = torch.zeros(())
+        for index, parameter in enumerate(parameters):
+            total = _Sleep.apply(total, parameter, 0.0 if index % every else BACKWARD_SHARE * self.compute_s / SLEEPS)
+        return {"logits_MBK": total.expand(self.tree.num_peers, len(inputs), CLASSES)}
+
+    def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
+        return {"inner": outputs["logits_MBK"].mean()}
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, parameter: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        ctx.save_for_backward(parameter)
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        time.sleep(ctx.seconds)
+        return gradient, torch.zeros_like(ctx.saved_tensors[0]), None
 
 
 def main() -> None:
-    rates_mbit = [int(word) for word in sys.argv[1:] if word.isdigit()] or [100, 300]
-    if "--inside" not in sys.argv:
-        command = [sys.executable, __file__, *map(str, rates_mbit), "--inside"]
-        sys.exit(subprocess.run(["unshare", "--net", "--mount", *command], check=False).returncode)
+    if os.environ.get("WML_LINKS") is None:
+        command = ["unshare", "--net", "--mount", sys.executable, *sys.argv]
+        sys.exit(subprocess.run(command, env={**os.environ, "WML_LINKS": "1"}, check=False).returncode)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    words = sys.argv[1:] or CASES
     _make_links(max(WORKERS))
-    print("| workers | Mbit/s | what | compute ms | predicted ms | measured ms | error |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: | ---: |")
-    for rate in rates_mbit:
+    print("| tree | MB | Mbit/s | workers | message ms | of a step | predicted s | measured s | error |")
+    print("| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    for backbone, rate, compute in zip(words[::3], words[1::3], words[2::3], strict=True):
         for rank in range(max(WORKERS)):
             limit = f"tc -n worker{rank} qdisc replace dev eth0 root tbf rate {rate}mbit burst 64kb latency 1s"
             subprocess.run(limit.split(), check=True)
+        raw = {"data": {"batch_size": 64}, "model": {"backbone": backbone}, "pruning": {"saliency_images": 8}}
+        config = parse_config(raw)
+        dataset = load_dataset(config)
+        channels = initial_checkpoint(config, dataset).metadata["channels"]
         for workers in WORKERS:
-            for row in _rows(_measure(workers), workers, rate):
-                print(row, flush=True)
+            found = _measure(config, dataset, channels, float(compute), workers)
+            for row in _rows(found, workers, float(rate) / 1000):
+                print(f"| {backbone} {row}", flush=True)
 
 
 def _make_links(workers: int) -> None:
-    """A namespace for each worker, with the interface eth0 at a bridge."""
+    """A namespace for each worker, whose interface eth0 is at a bridge."""
     commands = ["mount -t tmpfs none /run", "mkdir /run/netns", "ip link add name bridge0 mtu 9000 type bridge"]
     commands += ["ip link set bridge0 up"]
     for rank in range(workers):
@@ -67,90 +116,67 @@ def _make_links(workers: int) -> None:
             f"ip -n {name} addr add 10.0.0.{rank + 1}/24 dev eth0",
             f"ip -n {name} link set lo up",
             f"ip -n {name} link set eth0 up",
+            # a share of the gradients fits: the links stay busy while a worker waits for a core
+            *(f"ip netns exec {name} sysctl -qw net.ipv4.tcp_{side}=4096,{2**24},{2**25}" for side in ("wmem", "rmem")),
         ]
     for command in commands:
-        subprocess.run(command.split(), check=True)
+        subprocess.run([word.replace(",", " ") for word in command.split()], check=True)
 
 
-def _measure(workers: int) -> dict[str, Any]:
-    """The medians of rank 0."""
+def _measure(config: Config, dataset: Dataset, channels: Any, compute_s: float, workers: int) -> dict[str, Any]:
+    """Medians in seconds over the rounds, of the slowest worker in each; and the bytes."""
+    context = multiprocessing.get_context("fork")  # the workers share what was imported and pruned
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-        program = [sys.executable, "-W", "ignore", __file__, "--worker"]
-        processes = [
-            subprocess.Popen(
-                ["ip", "netns", "exec", f"worker{rank}", *program, str(rank), str(workers), folder], env=environment
-            )
-            for rank in range(workers)
-        ]
-        codes = [process.wait() for process in processes]
-        if any(codes):
+        os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
+
+        def work(rank: int) -> None:
+            _enter_namespace(f"/run/netns/worker{rank}")
+            dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+            method = build_method(config, dataset.spec, channels)
+            found = _work(config, dataset, Sleeping(method.tree, config.wml, dataset.spec), compute_s, rank)
+            if rank == 0:
+                (Path(folder) / "result.json").write_text(json.dumps(found))
+            dist.destroy_process_group()
+
+        processes = [context.Process(target=work, args=(rank,)) for rank in range(workers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
             sys.exit("a worker failed")
-        found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
-        return found
+        result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+        return result
 
 
-def _rows(found: dict[str, Any], workers: int, rate_mbit: int) -> list[str]:
-    times_s, rows = found["seconds"], []
-    link = Network(workers, rate_mbit / 1000 * ETHERNET, found["latency_s"])
-    reduced_s = link.all_reduce_s(4 * found["numbers"])
-    backward_s = BACKWARD_SHARE * times_s["step alone"]
-    step_s = times_s["step alone"] + exposed_s(found["buckets"], backward_s, link)
-    for name, alone_s, predicted_s, measured_s in (
-        ("all-reduce of the gradients", 0.0, reduced_s, times_s["all-reduce"]),
-        ("step", times_s["step alone"], step_s, times_s["step"]),
-        ("update of omega", times_s["update alone"], times_s["update alone"] + reduced_s, times_s["update"]),
-    ):
-        if workers > 1 or alone_s:
-            error = f"{100 * (predicted_s / measured_s - 1):+.0f} %"
-            numbers = " | ".join(f"{1e3 * value:.1f}" for value in (alone_s, predicted_s, measured_s))
-            rows.append(f"| {workers} | {rate_mbit} | {name} | {numbers} | {error} |")
-    return rows
+def _enter_namespace(path: str) -> None:
+    file = os.open(path, os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(file, CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "setns", path)
 
 
-def _work(rank: int, workers: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    config = parse_config({"data": {"batch_size": 64}, "model": {"backbone": "resnet32"}})
-    dataset, worker = load_dataset(config), WorkerRank(rank, workers)
-    channels = initial_checkpoint(config, dataset).metadata["channels"]
-    context = StepContext(0, 0, 1, learning_rate=0.0)
+def _work(config: Config, dataset: Dataset, method: Sleeping, compute_s: float, rank: int) -> dict[str, Any]:
+    workers = dist.get_world_size()
+    worker, context = WorkerRank(rank, workers), StepContext(0, 0, 1, learning_rate=0.0)
     batch = next(dataset.train_batches(0, worker))
-    trainers = {}
-    for kind, of in (("step alone", WorkerRank()), ("step", worker)):
-        trainers[kind] = Trainer(config, build_method(config, dataset.spec, channels), dataset, torch.device("cpu"), of)
-    method = trainers["step"].method
+    method.compute_s = compute_s
+    alone = Trainer(config, method, dataset, torch.device("cpu"))
+    together = Trainer(config, method, dataset, torch.device("cpu"), worker)
     gradients = [torch.zeros_like(parameter) for parameter in method.parameters()]
-    calls: dict[str, Callable[[], object]] = {
-        "step alone": lambda: trainers["step alone"].train_step(context, batch),
-        "step": lambda: trainers["step"].train_step(context, batch),
-        "update alone": lambda: _alone(lambda: method.after_step(context, batch, batch)),
-        "update": lambda: method.after_step(context, batch, batch),
-        "all-reduce": lambda: mean_over_workers(gradients, batch[1]),
-        "message": lambda: sum_of_workers(torch.zeros(workers)),
-    }
-    times_s = _interleaved_medians_s(calls)
-    latency_s = times_s["message"] / (2 * (workers - 1)) if workers > 1 else 0.0
-    if rank == 0:
-        numbers = sum(gradient.numel() for gradient in gradients)
-        found = {"seconds": times_s, "latency_s": latency_s, "buckets": gradient_buckets(method), "numbers": numbers}
-        (folder / "result.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-def _alone(call: Callable[[], object]) -> None:
-    """Run `call` as one worker would, without any exchange."""
-    with patch("wml_ray.distributed.world_size", lambda: 1):
-        call()
+    times_s = _interleaved_medians_s(
+        {
+            "message": lambda: sum_of_workers(torch.zeros(workers)),
+            "all-reduce": lambda: mean_over_workers(gradients, batch[1]),
+            "alone": lambda: alone.train_step(context, batch),
+            "step": lambda: together.train_step(context, batch),
+        }
+    )
+    return {**times_s, "message": times_s["message"] / (2 * (workers - 1)), "buckets": gradient_buckets(method)}
 
 
 def _interleaved_medians_s(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median over the rounds of the slowest worker's seconds, after two rounds that do not count.
-
-    All workers begin a call together, so that they share the cores alike in calls with and without exchange.
-    """
     slowest_s: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(ROUNDS + 2):
+    for turn in range(ROUNDS + 2):  # DistributedDataParallel makes its buckets in the first two
         for name, call in calls.items():
             dist.barrier()
             start_s = time.perf_counter()
@@ -162,8 +188,20 @@ def _interleaved_medians_s(calls: dict[str, Callable[[], object]]) -> dict[str, 
     return {name: statistics.median(values) for name, values in slowest_s.items()}
 
 
+def _rows(found: dict[str, Any], workers: int, rate_gbit: float) -> list[str]:
+    network, buckets = Network(workers, rate_gbit * PAYLOAD, found["message"]), found["buckets"]
+    exposed = exposed_s(buckets, BACKWARD_SHARE * found["alone"], network)
+    lines = {
+        "all-reduce alone": (network.all_reduce_s(sum(buckets)), found["all-reduce"]),
+        "all-reduce exposed": (exposed, found["step"] - found["alone"]),
+        "whole step": (found["alone"] + exposed, found["step"]),
+    }
+    start = f"| {sum(buckets) / 1e6:.1f} | {1000 * rate_gbit:.0f} | {workers} | {1e3 * found['message']:.2f}"
+    return [
+        f"{start} | {name} | {predicted:.2f} | {measured:.2f} | {100 * (predicted / measured - 1):+.0f} % |"
+        for name, (predicted, measured) in lines.items()
+    ]
+
+
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        _work(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main()
+    main()

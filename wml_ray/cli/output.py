@@ -57,22 +57,29 @@ def show_plan(config: Config, plan: RunPlan) -> None:
 def _show_step(step: StepPrediction) -> None:
     """Print the predicted split of a training step."""
     network, update = step.network, step.update
-    links = (
-        f"{network.workers} workers, {network.bandwidth_gbit:g} Gbit/s and {1e6 * network.latency_s:.0f} us a message"
+    each = f"{network.bandwidth_gbit:g} Gbit/s and {1e6 * network.latency_s:.0f} us a message"
+    print_line(f"network     {network.workers} workers, {step.images} images each, {each}")
+    exchanged = (
+        f"all-reduce {_ms(step.gradient_s)} of {step.gradient_bytes / 1e6:.2f} MB, {_ms(step.exposed_s)} exposed"
     )
-    measured = f"compute {1e3 * step.compute_s:.1f} ms" if step.device else "compute not measured (no GPU here)"
-    reduced = f"all-reduce {1e3 * step.gradient_s:.1f} ms ({step.gradient_bytes / 2**20:.1f} MiB of gradients)"
-    print_line(f"network     {links}")
-    print_line(
-        f"step        {measured} for {step.images} images, {reduced}, of it {1e3 * step.exposed_s:.1f} ms exposed"
-    )
+    print_line(f"step        compute {_measured(step, step.compute_s)}, {exchanged}")
     if step.statistics_s:
-        print_line(f"statistics  {1e3 * step.statistics_s:.1f} ms a step for optim.sync_batchnorm")
+        print_line(f"batchnorm   {_ms(step.statistics_s)} a step for optim.sync_batchnorm")
     if update:
-        measured = f"compute {1e3 * update.compute_s:.1f} ms" if step.device else "compute not measured"
-        print_line(f"omega       every {update.every} steps: {measured}, all-reduce {1e3 * update.all_reduce_s:.1f} ms")
+        reduced = f"{update.all_reduces} x " * (update.all_reduces > 1) + "all-reduce"
+        computed = _measured(step, update.compute_s)
+        print_line(f"omega       every {update.every} steps: compute {computed}, {reduced} {_ms(update.all_reduce_s)}")
     if step.device:
-        print_line(f"predicted   {1e3 * step.step_s:.1f} ms a step, {100 * step.computing:.0f} % of it compute")
+        rate = f"{network.workers * step.images / step.step_s:,.0f} images/s"
+        print_line(f"predicted   {_ms(step.step_s)} a step, {rate}, {100 * step.computing:.0f} % of it compute")
+
+
+def _measured(step: StepPrediction, seconds: float) -> str:
+    return _ms(seconds) if step.device else "not measured (this machine has no GPU)"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def show_run(run: Run) -> None:
