@@ -97,8 +97,11 @@ def main() -> None:
         config = parse_config(raw)
         dataset = load_dataset(config)
         channels = initial_checkpoint(config, dataset).metadata["channels"]
+        tree = build_method(config, dataset.spec, channels).tree
+        method = Sleeping(tree, config.wml, dataset.spec)
+        method.compute_s = float(compute)
         for workers in WORKERS:
-            found = _measure(config, dataset, channels, float(compute), workers)
+            found = _measure(config, dataset, method, workers)
             for row in _rows(found, workers, float(rate) / 1000):
                 print(f"| {backbone} {row}", flush=True)
 
@@ -123,7 +126,7 @@ def _make_links(workers: int) -> None:
         subprocess.run([word.replace(",", " ") for word in command.split()], check=True)
 
 
-def _measure(config: Config, dataset: Dataset, channels: Any, compute_s: float, workers: int) -> dict[str, Any]:
+def _measure(config: Config, dataset: Dataset, method: Sleeping, workers: int) -> dict[str, Any]:
     """Medians in seconds over the rounds, of the slowest worker in each; and the bytes."""
     context = multiprocessing.get_context("fork")  # the workers share what was imported and pruned
     with tempfile.TemporaryDirectory() as folder:
@@ -132,8 +135,7 @@ def _measure(config: Config, dataset: Dataset, channels: Any, compute_s: float, 
         def work(rank: int) -> None:
             _enter_namespace(f"/run/netns/worker{rank}")
             dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-            method = build_method(config, dataset.spec, channels)
-            found = _work(config, dataset, Sleeping(method.tree, config.wml, dataset.spec), compute_s, rank)
+            found = _work(config, dataset, method, rank)
             if rank == 0:
                 (Path(folder) / "result.json").write_text(json.dumps(found))
             dist.destroy_process_group()
@@ -155,11 +157,10 @@ def _enter_namespace(path: str) -> None:
         raise OSError(ctypes.get_errno(), "setns", path)
 
 
-def _work(config: Config, dataset: Dataset, method: Sleeping, compute_s: float, rank: int) -> dict[str, Any]:
+def _work(config: Config, dataset: Dataset, method: Sleeping, rank: int) -> dict[str, Any]:
     workers = dist.get_world_size()
     worker, context = WorkerRank(rank, workers), StepContext(0, 0, 1, learning_rate=0.0)
     batch = next(dataset.train_batches(0, worker))
-    method.compute_s = compute_s
     alone = Trainer(config, method, dataset, torch.device("cpu"))
     together = Trainer(config, method, dataset, torch.device("cpu"), worker)
     gradients = [torch.zeros_like(parameter) for parameter in method.parameters()]
