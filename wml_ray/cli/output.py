@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wml_ray.config.schema import Config
     from wml_ray.report.comparison_page import ComparisonReport
     from wml_ray.tracking.results import StudyRecords
+    from wml_ray.training.prediction import StepPrediction
     from wml_ray.verbs.plan import RunPlan
     from wml_ray.verbs.run import Run
 
@@ -46,9 +47,39 @@ def show_plan(config: Config, plan: RunPlan) -> None:
     print_line(f"params      {plan.tree_params:,} in the tree ({separate_params:,} in separate peers)")
     print_line(f"memory      about {plan.memory_bytes / 2**20:,.0f} MiB a worker")
     print_line(f"resources   {where}, {device}")
+    if plan.step:
+        _show_step(plan.step)
     print_line(f"precision   {describe_precision(config)}")
     print_line(f"run id      {config.run_id}")
     print_line(f"folder      {config.run_folder} ({plan.state})")
+
+
+def _show_step(step: StepPrediction) -> None:
+    """Print the predicted split of a training step."""
+    network, update = step.network, step.update
+    each = f"{network.bandwidth_gbit:g} Gbit/s and {1e6 * network.latency_s:.0f} us a message"
+    print_line(f"network     {network.workers} workers, {step.images} images each, {each}")
+    exchanged = (
+        f"all-reduce {_ms(step.gradient_s)} of {step.gradient_bytes / 1e6:.2f} MB, {_ms(step.exposed_s)} exposed"
+    )
+    print_line(f"step        compute {_measured(step, step.compute_s)}, {exchanged}")
+    if step.statistics_s:
+        print_line(f"batchnorm   {_ms(step.statistics_s)} a step for optim.sync_batchnorm")
+    if update:
+        reduced = f"{update.all_reduces} x " * (update.all_reduces > 1) + "all-reduce"
+        computed = _measured(step, update.compute_s)
+        print_line(f"omega       every {update.every} steps: compute {computed}, {reduced} {_ms(update.all_reduce_s)}")
+    if step.device:
+        rate = f"{network.workers * step.images / step.step_s:,.0f} images/s"
+        print_line(f"predicted   {_ms(step.step_s)} a step, {rate}, {100 * step.computing:.0f} % of it compute")
+
+
+def _measured(step: StepPrediction, seconds: float) -> str:
+    return _ms(seconds) if step.device else "not measured (this machine has no GPU)"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def show_run(run: Run) -> None:

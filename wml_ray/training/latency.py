@@ -1,8 +1,9 @@
-"""The latency of one network."""
+"""The time of repeated calls, and the latency of one network."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,18 +33,19 @@ def measure_latency(network: nn.Module, spec: ImageSpec) -> Latency:
     """Time single images through `network` in eval mode, on its device and with one CPU thread, after a warm-up."""
     image = example(network, spec)
     with in_mode(network, training=False), torch_threads(LATENCY_THREADS):
-        _time_calls(network, image, WARMUP, WARMUP_S)
-        times_ms = 1000 * np.array(_time_calls(network, image, REPEATS, REPEATS_S))
+        time_calls(lambda: network(image), image.device, WARMUP, WARMUP_S)
+        times_ms = 1000 * np.array(time_calls(lambda: network(image), image.device, REPEATS, REPEATS_S))
     low, median, high = np.percentile(times_ms, [10, 50, 90]).tolist()
     return Latency(median, high - low)
 
 
-def _time_calls(network: nn.Module, image: torch.Tensor, repeats: int, limit_s: float) -> list[float]:
+def time_calls(call: Callable[[], object], device: torch.device, repeats: int, limit_s: float) -> list[float]:
+    """Seconds of each of `repeats` calls, of fewer where they take longer than `limit_s` together; three at least."""
     times_s: list[float] = []
     while len(times_s) < 3 or (len(times_s) < repeats and sum(times_s) < limit_s):
         start_s = time.perf_counter()
-        network(image)
-        if image.is_cuda:
-            torch.cuda.synchronize(image.device)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times_s.append(time.perf_counter() - start_s)
     return times_s

@@ -21,6 +21,7 @@ from wml_ray.data.readers import DataMissing, image_spec
 from wml_ray.data.splits import generator_for
 from wml_ray.storage.files import check_storage
 from wml_ray.training.memory import training_memory_bytes
+from wml_ray.training.prediction import StepPrediction, network_of, predict_step
 from wml_ray.training.result import stored_result
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import check_teacher, load_teacher
@@ -39,19 +40,28 @@ class RunPlan:
     teacher: str  # empty where the method has none
     stages: list[str]  # names; `model.sharing` has an entry for each
     pretrained: str  # what was loaded; empty without `model.pretrained`
+    step: StepPrediction | None = None  # where a bandwidth was given
 
 
-def plan(config: str | Path | Mapping[str, Any] | Config, check_data: bool = False, **overrides: Any) -> RunPlan:
+def plan(
+    config: str | Path | Mapping[str, Any] | Config,
+    check_data: bool = False,
+    bandwidth_gbit: float | None = None,
+    **overrides: Any,
+) -> RunPlan:
     """Build and prune the tree, and measure it; trains nothing and writes nothing.
 
     Where the dataset is missing, the saliency is computed on noise.
     The headers of an image folder's files are checked and a sample is decoded; `check_data` decodes all, with progress.
+    `bandwidth_gbit`, of the link of each worker, adds the predicted step, for which some steps run on noise.
     `config` and `overrides` are those of `train`.
 
     Raises:
-        UserError: a mistake in the config, images that cannot be decoded, or an unusable storage or teacher.
+        UserError: a mistake in the config, images that cannot be decoded, an unusable storage or teacher, or a
+            bandwidth for a run of one worker.
     """
     config = as_config(config, overrides)
+    network = None if bandwidth_gbit is None else network_of(config, bandwidth_gbit)
     check_storage(config.run_folder)
     teacher = check_teacher(config)
     skipped = undecodable_images(config.data, check_data, show_progress=check_data)
@@ -71,6 +81,7 @@ def plan(config: str | Path | Mapping[str, Any] | Config, check_data: bool = Fal
         teacher=teacher,
         stages=list(method.tree.stages),
         pretrained=describe_pretrained(start.metadata["pretrained"]) if "pretrained" in start.metadata else "",
+        step=predict_step(config, method, dataset, network) if network else None,
     )
 
 
