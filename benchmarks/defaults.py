@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,8 @@ from wml_ray.training.trainer import Trainer
 RECORD = Path(__file__).with_suffix(".csv")
 QUANTITIES = ("peers", "smallest", "average", "method")
 COLUMNS = ("cell", "variant", "seed", "seconds", *(f"{s}_{q}" for s in ("val", "test") for q in QUANTITIES), "omega")
-BASELINE = "none"
+BASELINE, DEFAULTS = "none", "defaults"
+BY_VALIDATION = "omega by validation accuracy"  # acc / (1 - acc) of each peer, after each epoch
 
 DATA = {
     "digits": {"name": "digits", "crop_padding": 1},
@@ -106,6 +108,9 @@ def settings(**changed: object) -> str:
         "wml.mirror_step_size": 0.1,
         "wml.update_every": 20,
         "wml.ramp": 0,
+        "wml.outer_data": "train",
+        "wml.outer_share": 1,
+        "wml.own_views": "false",
         "model.trunk_gradient": "sum",
         "optim.learning_rate": 0.1,
     }
@@ -134,6 +139,27 @@ VARIANTS = {
         "alpha 0.3, ramp 0.3": {"ramp": 0.3},
         "alpha 0.5, ramp 0.3": {"alpha": 0.5, "ramp": 0.3},
         "alpha 0.3, mean trunk": {"model__trunk_gradient": "mean"},
+        "alpha 0.2, reverse KL": {"alpha": 0.2, "kl_direction": "student_to_teacher"},
+        "none, own views": {"alpha": 0, "own_views": "true"},
+        "alpha 0.2, own views": {"alpha": 0.2, "own_views": "true"},
+        DEFAULTS: {"alpha": 0.2, "weights": "learned", "weigh_labels": "false"},
+        "defaults, eta 1": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "mirror_step_size": 1},
+        "defaults, eta 10": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "mirror_step_size": 10},
+        "defaults, outer share 0.25": {
+            "alpha": 0.2,
+            "weights": "learned",
+            "weigh_labels": "false",
+            "outer_share": 0.25,
+        },
+        "defaults, bfloat16": {
+            "alpha": 0.2,
+            "weights": "learned",
+            "weigh_labels": "false",
+            "optim__precision": "bfloat16",
+        },
+        "defaults, holdout": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "outer_data": "holdout"},
+        "alpha 0.2, labels not weighed": {"alpha": 0.2, "weigh_labels": "false"},
+        BY_VALIDATION: {"alpha": 0.2, "weigh_labels": "false"},
         "alpha 0.3, learned": {"weights": "learned"},
         "alpha 0.3, learned, labels not weighed": {"weights": "learned", "weigh_labels": "false"},
         "Eq. 1, alpha 0.5": {
@@ -152,29 +178,47 @@ MILD_4, MILD_2, MILD_8 = (0.0, 0.2, 0.4, 0.6), (0.0, 0.5), (0.0, 0.1, 0.2, 0.3, 
 DEEP_4, DEEP_2, DEEP_8 = (0.0, 0.4, 0.6, 0.7), (0.0, 0.7), (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.65, 0.7)
 EXTREME_4, EXTREME_2, EXTREME_8 = (0.0, 0.5, 0.75, 0.9), (0.0, 0.9), (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9)
 SCREEN, LONG, FEW = Cell("fashion", 10), Cell("fashion", 30), Cell("fashion", 30, images=2000)
-DIGITS = [
-    Cell("digits", epochs, *family)
-    for epochs in (10, 30)
-    for family in (
-        (TREE_4, MILD_4),
-        (TREE_4, DEEP_4),
-        ((4,) * 5, MILD_4),
-        ((4,) * 5, EXTREME_4, "macs"),
-        (TREE_2, MILD_2),
-        (TREE_2, DEEP_2),
-        ((2,) * 5, MILD_2),
-        ((2,) * 5, EXTREME_2, "macs"),
-        (TREE_8, MILD_8),
-        (TREE_8, DEEP_8),
-        ((8,) * 5, MILD_8),
-        ((8,) * 5, EXTREME_8, "macs"),
-    )
+FAMILIES = (
+    (TREE_4, MILD_4),
+    ((4,) * 5, MILD_4),
+    ((4,) * 5, EXTREME_4, "macs"),
+    (TREE_2, MILD_2),
+    ((2,) * 5, EXTREME_2, "macs"),
+    (TREE_8, MILD_8),
+)
+ON_DIGITS_ONLY = (
+    (TREE_4, DEEP_4),
+    (TREE_2, DEEP_2),
+    ((2,) * 5, MILD_2),
+    (TREE_8, DEEP_8),
+    ((8,) * 5, MILD_8),
+    ((8,) * 5, EXTREME_8, "macs"),
+)
+GRID = [
+    *(Cell("digits", epochs, *family) for epochs in (30, 10) for family in FAMILIES),
+    *(Cell("fashion", epochs, *family, images=2000) for epochs in (30, 10) for family in FAMILIES),
+    *(Cell("digits", epochs, *family) for epochs in (30, 10) for family in ON_DIGITS_ONLY),
 ]
+AXES = (
+    "none, own views",
+    "alpha 0.2, own views",
+    "none, lr 0.2",
+    "alpha 0.2",
+    "alpha 0.2, reverse KL",
+    "alpha 0.2, labels not weighed",
+    "defaults, eta 1",
+    "defaults, eta 10",
+    "defaults, holdout",
+    "defaults, outer share 0.25",
+    "defaults, bfloat16",
+    BY_VALIDATION,
+    "alpha 0.3, learned",
+)
+SEEDS = (0, 1, 2)
 PLAN: list[tuple[Cell, tuple[str, ...], tuple[int, ...]]] = [
-    (FEW, ("alpha 0.3, learned, labels not weighed", "none, lr 0.2"), (0, 1)),
-    *((cell, (BASELINE, "alpha 0.3"), (0, 1, 2)) for cell in DIGITS[:8]),
-    (FEW, (BASELINE, "alpha 0.2", "alpha 0.3", "alpha 0.3, tau 1", "alpha 0.3, learned"), (0, 1, 2)),
-    *((cell, (BASELINE, "alpha 0.3"), (0, 1, 2)) for cell in DIGITS),
+    *((cell, (BASELINE, DEFAULTS), SEEDS) for cell in GRID[:18]),
+    (FEW, AXES, SEEDS),
+    *((cell, (BASELINE, DEFAULTS), SEEDS) for cell in GRID[18:]),
 ]
 
 
@@ -192,13 +236,16 @@ def run(cell: Cell, variant: str, seed: int) -> dict[str, Any]:
     def report(event: StepProgress | EpochEnd) -> None:
         if isinstance(event, EpochEnd):
             ends.append(event)
+            if variant == BY_VALIDATION:
+                odds_M = torch.tensor([(a + 1e-3) / (1 - a + 1e-3) for a in _peers(event.metrics, "val")])
+                trainer.method.log_weights_M.copy_((odds_M / odds_M.sum()).log())
 
     start_s = time.perf_counter()
     trainer.fit(report)
     row: dict[str, Any] = {"cell": cell.name, "variant": variant, "seed": seed}
     row["seconds"] = round(time.perf_counter() - start_s, 1)
     for split, metrics in (("val", ends[-1].metrics), ("test", trainer.evaluate("test"))):
-        peers = [metrics[f"{split}/accuracy/peer{index}"] for index in range(config.num_peers)]
+        peers = _peers(metrics, split)
         found = (
             statistics.fmean(peers),
             peers[-1],
@@ -207,6 +254,10 @@ def run(cell: Cell, variant: str, seed: int) -> dict[str, Any]:
         row |= {f"{split}_{quantity}": round(value, 5) for quantity, value in zip(QUANTITIES, found, strict=True)}
     row["omega"] = " ".join(f"{value:.3f}" for name, value in ends[-1].metrics.items() if name.startswith("weights/"))
     return row
+
+
+def _peers(metrics: Mapping[str, float], split: str) -> list[float]:
+    return [value for name, value in metrics.items() if name.startswith(f"{split}/accuracy/peer")]
 
 
 def _dataset(config: Config) -> Dataset:
