@@ -120,6 +120,7 @@ def settings(**changed: object) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
+WML = {"alpha": 0.2, "weights": "learned", "weigh_labels": "false"}
 VARIANTS = {
     f"{name}{f', lr {rate}' if rate != 0.1 else ''}": settings(**changed, optim__learning_rate=rate)
     for rate in (0.1, 0.2, 0.4)
@@ -142,22 +143,12 @@ VARIANTS = {
         "alpha 0.2, reverse KL": {"alpha": 0.2, "kl_direction": "student_to_teacher"},
         "none, own views": {"alpha": 0, "own_views": "true"},
         "alpha 0.2, own views": {"alpha": 0.2, "own_views": "true"},
-        DEFAULTS: {"alpha": 0.2, "weights": "learned", "weigh_labels": "false"},
-        "defaults, eta 1": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "mirror_step_size": 1},
-        "defaults, eta 10": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "mirror_step_size": 10},
-        "defaults, outer share 0.25": {
-            "alpha": 0.2,
-            "weights": "learned",
-            "weigh_labels": "false",
-            "outer_share": 0.25,
-        },
-        "defaults, bfloat16": {
-            "alpha": 0.2,
-            "weights": "learned",
-            "weigh_labels": "false",
-            "optim__precision": "bfloat16",
-        },
-        "defaults, holdout": {"alpha": 0.2, "weights": "learned", "weigh_labels": "false", "outer_data": "holdout"},
+        DEFAULTS: WML,
+        "defaults, eta 1": WML | {"mirror_step_size": 1},
+        "defaults, eta 10": WML | {"mirror_step_size": 10},
+        "defaults, outer share 0.25": WML | {"outer_share": 0.25},
+        "defaults, bfloat16": WML | {"optim__precision": "bfloat16"},
+        "defaults, holdout": WML | {"outer_data": "holdout"},
         "alpha 0.2, labels not weighed": {"alpha": 0.2, "weigh_labels": "false"},
         BY_VALIDATION: {"alpha": 0.2, "weigh_labels": "false"},
         "alpha 0.3, learned": {"weights": "learned"},

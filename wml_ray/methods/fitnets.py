@@ -26,7 +26,11 @@ class Fitnets(TaughtMethod):
     settings: FitnetsConfig
 
     def __init__(self, tree: PeerTree, settings: FitnetsConfig, spec: ImageSpec, teacher: Teacher) -> None:
-        """Raises UserError: the stage is not one of both networks, or their maps have other sizes."""
+        """Make a 1x1 convolution for each copy of the stage.
+
+        Raises:
+            UserError: the stage is not one of both networks, or their maps have other sizes.
+        """
         super().__init__(tree, settings, spec, teacher)
         self.stage = -1 if settings.stage is None else settings.stage
         maps, teacher_maps = (self.shapes(network, spec).maps for network in (tree, teacher.tree))

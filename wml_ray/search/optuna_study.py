@@ -64,12 +64,13 @@ def check_sampler(search: SearchConfig, space: Space) -> None:
             problem = f"'{choices[0]}' is a choice" if choices else f"there are {len(space.objectives)} objectives"
             raise UserError(f"{where} needs numbers only, and one objective, but {problem}; use sampler tpe or gp")
     if search.sampler == "grid":
-        endless = next((key for key, one in space.domains.items() if count_values(one) is None), None)
+        counts = {key: count_values(domain) for key, domain in space.domains.items()}
+        endless = next((key for key, count in counts.items() if count is None), None)
         if endless:
             raise UserError(
                 f"{where} needs a finite space: '{endless}' has no steps; use quniform or choice there, or sampler tpe"
             )
-        points = math.prod(count_values(one) or 0 for one in space.domains.values())
+        points = math.prod(count for count in counts.values() if count is not None)
         if search.trials > points:
             raise UserError(f"trials = {search.trials}: the grid has {number_of(points, 'point')}; use at most so many")
 
