@@ -1,12 +1,14 @@
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from family import checkpoint
 
-from wml_ray.checkpoints.store import Checkpoints
+from wml_ray.checkpoints.store import Checkpoints, stored_epochs
 from wml_ray.storage.lease import LEASE_FILE, LeaseLost, exclusive_access
 from wml_ray.storage.paths import to_path
 
@@ -71,6 +73,26 @@ def test_each_save_of_the_same_epoch_is_uploaded(bucket):
         uploads_done(store, saved)
     store.close()
     assert [path.name for path in store.folder.iterdir()] == ["epoch-0003"]
+
+
+def test_checkpoints_can_be_listed_while_the_only_one_is_replaced(bucket):
+    folder = to_path(bucket) / "checkpoints"
+    digests = folder / "epoch-0001" / "SHA256SUMS"
+    stop = threading.Event()
+
+    def replace_it():
+        while not stop.is_set():
+            digests.write_text("")
+            digests.unlink()
+
+    with ThreadPoolExecutor(1) as pool:
+        replacing = pool.submit(replace_it)
+        try:
+            listed = [stored_epochs(folder) for _ in range(200)]
+        finally:
+            stop.set()
+        replacing.result()
+    assert {tuple(epochs) for epochs in listed} == {(), (1,)}
 
 
 @pytest.mark.parametrize("folder", ["local", "remote"], indirect=True)

@@ -12,7 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -61,7 +61,7 @@ def epoch_folder(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}"
 
 
-def epochs_of(folders: Iterable[Path]) -> list[int]:
+def epochs_of(folders: Iterable[PurePath]) -> list[int]:
     """The epochs of those folders that are named as checkpoints, in order."""
     matches = (_FOLDER.fullmatch(path.name) for path in folders)
     return sorted(int(match.group(1)) for match in matches if match)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from wml_ray.checkpoints.checkpoint import (
@@ -75,7 +75,7 @@ class Uploader:
 
     def _upload(self, serial: int, epoch: int, best: int | None) -> None:
         whole = set(uploaded_epochs(self._folder))
-        begun = epochs_of(self._folder.glob("epoch-*"))
+        begun = epochs_of({path.parent for path in _files(self._folder)})
         if self._uploaded != serial:  # else only the removal below is retried
             for later in (other for other in begun if other >= epoch):
                 if self._keep_damaged and later in whole:  # a resumed run could not read it
@@ -97,7 +97,17 @@ class Uploader:
 
 def uploaded_epochs(folder: Path) -> list[int]:
     """Epochs whose checkpoint was uploaded completely, which the digests show."""
-    return epochs_of(path.parent for path in folder.glob(f"*/{DIGESTS}"))
+    return epochs_of(path.parent for path in _files(folder) if path.name == DIGESTS)
+
+
+def _files(folder: Any) -> list[PurePosixPath]:
+    """The files of the checkpoints in a remote folder.
+
+    It is one listing: `glob` asks for the folder again after it, and fails if the last file was removed in between.
+    """
+    root = PurePosixPath(folder.path)
+    paths = (PurePosixPath(name) for name in folder.fs.find(folder.path))
+    return [path for path in paths if path.parent.parent == root]
 
 
 def _copy(source: Path, target: Path) -> None:

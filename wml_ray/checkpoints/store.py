@@ -22,6 +22,17 @@ from wml_ray.storage.retry import STORAGE_TIMEOUT_S, retry_storage, storage_unav
 INTERRUPTED_UPLOAD_S = 5.0  # how long an interrupted training waits for its uploads
 
 
+def stored_epochs(folder: Path) -> list[int]:
+    """Epochs with a checkpoint in a run's folder of checkpoints, in order; without those whose upload was cut off.
+
+    Raises:
+        StorageUnavailable: the storage failed for ten minutes.
+    """
+    if is_remote(folder):
+        return retry_storage(lambda: uploaded_epochs(folder), folder)
+    return epochs_of(folder.iterdir()) if folder.is_dir() else []
+
+
 class Checkpoints:
     """The newest `keep` checkpoints of a run, and the best by `SELECTION_METRIC`."""
 
@@ -39,9 +50,7 @@ class Checkpoints:
 
     def epochs(self) -> list[int]:
         """Epochs with a checkpoint, in order; those whose upload was cut off are left out."""
-        if is_remote(self.folder):
-            return retry_storage(lambda: uploaded_epochs(self.folder), self.folder)
-        return epochs_of(self.folder.iterdir()) if self.folder.is_dir() else []
+        return stored_epochs(self.folder)
 
     def load(self, epoch: int) -> Checkpoint:
         """Read a checkpoint, retrying while the storage fails.

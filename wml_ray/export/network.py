@@ -16,10 +16,10 @@ from wml_ray.checkpoints.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
     epoch_folder,
-    epochs_of,
     read_checkpoint,
 )
 from wml_ray.checkpoints.load import check_trusted, config_and_spec, rebuild_tree
+from wml_ray.checkpoints.store import stored_epochs
 from wml_ray.config.load import parse_config
 from wml_ray.data.readers import DATASETS, class_names
 from wml_ray.errors import UserError, one_line, shortened
@@ -210,7 +210,7 @@ def load_standalone(folder: Path, trust: bool = False) -> Network:
 def _checkpoint_folder(folder: Path, result: Mapping[str, Any] | None, epoch: int | None) -> Path:
     """The checkpoint of the epoch that a run was tested at, or of `epoch`."""
     checkpoints = folder / "checkpoints"
-    kept = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
+    kept = stored_epochs(checkpoints)
     if result is None and epoch is None:
         remedy = f"epoch {kept[-1]} is the last it reached" if kept else "it has no checkpoint yet"
         raise UserError(f"run {folder} has not finished; train it to its end, or name an epoch (--epoch N): {remedy}")

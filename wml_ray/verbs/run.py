@@ -141,13 +141,14 @@ def load_run(run: str | Path, storage_path: str = "results", trust: bool = False
 
 def _plan(folder: Path) -> dict[str, Any]:
     """The metadata of an exported network, or of the newest checkpoint of a run that has not finished."""
-    from wml_ray.checkpoints.checkpoint import epoch_folder, epochs_of, read_checkpoint
+    from wml_ray.checkpoints.checkpoint import epoch_folder, read_checkpoint
+    from wml_ray.checkpoints.store import stored_epochs
 
     if retry_storage((folder / "plan.json").exists, folder):
         plan = dict(read_checkpoint(folder).metadata)
         return plan | {"config": plan.get("run_config", plan["config"])}
     checkpoints = folder / "checkpoints"
-    epochs = retry_storage(lambda: epochs_of(checkpoints.iterdir()) if checkpoints.is_dir() else [], folder)
+    epochs = stored_epochs(checkpoints)
     if not epochs:
         raise UserError(f"{folder} is no run: it has neither {RESULT} nor a checkpoint")
     return read_checkpoint(epoch_folder(checkpoints, epochs[-1])).metadata
