@@ -15,6 +15,7 @@ from wml_ray.methods.attention import Decoder, attention, with_shift
 from wml_ray.methods.base import StepContext
 from wml_ray.methods.ffl import fusion
 from wml_ray.methods.registry import build
+from wml_ray.networks.features import mean_over_positions
 from wml_ray.networks.peer_tree import PeerTree
 
 PUBLISHED = json.loads((Path(__file__).parent / "published_losses.json").read_text())
@@ -29,6 +30,12 @@ def method_of(name, tree=None, **changed):
 def tree_of(sharing):
     torch.manual_seed(0)
     return PeerTree(lambda: dict(enumerate_names(stages(SPEC))), sharing)
+
+
+def test_the_mean_over_positions_keeps_the_channels_of_maps_and_of_tokens():
+    maps = torch.randn(2, 5, 3, 4)
+    assert mean_over_positions(maps).allclose(maps.mean((2, 3)))
+    assert mean_over_positions(maps.flatten(2).transpose(1, 2)).allclose(maps.mean((2, 3)))
 
 
 def test_the_gate_of_one_is_on_the_simplex_and_learns_from_its_own_labels_alone():

@@ -200,6 +200,15 @@ def test_runs_that_differ_in_another_key_or_have_one_seed_twice_are_not_compared
         group_runs(runs.assign(seed=["0", "1", "0", "0"]), ["wml.alpha"])
 
 
+def test_runs_whose_teachers_differ_by_seed_alone_are_grouped():
+    runs = made_up({"a": [0.9, 0.9], "b": [0.8, 0.8]}).drop(columns="variant").astype({"seed": str})
+    runs["method.name"], runs["teacher.run"] = ["wml", "wml", "kd", "kd"], [None, None, "first", "second"]
+    assert group_runs(runs, ["method.name"])[1] == ["kd", "wml"]
+    runs.loc[len(runs)] = {**runs.iloc[-1], "method.name": "rkd", "teacher.run": "third"}
+    with pytest.raises(UserError, match=r"differ in teacher\.run too"):
+        group_runs(runs, ["method.name"])
+
+
 def test_a_list_is_one_key_of_groups():
     runs = made_up({"a": [0.9], "b": [0.8]}).drop(columns="variant").astype({"seed": str})
     runs["pruning.ratios.0"], runs["pruning.ratios.1"] = ["0.0", "0.0"], ["0.5", "0.2"]

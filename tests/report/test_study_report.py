@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from wml_ray.report.analysis import (
+    MOST_IMPORTANCE_TRIALS,
     best_so_far,
     best_trial_numbers,
     dominated_volume,
@@ -127,6 +128,13 @@ def test_importance_finds_the_key_that_matters_the_same_every_time():
     assert shares[ACCURACY]["wml.alpha"] > 0.9
     assert sum(shares[MACS].values()) == pytest.approx(1)
     assert importances(study) == shares
+
+
+def test_importances_of_a_large_study_read_an_even_sample_of_its_trials():
+    trials = made_up(["COMPLETE"] * (2 * MOST_IMPORTANCE_TRIALS - 1), {ACCURACY: "max"}).trials
+    changed = trials.assign(**{ACCURACY: trials[ACCURACY].where(trials["trial"] % 2 == 0, 0.0)})
+    shares = [importances(StudyRecords("", {ACCURACY: "max"}, SEARCHED, {}, table)) for table in (trials, changed)]
+    assert shares[0] == shares[1]
 
 
 def test_a_key_searched_on_a_log_scale_counts_on_that_scale():

@@ -12,6 +12,7 @@ from wml_ray.search.method_spaces import METHOD_SPACES, method_space, start_at_c
 from wml_ray.search.settings import CompareConfig, SearchConfig
 from wml_ray.search.space import check_space, result_settings
 from wml_ray.training.start import initial_checkpoint
+from wml_ray.verbs.compare import check_rows
 
 OBJECTIVES = {"val/accuracy/method": "max"}
 
@@ -62,6 +63,16 @@ def test_a_key_adds_a_row_for_each_value_to_the_methods_that_it_affects():
     assert (config.wml.alpha, config.wml.temperature) == (0.3, 3.0)
     assert comparison.config({"variant": "wml", "seed": 0}).wml.alpha == tiny_config().wml.alpha
     assert comparison.config({"variant": "dml ratios=[0,0.1,0.2,0.2]", "seed": 0}).pruning.ratios == (0, 0.1, 0.2, 0.2)
+
+
+def test_a_setting_of_an_own_method_adds_no_row_to_the_methods_of_the_package():
+    comparison = compared("wml", "own_method:BestTeaches", keys=["method.settings.weight=0.3"])
+    assert list(comparison.variants) == ["wml", "own_method:BestTeaches", "own_method:BestTeaches weight=0.3"]
+
+
+def test_a_method_that_refuses_the_tree_of_an_earlier_row_is_found_before_the_first_trial():
+    with pytest.raises(UserError, match="boc_kd"):
+        check_rows(compared("wml", "boc_kd", config=tiny_config("pruning.ratios=[0.3,0.1,0.2,0.2]")))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +141,10 @@ def test_the_small_space_of_a_method_holds_the_learning_rate_and_the_config(meth
     assert {key.partition(".")[0] for key in space.domains} <= {"optim", method}
     (start,) = start_at_config(space)
     assert space.config(start) == config
+
+
+def test_what_a_row_is_named_after_is_not_searched():
+    assert set(method_space(tiny_config(), OBJECTIVES, fixed=["wml.alpha"]).domains) == {"optim.learning_rate"}
 
 
 def test_the_small_spaces_are_of_methods_and_keys_that_exist():

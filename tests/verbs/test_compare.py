@@ -98,8 +98,9 @@ def test_methods_and_seeds_are_added_to_a_comparison_and_other_settings_are_refu
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_each_row_is_compared_at_the_best_of_equally_many_trials_of_another_seed(workplace):
-    settings = CompareConfig(study="t", methods=("independent", "kd"), seeds=1, tune=2)
+    settings = CompareConfig(study="t", methods=("independent", "kd"), keys=("kd.alpha=0.25",), seeds=1, tune=2)
     result = compare(small_config("optim.epochs=1"), settings)
+    assert set(result.study.trials.set_index("variant").loc[["kd alpha=0.25"], "kd.alpha"]) == {0.25}
     for method in settings.methods:
         trials = TrialStore(Path(f"results/t-tune-{method}")).trials()
         assert len(trials) == 2
@@ -111,5 +112,5 @@ def test_each_row_is_compared_at_the_best_of_equally_many_trials_of_another_seed
         compared = result.study.trials.set_index("variant").loc[method]
         assert compared["optim.learning_rate"] == best.optim.learning_rate
         assert compared["seed"] == 0
-    assert (result.folder / "report" / "report.html").read_text().count("optim.learning_rate=") == 2
+    assert (result.folder / "report" / "report.html").read_text().count("optim.learning_rate=") == 3
     assert client().get_experiment_by_name("t-tune-kd")

@@ -12,6 +12,7 @@ from wml_ray.methods.base import Method, Outputs, StepContext
 from wml_ray.methods.checks import check_shared_stage
 from wml_ray.methods.feature_settings import OneConfig
 from wml_ray.methods.losses import cross_entropies, divergences
+from wml_ray.networks.features import mean_over_positions
 from wml_ray.networks.peer_tree import PeerTree
 from wml_ray.networks.spec import ImageSpec
 
@@ -29,7 +30,7 @@ class One(Method):
     def __init__(self, tree: PeerTree, settings: OneConfig, spec: ImageSpec) -> None:
         super().__init__(tree, settings, spec)
         check_shared_stage(tree, "one", "whose map its gate sees")
-        width = self.shapes(tree, spec).maps[tree.shared_stages - 1][0].shape[1]
+        width = mean_over_positions(self.shapes(tree, spec).maps[tree.shared_stages - 1][0]).shape[1]
         self.gate = nn.Sequential(
             nn.Linear(width, tree.num_peers), nn.BatchNorm1d(tree.num_peers), nn.ReLU(), nn.Softmax(-1)
         )
@@ -38,7 +39,7 @@ class One(Method):
         """The logits, and the gate g of each image."""
         features = self.tree.features(inputs)
         trunk = features.maps[self.tree.shared_stages - 1][0]
-        return {"logits_MBK": features.logits_MBK, "gate_BM": self.gate(trunk.flatten(2).mean(2))}
+        return {"logits_MBK": features.logits_MBK, "gate_BM": self.gate(mean_over_positions(trunk))}
 
     def losses(self, outputs: Outputs, targets_B: Tensor, context: StepContext) -> dict[str, Tensor]:
         """The cross-entropies, that of the mixture, and w r times the divergences from the mixture."""

@@ -22,7 +22,14 @@ def pooled_and_logits(head: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
     `nn.Sequential`. Of a head that is anything else, the feature is its input.
     """
     entering, logits = _entering_and_outputs(head, inputs)
-    return (entering.flatten(2).mean(2) if entering.dim() > 2 else entering), logits
+    return mean_over_positions(entering), logits
+
+
+def mean_over_positions(values: Tensor) -> Tensor:
+    """The mean (B, C) over the positions of maps (B, C, H, W) or tokens (B, N, C); (B, C) stays as it is."""
+    if values.dim() == 3:
+        return values.mean(1)
+    return values.flatten(2).mean(2) if values.dim() > 3 else values
 
 
 def _entering_and_outputs(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,10 +118,16 @@ def group_runs(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, l
     """
     params = [name for name in runs.columns if "." in name and "/" not in name]
     grouped = [name for key in keys for name in _columns_of(params, key)]
+    left_out = ["scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_"]
+    if "teacher.run" in params and (runs.groupby("seed")["teacher.run"].nunique() <= 1).all():
+        left_out.append("teacher.run")  # each seed has its teacher
     for name in params:
-        left_out = ("scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_")
         values = runs[name].dropna().unique()
-        if len(values) > 1 and name not in grouped and (not name.startswith(left_out) or name == "run.test_epoch"):
+        if (
+            len(values) > 1
+            and name not in grouped
+            and (not name.startswith(tuple(left_out)) or name == "run.test_epoch")
+        ):
             raise UserError(
                 f"--group-by {','.join(keys)}: the runs differ in {name} too ({values[0]}, {values[1]}); use "
                 f"--group-by {','.join([*keys, name])}"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 BEST_TRIALS = 5
+UNCROWDED_TRIALS = 500
+"""The marks of more trials are smaller, so that they do not hide each other."""
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "0.6"
 OBJECTIVE_COLOURS = (BLUE, "#e69f00", "#009e73", "#cc79a7")
 
@@ -52,12 +54,14 @@ def _groups(study: StudyRecords) -> list[Group]:
     trials = study.trials
     on_front = trials["trial"].isin(pareto_front(study))
     comparable = trials["trial"].isin(comparable_trials(study)["trial"]) & ~on_front
-    hollow = {"facecolors": "none", "edgecolors": GREY, "s": 26}
+    crowded = min(1.0, UNCROWDED_TRIALS / max(len(trials), 1))
+    area, line = max(30 * crowded, 3), max(crowded, 0.3)
+    hollow = {"facecolors": "none", "edgecolors": GREY, "s": area, "linewidths": line}
     best_label = "Pareto front" if len(study.objectives) > 1 else "best trial"
     return [
         Group("stopped early, last value", trials[trials["state"] == "STOPPED"], hollow),
         Group("running, last value", trials[trials["state"] == "RUNNING"], {**hollow, "marker": "^"}),
-        Group("full budget", trials[comparable], {"color": BLUE, "s": 30, "alpha": 0.8, "linewidths": 0}),
+        Group("full budget", trials[comparable], {"color": BLUE, "s": area, "alpha": 0.8, "linewidths": 0}),
         Group(best_label, trials[on_front], {"color": ORANGE, "s": 48, "zorder": 4}),
     ]
 

@@ -16,7 +16,7 @@ from wml_ray.config.load import with_values
 from wml_ray.config.schema import Config
 from wml_ray.config.yaml_text import read_yaml
 from wml_ray.errors import UserError
-from wml_ray.methods.settings import FAMILY_TEACHER_METHODS, TEACHER_METHODS, unused_sections
+from wml_ray.methods.settings import FAMILY_TEACHER_METHODS, TEACHER_METHODS, has_effect
 from wml_ray.report.comparison_tables import published_rows
 from wml_ray.search.settings import CompareConfig
 from wml_ray.search.space import Space, reason_to_refuse, result_settings
@@ -168,7 +168,7 @@ def _check_keys(groups: Sequence[Group], methods: Sequence[str]) -> None:
 
 
 def _unused(group: Group, method: str) -> bool:
-    return any(key.partition(".")[0] in unused_sections(method) for key, _ in group)
+    return not all(has_effect(key, method) for key, _ in group)
 
 
 def _rows(method: str, group: Group) -> Iterator[tuple[str, Values]]:

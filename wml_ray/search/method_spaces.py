@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -37,13 +38,17 @@ METHOD_SPACES: dict[str, dict[str, Distribution]] = {
 """Config key -> distribution, beside the learning rate. A method without an entry is searched in that alone."""
 
 
-def method_space(config: Config, objectives: dict[str, str]) -> Space:
-    """The space of the config's method; the config's own values are inside it, wherever its scale allows that."""
+def method_space(config: Config, objectives: dict[str, str], fixed: Collection[str] = ()) -> Space:
+    """The space of the config's method without the keys `fixed`.
+
+    The config's own values are inside it, wherever its scale allows that.
+    """
     rate = config.optim.learning_rate
     rates = FloatDistribution(rate / LEARNING_RATE_FACTOR, rate * LEARNING_RATE_FACTOR, log=True)
     own = METHOD_SPACES.get(config.method.name, {}).items()
     domains: dict[str, Domain] = {"optim.learning_rate": rates}
     domains |= {key: _including(domain, lookup(config, key)) for key, domain in own}
+    domains = {key: domain for key, domain in domains.items() if key not in fixed}
     return Space(config, domains, objectives, "\n".join(f"{key}: {domain}" for key, domain in domains.items()))
 
 

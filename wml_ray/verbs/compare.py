@@ -12,6 +12,8 @@ from wml_ray.config.load import as_config, load_config, with_values
 from wml_ray.config.schema import Config
 from wml_ray.data.load import load_dataset
 from wml_ray.errors import UserError
+from wml_ray.networks.spec import ImageSpec
+from wml_ray.pruning.widths import ChannelWidths
 from wml_ray.report.comparison_page import study_report
 from wml_ray.search.comparison import (
     OBJECTIVES,
@@ -30,7 +32,8 @@ from wml_ray.search.space import lookup
 from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import TrialStore
 from wml_ray.tracking.results import StudyRecords
-from wml_ray.training.start import initial_checkpoint
+from wml_ray.training.start import build_method, initial_checkpoint
+from wml_ray.training.teacher import load_teacher
 from wml_ray.verbs.progress import StudyProgress
 from wml_ray.verbs.study import Study, StudyKind, run_study, study_folder
 from wml_ray.verbs.tune import tune
@@ -63,6 +66,7 @@ def compare(
             return compare(config, settings, progress)
     comparison = comparison_of(config, settings)
     if settings.tune:
+        check_rows(comparison)
         comparison = _tuned(comparison, settings, on_change, verbose)
     with study_folder(comparison, settings.study) as (folder, lease, stored):
         earlier = [trial.point for trial in TrialStore(folder).trials()]
@@ -82,24 +86,32 @@ def dry_run(config: Config, settings: CompareConfig) -> Iterator[CheckResult]:
     """
     comparison = comparison_of(config, settings)
     yield from run_checks(comparison.base, searching=True)
-    yield run_check("pruning", lambda: check_trees(comparison))
+    yield run_check("pruning", lambda: check_rows(comparison))
 
 
-def check_trees(comparison: Comparison) -> str:
-    """Build and prune each tree of the comparison once; returns the result in words.
+def check_rows(comparison: Comparison) -> str:
+    """Prune each tree of the comparison once, and build each row's method on its tree; returns the result in words.
+
+    Rows whose teacher is not trained yet are left out.
 
     Raises:
-        UserError: a ratio cannot be reached, or the backbone, the sharing or the data are wrong.
+        UserError: a ratio cannot be reached, the backbone, the sharing or the data are wrong, or a method refuses its
+            tree.
     """
-    built = []
+    pruned: list[tuple[Any, ImageSpec, ChannelWidths]] = []
     for variant in comparison.variants:
         point = {VARIANT: variant, "seed": comparison.seeds[0]}
+        if comparison.needed_point(point) is not None:
+            continue
         config = comparison.config(point)
         tree = (config.model, config.pruning, config.data)
-        if tree not in built and comparison.needed_point(point) is None:
-            initial_checkpoint(config, load_dataset(config))
-            built.append(tree)
-    return "every ratio of the comparison can be reached"
+        found = next((row for row in pruned if row[0] == tree), None)
+        if found:
+            build_method(config, *found[1:], load_teacher(config))
+        else:
+            dataset = load_dataset(config)
+            pruned.append((tree, dataset.spec, initial_checkpoint(config, dataset).metadata["channels"]))
+    return "every ratio of the comparison can be reached, and every method takes its tree"
 
 
 def _search(settings: CompareConfig, trials: int) -> SearchConfig:
@@ -119,7 +131,7 @@ def _kind(comparison: Comparison, settings: CompareConfig) -> StudyKind:
     about = {"variants": list(comparison.variants), "published": settings.published}
 
     def check() -> object:
-        return check_trees(comparison)
+        return check_rows(comparison)
 
     def write_report(records: StudyRecords, folder: Path) -> list[Path]:
         return study_report(records).write(folder)
@@ -165,7 +177,9 @@ def _tuned(
         values = {**variants[name], "seed": comparison.base.seed + TUNING_SEED}
         if comparison.needed_point({VARIANT: name, "seed": values["seed"]}):
             values |= taught_by(teacher, values["method.name"])
-        space = method_space(with_values(comparison.base, values), OBJECTIVES)
+        space = method_space(with_values(comparison.base, values), OBJECTIVES, fixed=variants[name])
+        if not space.domains:  # the keys of the row are all that would be searched
+            continue
         study = tuning_study(settings.study, name)
         search = SearchConfig(study=study, trials=settings.tune, scheduler="none", concurrent=settings.concurrent)
         result = tune(space, search, on_change, start_at_config(space), verbose=verbose)
