@@ -123,7 +123,7 @@ def settings(**changed: object) -> str:
 WML = {"alpha": 0.2, "weights": "learned", "weigh_labels": "false"}
 VARIANTS = {
     f"{name}{f', lr {rate}' if rate != 0.1 else ''}": settings(**changed, optim__learning_rate=rate)
-    for rate in (0.1, 0.2, 0.4)
+    for rate in (0.1, 0.05, 0.2, 0.4)
     for name, changed in {
         BASELINE: {"alpha": 0},
         "none, mean trunk": {"alpha": 0, "model__trunk_gradient": "mean"},
@@ -146,6 +146,8 @@ VARIANTS = {
         DEFAULTS: WML,
         "defaults, eta 1": WML | {"mirror_step_size": 1},
         "defaults, eta 10": WML | {"mirror_step_size": 10},
+        "defaults, T 5": WML | {"update_every": 5},
+        "defaults, T 80": WML | {"update_every": 80},
         "defaults, outer share 0.25": WML | {"outer_share": 0.25},
         "defaults, bfloat16": WML | {"optim__precision": "bfloat16"},
         "defaults, holdout": WML | {"outer_data": "holdout"},
@@ -204,6 +206,21 @@ AXES = (
     "defaults, bfloat16",
     BY_VALIDATION,
     "alpha 0.3, learned",
+    "defaults, lr 0.2",
+    "none, lr 0.4",
+    "defaults, lr 0.4",
+    "none, own views, lr 0.2",
+    "alpha 0.2, own views, lr 0.2",
+    "none, lr 0.05",
+    "defaults, lr 0.05",
+    "none, mean trunk, lr 0.2",
+    "alpha 0.3, mean trunk",
+    "alpha 0.3, not detached",
+    "alpha 0.5, ramp 0.3",
+    "alpha 0.5",
+    "Eq. 1, alpha 0.5",
+    "defaults, T 5",
+    "defaults, T 80",
 )
 SEEDS = (0, 1, 2)
 PLAN: list[tuple[Cell, tuple[str, ...], tuple[int, ...]]] = [

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from family import SPEC, at_rate, batch, enumerate_names, pruned_tree, stages
+from family import SPEC, at_rate, batch, enumerate_names, exits_of_one_network, pruned_tree, stages
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from wml_ray.config.schema import Config
 from wml_ray.errors import UserError
@@ -151,6 +152,19 @@ def test_the_maps_of_the_whole_network_teach_and_learn_nothing_from_boc_kd():
     assert len({adapter.in_channels for adapter in method.adapters.values()}) > 1
 
 
+def test_the_last_exit_learns_from_its_labels_alone():
+    method, targets = method_of("self_distillation", exits_of_one_network(), feature_weight=1.0), batch(5)[1]
+    logits = torch.randn(4, 5, 10, dtype=torch.float64, requires_grad=True)
+    *early, last = torch.randn(4, 5, 12, dtype=torch.float64, requires_grad=True).unbind()
+    outputs = {"logits_MBK": logits, **{f"adapted{i}": feature for i, feature in enumerate(early)}, "last_BD": last}
+    loss = sum(method.losses(outputs, targets, FIRST_STEP).values())
+    ours, feature = torch.autograd.grad(loss, [logits, last], allow_unused=True)
+    labels = torch.autograd.grad(cross_entropy(logits[-1], targets), logits)[0]
+    torch.testing.assert_close(ours[-1], labels[-1], rtol=1e-12, atol=1e-14)
+    assert feature is None
+    assert ours[:-1].abs().amin() > 0
+
+
 @pytest.mark.parametrize(
     ("name", "tree", "mend"),
     [
@@ -180,14 +194,16 @@ def given(name):
     return torch.tensor(PUBLISHED["inputs"][name], dtype=torch.float64)
 
 
-def assert_equals_the_public_code(method, outputs, logits, case):
+def assert_equals_the_public_code(method, outputs, case, **leaves):
+    """The loss, and every gradient of the fixture: each is of one of the `leaves`."""
     context = StepContext(step=0, epoch=case["epoch"], total_epochs=case["total_epochs"], learning_rate=0.1)
     loss = sum(method.losses(outputs, torch.tensor(PUBLISHED["inputs"]["targets_B"]), context).values())
     assert math.isclose(loss.item(), case["loss"], rel_tol=1e-10)
-    if "gradient_logits_MBK" in case:
-        theirs = torch.tensor(case["gradient_logits_MBK"], dtype=torch.float64)
-        ours = torch.autograd.grad(loss, logits, retain_graph=True)[0]
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    names = [name.removeprefix("gradient_") for name in case if name.startswith("gradient_")]
+    gradients = torch.autograd.grad(loss, [leaves[name] for name in names]) if names else ()
+    for name, ours in zip(names, gradients, strict=True):
+        theirs = torch.tensor(case[f"gradient_{name}"], dtype=torch.float64)
+        torch.testing.assert_close(ours.view_as(theirs), theirs, rtol=1e-8, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize("case", published("one"), ids=lambda case: f"epoch {case['epoch']}")
@@ -197,7 +213,8 @@ def test_one_equals_the_code_of_its_authors(case):
     method.gate[0].load_state_dict({"weight": given("gate_weight"), "bias": given("gate_bias")})
     logits.requires_grad_()
     outputs = {"logits_MBK": logits, "gate_BM": method.gate(given("trunk_mean_BC"))}
-    assert_equals_the_public_code(method, outputs, logits, case)
+    gate = {"gate_weight": method.gate[0].weight, "gate_bias": method.gate[0].bias}
+    assert_equals_the_public_code(method, outputs, case, logits_MBK=logits, **gate)
 
 
 @pytest.mark.parametrize("case", published("okddip"), ids=lambda case: f"epoch {case['epoch']}")
@@ -207,9 +224,11 @@ def test_okddip_equals_the_code_of_its_authors(case):
     for maps, weight in ((method.query, "query_weight"), (method.key, "key_weight")):
         maps["16"] = nn.Linear(16, 2, bias=False).double()
         maps["16"].load_state_dict({"weight": given(weight)})
-    logits.requires_grad_()
-    outputs = {"logits_MBK": logits, "pooled_BC": torch.cat(list(given("pooled_MBC")[:3]), dim=1)}
-    assert_equals_the_public_code(method, outputs, logits, case)
+    pooled = given("pooled_MBC").requires_grad_()
+    leaves = {"logits_MBK": logits.requires_grad_(), "pooled_MBC": pooled}
+    leaves |= {"query_weight": method.query["16"].weight, "key_weight": method.key["16"].weight}
+    outputs = {"logits_MBK": logits, "pooled_BC": torch.cat(list(pooled[:3]), dim=1)}
+    assert_equals_the_public_code(method, outputs, case, **leaves)
 
 
 @pytest.mark.parametrize("case", published("ffl"), ids=lambda case: f"epoch {case['epoch']}")
@@ -219,16 +238,19 @@ def test_ffl_equals_the_code_of_its_authors(case):
     fused[0].weight.data.copy_(given("depthwise_weight"))
     fused[3].weight.data.copy_(given("pointwise_weight"))
     fused[-1].load_state_dict({"weight": given("classifier_weight"), "bias": given("classifier_bias")})
-    logits.requires_grad_()
-    outputs = {"logits_MBK": logits, "fused_BK": fused(torch.cat(list(given("last_maps_MBCHW")), dim=1))}
-    assert_equals_the_public_code(method, outputs, logits, case)
+    maps = given("last_maps_MBCHW").requires_grad_()
+    leaves = {"logits_MBK": logits.requires_grad_(), "last_maps_MBCHW": maps, "depthwise_weight": fused[0].weight}
+    leaves |= {"pointwise_weight": fused[3].weight}
+    leaves |= {"classifier_weight": fused[-1].weight, "classifier_bias": fused[-1].bias}
+    outputs = {"logits_MBK": logits, "fused_BK": fused(torch.cat(list(maps), dim=1))}
+    assert_equals_the_public_code(method, outputs, case, **leaves)
 
 
 @pytest.mark.parametrize("case", published("pcl"), ids=lambda case: f"epoch {case['epoch']}")
 def test_pcl_equals_public_code(case):
     method, logits = method_of("pcl", tree_of([3, 3, 3, 3]), **case["settings"]), given("logits_MBK").requires_grad_()
     outputs = {"logits_MBK": logits[:3], "classifier_BK": logits[3], "average_MBK": given("ema_logits_MBK")}
-    assert_equals_the_public_code(method, outputs, logits, case)
+    assert_equals_the_public_code(method, outputs, case, logits_MBK=logits)
 
 
 @pytest.mark.parametrize("case", published("ffsd"), ids=lambda case: f"epoch {case['epoch']}")
@@ -254,11 +276,6 @@ def test_ffsd_equals_the_code_of_its_authors(case):
     for peer, decoder, read, own in zip((1, 2), decoders, reads, (last[1], leader), strict=True):
         (outputs[f"target{peer}_1"],) = decoder(read, frozen=True)
         (outputs[f"decoded{peer}_1"],) = decoder(own.detach())
-    assert_equals_the_public_code(method, outputs, logits, case)
-    context = StepContext(step=0, epoch=case["epoch"], total_epochs=case["total_epochs"], learning_rate=0.1)
-    loss = sum(method.losses(outputs, torch.tensor(PUBLISHED["inputs"]["targets_B"]), context).values())
-    leaves = {"last_maps_MBCHW": last, "leader_map_BCHW": leader, "shallow_maps_MBCHW": shallow}
-    leaves["trans_fusion_BCHW"] = expanded
-    for name, ours in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-        theirs = torch.tensor(case[f"gradient_{name}"], dtype=torch.float64)
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9, msg=name)
+    leaves = {"logits_MBK": logits, "last_maps_MBCHW": last, "leader_map_BCHW": leader}
+    leaves |= {"shallow_maps_MBCHW": shallow, "trans_fusion_BCHW": expanded}
+    assert_equals_the_public_code(method, outputs, case, **leaves)

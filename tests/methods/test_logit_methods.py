@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from family import SPEC, at_rate, batch, enumerate_names, pruned_tree, stages
 
 from wml_ray.config.schema import Config
+from wml_ray.methods.losses import inner_loss
 from wml_ray.methods.registry import build
+from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.peer_tree import PeerTree
 
 FIRST_STEP = at_rate(0.1)
@@ -102,6 +104,18 @@ def test_the_teacher_of_peer_to_peer_learns_from_the_labels_alone():
     for term in ("teacher", "mutual"):
         students = torch.autograd.grad(terms[term], logits, retain_graph=True)[0][1:]
         assert (students.abs().amax((1, 2)) > 1e-3).all()
+
+
+def test_mutual_learning_of_two_peers_is_four_times_wml_at_fixed_weights_and_alpha_a_half():
+    logits, targets = random_logits(num_peers=2)
+    dml = method_of("dml")
+    wml = WmlConfig(balance="paper", weigh_labels=True, alpha=0.5, temperature=dml.settings.temperature)
+    losses = [
+        sum(dml.losses({"logits_MBK": logits}, targets, FIRST_STEP).values()),
+        4 * inner_loss(logits, targets, torch.full((2,), 0.5, dtype=torch.float64), wml),
+    ]
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["independent", "dml", "cl_ilr", "kdcl", "peer_to_peer"])
