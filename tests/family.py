@@ -106,7 +106,7 @@ def tiny_config(*overrides: str) -> Config:
         "model": {"backbone": "family:stages", "sharing": [1, 2, 4, 4]},
         "pruning": {"ratios": [0.0, 0.1, 0.2, 0.3], "min_channels": 2},
         "wml": {"update_every": 4},
-        "optim": {"epochs": 3},
+        "optim": {"epochs": 3, "precision": "float32"},
     }
     return parse_config(raw, overrides)
 

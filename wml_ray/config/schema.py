@@ -158,7 +158,7 @@ class OptimConfig(Section):
     )
     gradient_clip: NonNegative = Field(0.0, description="largest norm of the gradient; 0 is off")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
+        "auto",
         description="floating-point type of the training step; `auto` is bfloat16 where the device computes it "
         "natively, else float32; `float16` needs a GPU",
     )

@@ -140,7 +140,7 @@ class WmlConfig(Section):
         "train", description="images of the outer loss: training images, or a slice kept out of training"
     )
     outer_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0,
+        0.25,
         description="images of a batch of the outer loss, as a share of `data.batch_size`, at least 8 where it is as "
         "many; an update costs about 1.1 + outer_share training steps, and a larger share has less noise",
     )
