@@ -113,6 +113,7 @@ def settings(**changed: object) -> str:
         "wml.own_views": "false",
         "model.trunk_gradient": "sum",
         "optim.learning_rate": 0.1,
+        "optim.precision": "float32",
     }
     values |= {
         f"wml.{key}" if f"wml.{key}" in values else key.replace("__", "."): value for key, value in changed.items()
@@ -150,6 +151,7 @@ VARIANTS = {
         "defaults, T 80": WML | {"update_every": 80},
         "defaults, outer share 0.25": WML | {"outer_share": 0.25},
         "defaults, bfloat16": WML | {"optim__precision": "bfloat16"},
+        "defaults, bfloat16, outer share 0.25": WML | {"outer_share": 0.25, "optim__precision": "bfloat16"},
         "defaults, holdout": WML | {"outer_data": "holdout"},
         "alpha 0.2, labels not weighed": {"alpha": 0.2, "weigh_labels": "false"},
         BY_VALIDATION: {"alpha": 0.2, "weigh_labels": "false"},
@@ -221,6 +223,7 @@ AXES = (
     "Eq. 1, alpha 0.5",
     "defaults, T 5",
     "defaults, T 80",
+    "defaults, bfloat16, outer share 0.25",
 )
 SEEDS = (0, 1, 2)
 PLAN: list[tuple[Cell, tuple[str, ...], tuple[int, ...]]] = [

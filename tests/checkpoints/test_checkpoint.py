@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,20 @@ def test_a_read_error_is_retried_and_is_no_damage(store, monkeypatch):
         with pytest.raises(StorageUnavailable, match=rf"{lasting.strerror}.*run the same command again"):
             store.load(6)
         errors.clear()
+
+
+def test_a_local_folder_that_fails_is_listed_again(store, monkeypatch):
+    monkeypatch.setattr("wml_ray.storage.retry.RETRY_S", 0.001)
+    errors, iterdir = [OSError(116, "Stale file handle")], Path.iterdir
+
+    def failing(path):
+        if errors:
+            raise errors.pop()
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", failing)
+    with pytest.warns(UserWarning, match="the storage fails .Stale file handle"):
+        assert store.epochs() == [4, 5, 6]
 
 
 def test_a_damaged_epoch_is_moved_aside_when_it_is_saved_again(store):

@@ -99,6 +99,11 @@ def test_outer_batches_have_their_share_of_images_and_never_end(share, images, o
     assert all(image in held for image in shown)
 
 
+def test_without_learned_weights_an_outer_batch_is_no_limit():
+    assert digits(data={"batch_size": 64}, wml={"outer_share": 0.25}).outer_batch_size == 16
+    assert digits(data={"batch_size": 64}, wml={"outer_share": 0.25, "weights": "fixed"}).outer_batch_size == 64
+
+
 def test_an_image_keeps_its_label(tmp_path):
     make_fashion_mnist(tmp_path, pixels_of=lambda label: np.full((28, 28), 20 * label))
     dataset = fashion_mnist(tmp_path, flip=True)

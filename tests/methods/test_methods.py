@@ -32,7 +32,7 @@ def test_what_a_method_evaluates_and_logs_is_known_without_a_batch(name):
     outputs = method(inputs.repeat(method.num_views, 1, 1, 1))
     assert tuple(method.predictions(outputs)) == method.prediction_names(4)
     assert tuple(method.metrics()) == method.metric_names(4)
-    logged = [*evaluate(method, [(inputs, targets)], "float32").metrics("val"), *method.metrics()]
+    logged = [*evaluate(method, [(inputs, targets)]).metrics("val"), *method.metrics()]
     assert set(logged) <= set(metric_names(name, 4))
     assert "val/accuracy/method" in logged
 
@@ -54,4 +54,4 @@ def test_the_loss_only_method_of_the_guide_is_a_method():
     terms = method.losses(outputs, targets, FIRST_STEP)
     expected = sum(torch.nn.functional.cross_entropy(logits, targets) for logits in outputs["logits_MBK"])
     torch.testing.assert_close(terms["labels"], expected)
-    assert "accuracy/method" in str(evaluate(method, [(inputs, targets)], "float32").metrics("val"))
+    assert "accuracy/method" in str(evaluate(method, [(inputs, targets)]).metrics("val"))

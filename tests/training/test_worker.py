@@ -22,6 +22,8 @@ from wml_ray.training import termination
 from wml_ray.training.events import EpochEnd, StepProgress
 from wml_ray.training.worker import WorkerContext, run_worker
 
+ALONE = WorkerContext()
+
 
 def text_of(table):
     console = Console(width=200)
@@ -66,6 +68,27 @@ def test_the_cost_of_a_training_is_that_of_its_epochs_and_of_the_memory_it_used(
     resident = psutil.Process().memory_info().rss
     assert 0.5 * resident < cost["peak_memory_bytes"] < resident + 400e6
     assert {name: logged[f"train/{name}"] for name in cost} == cost
+
+
+def test_a_run_goes_on_in_the_precision_that_its_first_machine_chose(tmp_path, monkeypatch):
+    def on_a_machine_with(precision, **context):
+        monkeypatch.setattr("wml_ray.training.worker.resolve_precision", lambda *_: precision)
+        overrides = ["optim.precision=auto", "optim.epochs=2", f"run.storage_path={tmp_path}"]
+        return run_worker(tiny_config(*overrides), WorkerContext(**context))
+
+    def stop(event):
+        if isinstance(event, EpochEnd):
+            raise KeyboardInterrupt
+
+    whole = run_worker(tiny_config("optim.epochs=2", "optim.precision=bfloat16", f"run.storage_path={tmp_path}"), ALONE)
+    with pytest.raises(KeyboardInterrupt):
+        on_a_machine_with("bfloat16", report=stop)
+    resumed = on_a_machine_with("float32")
+    assert resumed["precision"] == whole["precision"] == "bfloat16"
+    assert resumed["final"]["test/accuracy/peer0"] == whole["final"]["test/accuracy/peer0"]
+    assert [epoch["metrics"]["train/loss"] for epoch in resumed["history"]] == [
+        epoch["metrics"]["train/loss"] for epoch in whole["history"]
+    ]
 
 
 def test_a_resumed_run_counts_the_seconds_and_the_memory_of_the_process_before_it(tmp_path):

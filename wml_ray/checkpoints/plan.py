@@ -58,6 +58,7 @@ class _Plan(_Part):
     epoch: int
     metrics: dict[str, float]
     history: list[_Entry]
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
     peak_memory_bytes: int = 0
     teacher: dict[str, Any] | None = None
 

@@ -30,7 +30,7 @@ def stored_epochs(folder: Path) -> list[int]:
     """
     if is_remote(folder):
         return retry_storage(lambda: uploaded_epochs(folder), folder)
-    return epochs_of(folder.iterdir()) if folder.is_dir() else []
+    return retry_storage(lambda: epochs_of(folder.iterdir()) if folder.is_dir() else [], folder)
 
 
 class Checkpoints:

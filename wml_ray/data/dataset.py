@@ -57,7 +57,8 @@ class Dataset(ABC):
     @property
     def outer_batch_size(self) -> int:
         """Number of images of a global batch for the outer loss."""
-        share = self.config.wml.outer_share if self.config.method.name == "wml" else 1.0
+        wml = self.config.wml
+        share = wml.outer_share if self.config.method.name == "wml" and wml.weights == "learned" else 1.0
         wanted = max(math.ceil(share * self.batch_size), FEWEST_OUTER_IMAGES)
         return min(wanted, self.batch_size, len(self.splits["outer"]))
 

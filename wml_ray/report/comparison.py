@@ -120,7 +120,7 @@ def group_runs(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, l
     grouped = [name for key in keys for name in _columns_of(params, key)]
     left_out = ["scale.", "run.", "data.root", "data.download", "data.loader_workers", "data.cache_"]
     if "teacher.run" in params and (runs.groupby("seed")["teacher.run"].nunique() <= 1).all():
-        left_out.append("teacher.run")  # each seed has its teacher
+        left_out += ["teacher.run", *(["teacher.peer"] if "method.name" in keys else [])]  # each seed has its teacher
     for name in params:
         values = runs[name].dropna().unique()
         if (

@@ -60,8 +60,8 @@ def metric_names(method: str, num_peers: int) -> list[str]:
 
 
 @torch.no_grad()
-def evaluate(method: Method, batches: Iterable[Batch], precision: str) -> Evaluation:
-    """Accuracies of `method` in evaluation mode, over the batches of all workers together.
+def evaluate(method: Method, batches: Iterable[Batch]) -> Evaluation:
+    """Accuracies of `method` in evaluation mode and float32, over the batches of all workers together.
 
     Whole images are counted, so the result does not depend on their distribution over workers.
     """
@@ -71,7 +71,7 @@ def evaluate(method: Method, batches: Iterable[Batch], precision: str) -> Evalua
     counts = torch.zeros(num_peers + len(names) + 2, dtype=torch.float64, device=device)
     with in_mode(method, training=False):
         for inputs, targets in batches:
-            outputs = forward(method, inputs, precision)
+            outputs = forward(method, inputs, "float32")
             logits_MBK = outputs["logits_MBK"]
             predictions = {AVERAGE: average_ensemble(logits_MBK), **method.predictions(outputs)}
             combined = torch.stack([predictions[name] for name in names])

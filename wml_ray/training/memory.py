@@ -17,7 +17,6 @@ from wml_ray.methods.base import Method, TaughtMethod
 from wml_ray.networks.costs import example
 from wml_ray.networks.peer_tree import in_mode
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.training.precision import resolve_precision
 
 
 def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, optim: OptimConfig) -> int:
@@ -31,7 +30,7 @@ def training_memory_bytes(method: Method, spec: ImageSpec, batch_size: int, opti
     copies = 2 + (2 if optim.name == "adamw" else int(optim.momentum > 0))
     copies += method.extra_copies
     kept_per_image = _saved_bytes(method, spec, images=2) / 2
-    if resolve_precision(optim.precision, next(method.parameters()).device) != "float32":
+    if optim.precision in ("bfloat16", "float16"):  # `auto` may be float32 where the run will be
         kept_per_image /= 2
     frozen = _bytes_of(method, trained=False)
     if isinstance(method, TaughtMethod):

@@ -78,6 +78,7 @@ def summary(config: Config, trainer: Trainer, metadata: dict[str, Any], test: di
         "history": metadata["history"],
         "tree": metadata["tree"],
         "device": trainer.device.type,
+        "precision": trainer.precision,
     }
 
 

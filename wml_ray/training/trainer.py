@@ -49,10 +49,11 @@ def check_batch_shares(config: Config, dataset: Dataset, num_workers: int) -> No
     """
     smallest = dataset.outer_batch_size  # at most data.batch_size
     if smallest < 2 * num_workers:
-        larger = "data.batch_size" if smallest == config.data.batch_size else "data.batch_size or wml.outer_share"
+        outer = smallest < config.data.batch_size
+        batches, larger = ("outer batches", "wml.outer_share") if outer else ("batches", "data.batch_size")
         raise UserError(
-            f"scale.workers = {num_workers} is too many for batches of {smallest} images: BatchNorm needs two images a "
-            f"worker; use fewer workers or a larger {larger}"
+            f"scale.workers = {num_workers} is too many for {batches} of {smallest} images: BatchNorm needs two images "
+            f"a worker; use fewer workers or a larger {larger}"
         )
 
 
@@ -60,9 +61,17 @@ class Trainer:
     """The training loop of one worker: method, optimiser, and the number of epochs and steps done."""
 
     def __init__(
-        self, config: Config, method: Method, dataset: Dataset, device: torch.device, worker: WorkerRank | None = None
+        self,
+        config: Config,
+        method: Method,
+        dataset: Dataset,
+        device: torch.device,
+        worker: WorkerRank | None = None,
+        precision: str | None = None,
     ) -> None:
         """`method` holds the pruned tree, equal on every worker; with several, torch.distributed is initialised.
+
+        `precision` is the type that the run began with; None chooses it for `device`.
 
         Raises:
             UserError: too many workers for the batch size.
@@ -76,7 +85,7 @@ class Trainer:
         if config.optim.sync_batchnorm and self.worker.world_size > 1:
             convert_sync_batchnorm(self.method)
         self.optimizer = make_optimizer(config.optim, self.method)
-        self.precision = resolve_precision(config.optim.precision, device)
+        self.precision = precision or resolve_precision(config.optim.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "float16")
         self.epoch = 0  # epochs done
         self.step = 0  # steps done of the next epoch
@@ -104,10 +113,10 @@ class Trainer:
             report(EpochEnd(self.epoch, self.evaluate("validation") | self.method.metrics() | training_metrics))
 
     def evaluate(self, split: Split) -> dict[str, float]:
-        """Accuracies on a split, under their MLflow names."""
+        """Accuracies on a split, under their MLflow names; in float32, as networks are exported."""
         prefix = {"validation": "val", "test": "test"}[split]
         batches = self.dataset.evaluation_batches(split, self.worker)
-        return evaluate(self.method, batches, self.precision).metrics(prefix)
+        return evaluate(self.method, batches).metrics(prefix)
 
     def train_step(self, context: StepContext, batch: Batch) -> dict[str, Tensor]:
         """One optimiser step. Returns the terms of this worker's loss, scaled so that their mean over workers is the

@@ -22,6 +22,7 @@ from wml_ray.storage.retry import retry_storage
 from wml_ray.storage.runs import RESULT
 from wml_ray.training.events import EpochEnd, LogMetrics, MidEpochState, OnEvent, Preempted, StepProgress, now_ms
 from wml_ray.training.memory import PeakMemory
+from wml_ray.training.precision import resolve_precision
 from wml_ray.training.result import log_history, summary, with_smallest_peer
 from wml_ray.training.start import build_method, epoch_checkpoints, mid_epoch_checkpoints, starting_point
 from wml_ray.training.teacher import check_same_teacher, load_teacher
@@ -78,9 +79,12 @@ class _WorkerRun:
         teacher = load_teacher(config, dataset)
         check_same_teacher(start, teacher)
         method = build_method(config, dataset.spec, start.metadata["channels"], teacher)
-        self.trainer = Trainer(config, method, dataset, context.device, context.worker)
+        precision = start.metadata.get("precision") or broadcast_from_rank_0(
+            lambda: resolve_precision(config.optim.precision, context.device)
+        )
+        self.trainer = Trainer(config, method, dataset, context.device, context.worker, precision)
         self.trainer.load_state(start.model, start.state)
-        self.metadata = dict(start.metadata)
+        self.metadata = {**start.metadata, "precision": precision}
 
     def run(self) -> dict[str, Any] | None:
         log_history(self.metadata, self._log)

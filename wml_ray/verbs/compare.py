@@ -31,11 +31,13 @@ from wml_ray.search.settings import CompareConfig, SearchConfig
 from wml_ray.search.space import lookup
 from wml_ray.search.study import RunningStudy
 from wml_ray.search.trials import TrialStore
+from wml_ray.storage.paths import to_path
+from wml_ray.storage.retry import retry_storage
 from wml_ray.tracking.results import StudyRecords
 from wml_ray.training.start import build_method, initial_checkpoint
 from wml_ray.training.teacher import load_teacher
 from wml_ray.verbs.progress import StudyProgress
-from wml_ray.verbs.study import Study, StudyKind, run_study, study_folder
+from wml_ray.verbs.study import STUDY_FILE, Study, StudyKind, run_study, study_folder
 from wml_ray.verbs.tune import tune
 
 TUNING_SEED = 10_000
@@ -66,7 +68,9 @@ def compare(
             return compare(config, settings, progress)
     comparison = comparison_of(config, settings)
     if settings.tune:
-        check_rows(comparison)
+        file = to_path(config.run.storage_path) / settings.study / STUDY_FILE
+        if not retry_storage(file.exists, file):
+            check_rows(comparison)  # before the long search, and not again once the comparison has begun
         comparison = _tuned(comparison, settings, on_change, verbose)
     with study_folder(comparison, settings.study) as (folder, lease, stored):
         earlier = [trial.point for trial in TrialStore(folder).trials()]
