@@ -13,7 +13,7 @@ from wml_ray.cli.main import main
 from wml_ray.errors import UserError
 from wml_ray.report.comparison import Estimate, clear_best, compared_rows, estimate, group_runs, paired_difference
 from wml_ray.report.comparison_page import study_report
-from wml_ray.report.comparison_tables import aligned, comparison_tables, latex, published_rows, tidy_csv
+from wml_ray.report.comparison_tables import aligned, comparison_tables, latex, published_rows, text_of, tidy_csv
 from wml_ray.tracking.results import StudyRecords
 from wml_ray.tracking.runs import finish_run, open_run
 
@@ -102,6 +102,10 @@ def test_costs_are_relative_to_independent_training_and_else_to_the_first_row():
     ]
     rows, _ = tables_of({"wml": RUNS["wml"], "dml": RUNS["dml"]}, seconds=seconds)
     assert [row.relative_costs["train/seconds"] for row in rows] == pytest.approx([1.0, 4 / 3])
+
+
+def test_a_mean_that_rounds_to_zero_has_no_minus():
+    assert text_of(Estimate(-0.00001, 0.01, 3)) == "0.00 ± 1.00"
 
 
 def test_columns_are_aligned_and_only_a_clear_best_has_a_star():

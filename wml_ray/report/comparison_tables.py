@@ -41,7 +41,7 @@ def comparison_tables(rows: Sequence[Row], settings: Mapping[str, str], publishe
     return [table for table in tables if table.rows]
 
 
-def text_of(estimate: Estimate | None, mean_format: str = ".2f", factor: float = 100.0) -> str:
+def text_of(estimate: Estimate | None, mean_format: str = "z.2f", factor: float = 100.0) -> str:
     """`98.61 ± 0.25`: an estimate times `factor` and its interval; empty where there is none."""
     if estimate is None or math.isnan(estimate.mean):
         return ""
@@ -159,7 +159,7 @@ def _accuracies(rows: Sequence[Row], split: str, published: str = "") -> TextTab
 def _differences(rows: Sequence[Row], split: str) -> TextTable:
     columns = quantities(rows)
     body = [
-        [row.name, *(text_of(row.differences.get(f"{split}/accuracy/{name}"), "+.2f") for name in columns)]
+        [row.name, *(text_of(row.differences.get(f"{split}/accuracy/{name}"), "+z.2f") for name in columns)]
         for row in rows[1:]
     ]
     title = f"{SPLIT_WORDS[split]} accuracy minus that of {rows[0].name} (points), paired by seed"

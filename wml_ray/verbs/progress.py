@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wml_ray.config.schema import Config
+from wml_ray.errors import number_of
 from wml_ray.training.events import EpochEnd, StepProgress
 
 if TYPE_CHECKING:  # the progress of a training starts before PyTorch is imported
@@ -177,7 +178,7 @@ class StudyProgress:
 def end_line(study: RunningStudy, trial: Trial) -> str:
     """The state of an ended trial, and the reason if it failed."""
     name = f"{study.search.study}: {study.title(trial)} ({study.config(trial).run_id})"
-    return f"{name} {trial.state} after {trial.epochs} epochs{f': {trial.reason}' if trial.reason else ''}"
+    return f"{name} {trial.state} after {number_of(trial.epochs, 'epoch')}{f': {trial.reason}' if trial.reason else ''}"
 
 
 def summary(study: RunningStudy) -> str:
