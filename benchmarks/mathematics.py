@@ -23,7 +23,7 @@ STEP = StepContext(step=0, epoch=0, total_epochs=1, learning_rate=GAMMA)
 def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 16)) -> dict[str, dict[str, float]]:
     """Seconds of Eq. 5 by one tangent pass, by M + 1 backward passes, and of one training step, on a ResNet-20 tree.
 
-    The outer batch has as many images as the inner one, and a quarter of them in `same_point, quarter`.
+    The outer batch has the default share of the images, and all of them in `same_point, whole`.
     """
     return {str(num_peers): _weight_gradient_times_s(num_peers) for num_peers in peers}
 
@@ -34,8 +34,9 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
     tree = tree.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(tree.parameters(), 1e-6, momentum=0.9, nesterov=True)
     weights_M = torch.full((num_peers,), 1 / num_peers, dtype=torch.float64)
-    inner, outer = _batch(1), _batch(2)
-    quarter = outer[0][: BATCH // 4], outer[1][: BATCH // 4]
+    inner, whole = _batch(1), _batch(2)
+    images = round(SAME_POINT.outer_share * BATCH)
+    outer = whole[0][:images], whole[1][:images]
 
     def training_step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -45,7 +46,7 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
     return interleaved_medians_s(
         {
             "same_point": lambda: weight_gradient(tree, inner, outer, weights_M, SAME_POINT, STEP),
-            "same_point, quarter": lambda: weight_gradient(tree, inner, quarter, weights_M, SAME_POINT, STEP),
+            "same_point, whole": lambda: weight_gradient(tree, inner, whole, weights_M, SAME_POINT, STEP),
             "exact": lambda: weight_gradient(tree, inner, outer, weights_M, EXACT, STEP),
             "backward_passes": lambda: by_backward_passes(tree, inner, outer, weights_M),
             "training_step": training_step,

@@ -31,9 +31,9 @@ def weights(record: dict[str, Any]) -> Iterator[Row]:
         limit = "< 1" if int(peers) >= 4 else ""
         yield f"M = {peers}: same_point / (M + 1 backward passes)", t["same_point"] / t["backward_passes"], limit
         yield f"M = {peers}: exact / (M + 1 backward passes)", t["exact"] / t["backward_passes"], limit
-        yield f"M = {peers}: same_point, in training steps", t["same_point"] / t["training_step"], "<= 2.5"
-        yield f"M = {peers}: the same, outer_share = 0.25", t["same_point, quarter"] / t["training_step"], "<= 1.5"
-        yield f"M = {peers}: exact, in training steps", t["exact"] / t["training_step"], "<= 3.6"
+        yield f"M = {peers}: same_point, in training steps", t["same_point"] / t["training_step"], "<= 1.5"
+        yield f"M = {peers}: the same, outer_share = 1", t["same_point, whole"] / t["training_step"], "<= 2.5"
+        yield f"M = {peers}: exact, in training steps", t["exact"] / t["training_step"], "<= 2.5"
         if before is not None:
             yield f"M = {peers}: same_point, against half the peers", t["same_point"] / before["same_point"], "<= 2.3"
             yield f"M = {peers}: exact, against half the peers", t["exact"] / before["exact"], "<= 2.3"

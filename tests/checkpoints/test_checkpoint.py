@@ -65,17 +65,21 @@ def test_a_checkpoint_in_the_folder_of_another_epoch_is_damaged(store):
         store.load(6)
 
 
-def test_a_read_error_is_retried_and_is_no_damage(store, monkeypatch):
-    monkeypatch.setattr("wml_ray.storage.retry.RETRY_S", 0.001)
-    errors = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
-    load_file = checkpoint_module.load_file
+def failing_first(errors, call):
+    """`call`, which raises one of `errors` instead for as long as there are some."""
 
     def failing(path):
         if errors:
             raise errors.pop()
-        return load_file(path)
+        return call(path)
 
-    monkeypatch.setattr(checkpoint_module, "load_file", failing)
+    return failing
+
+
+def test_a_read_error_is_retried_and_is_no_damage(store, monkeypatch):
+    monkeypatch.setattr("wml_ray.storage.retry.RETRY_S", 0.001)
+    errors = [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
+    monkeypatch.setattr(checkpoint_module, "load_file", failing_first(errors, checkpoint_module.load_file))
     with pytest.warns(UserWarning, match="the storage fails .Stale file handle"):
         assert store.latest().epoch == 6
     monkeypatch.setattr("wml_ray.storage.retry.STORAGE_TIMEOUT_S", 0.0)
@@ -88,14 +92,7 @@ def test_a_read_error_is_retried_and_is_no_damage(store, monkeypatch):
 
 def test_a_local_folder_that_fails_is_listed_again(store, monkeypatch):
     monkeypatch.setattr("wml_ray.storage.retry.RETRY_S", 0.001)
-    errors, iterdir = [OSError(116, "Stale file handle")], Path.iterdir
-
-    def failing(path):
-        if errors:
-            raise errors.pop()
-        return iterdir(path)
-
-    monkeypatch.setattr(Path, "iterdir", failing)
+    monkeypatch.setattr(Path, "iterdir", failing_first([OSError(116, "Stale file handle")], Path.iterdir))
     with pytest.warns(UserWarning, match="the storage fails .Stale file handle"):
         assert store.epochs() == [4, 5, 6]
 

@@ -123,11 +123,8 @@ def group_runs(runs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, l
         left_out += ["teacher.run", *(["teacher.peer"] if "method.name" in keys else [])]  # each seed has its teacher
     for name in params:
         values = runs[name].dropna().unique()
-        if (
-            len(values) > 1
-            and name not in grouped
-            and (not name.startswith(tuple(left_out)) or name == "run.test_epoch")
-        ):
+        ignored = name in grouped or (name.startswith(tuple(left_out)) and name != "run.test_epoch")
+        if len(values) > 1 and not ignored:
             raise UserError(
                 f"--group-by {','.join(keys)}: the runs differ in {name} too ({values[0]}, {values[1]}); use "
                 f"--group-by {','.join([*keys, name])}"
