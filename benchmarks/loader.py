@@ -130,4 +130,4 @@ def _measure_tiny(root: Path, name: str, sender: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in [*sys.argv[1:], "512", "100000"][:2]))
+    main(*(int(word) for word in [*sys.argv[1:], "2048", "100000"][:2]))

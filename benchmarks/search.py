@@ -27,13 +27,12 @@ import torch
 from optuna.storages import InMemoryStorage
 
 from wml_ray.cluster.connect import WorkerEnvironment
-from wml_ray.cluster.space import load_space, make_space
+from wml_ray.cluster.space import load_space
 from wml_ray.cluster.trial import train_trial
 from wml_ray.cluster.tune import run_trials
 from wml_ray.config.load import load_config
 from wml_ray.config.schema import Config
 from wml_ray.search.publisher import Publisher
-from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space
 from wml_ray.search.study import RunningStudy
@@ -51,7 +50,7 @@ HUNDRED, WARM_UP = 100, 10  # trials that are timed, and those before them in a 
 
 
 @contextmanager
-def _temporary_workplace(uri: str | None = None) -> Iterator[Path]:
+def temporary_workplace(uri: str | None = None) -> Iterator[Path]:
     """A temporary working directory with an MLflow store, or the one at `uri`, and a cluster of two cores."""
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)  # MLflow's artifacts go into the working directory
@@ -61,14 +60,14 @@ def _temporary_workplace(uri: str | None = None) -> Iterator[Path]:
         ray.shutdown()
 
 
-def _base(folder: Path, *overrides: str) -> Config:
+def base_config(folder: Path, *overrides: str) -> Config:
     return load_config(ROOT / "jobs" / "search.yaml", [f"run.storage_path={folder}", *overrides])
 
 
 def warm_start(trials: int = 8) -> dict[str, float]:
     """Seconds from the suggestion of a trial to its first training step: the first trial, and the median of others."""
-    with _temporary_workplace() as folder:
-        base = _base(folder, "optim.epochs=1")
+    with temporary_workplace() as folder:
+        base = base_config(folder, "optim.epochs=1")
         space = load_space(ROOT / "tune_spaces" / "smoke.py", base)
         suggested_ms: dict[int, int] = {}
 
@@ -101,8 +100,8 @@ def _train_and_record_first_step(settings: dict[str, Any], worker_environment: W
 
 def tune_cost(trials: int = 20) -> dict[str, float]:
     """Seconds of the same trials of 10 epochs, one at a time: under Ray Tune with MLflow, and in a bare loop."""
-    with _temporary_workplace() as folder:
-        space = load_space(ROOT / "tune_spaces" / "smoke.py", _base(folder, "optim.epochs=10"))
+    with temporary_workplace() as folder:
+        space = load_space(ROOT / "tune_spaces" / "smoke.py", base_config(folder, "optim.epochs=10"))
         settings = SearchConfig(study="cost", trials=trials, scheduler="none", concurrent=1, sampler="random")
         parent = open_run("cost", "cost", "token", {})
         study = RunningStudy(space, settings, folder / "cost", "token")
@@ -123,8 +122,8 @@ def tune_cost(trials: int = 20) -> dict[str, float]:
 
 def many_trials(sampler: str, trials: int = 1000) -> dict[str, float]:
     """Seconds for each trial without training, sampler and MLflow included: the first hundred, and the last."""
-    with _temporary_workplace() as folder:
-        space = load_space(ROOT / "tune_spaces" / "wml.py", _base(folder, "optim.epochs=1"))
+    with temporary_workplace() as folder:
+        space = load_space(ROOT / "tune_spaces" / "wml.py", base_config(folder, "optim.epochs=1"))
         ended_s: list[float] = []
 
         def record(study: RunningStudy) -> None:
@@ -170,8 +169,8 @@ def large_study(trials: int, sampler: str, out: Path) -> dict[str, Any]:
 
     with postgres() as server:
         client_of(server.url).search_experiments()  # creates the tables, which takes longer than a study would wait
-        with _temporary_workplace(server.url) as folder:
-            space = load_space(ROOT / "tune_spaces" / "wml.py", _base(folder, "optim.epochs=2"))
+        with temporary_workplace(server.url) as folder:
+            space = load_space(ROOT / "tune_spaces" / "wml.py", base_config(folder, "optim.epochs=2"))
             found = {f"first {HUNDRED}": _first_or_last(space, sampler, HUNDRED + WARM_UP)}
             made = trials - HUNDRED - WARM_UP
             _make_trials(space, folder / "large", server.url, made)
@@ -273,56 +272,6 @@ def _report_without_training(settings: dict[str, Any], worker_environment: Worke
         entry = {"epoch": epoch, "timestamp_ms": 0, "metrics": metrics}
         report = {**entry, "sizes": {"peers/macs/tree": 1.0}, **({"final": entry} if epoch == epochs else {})}
         ray.tune.report({"epoch": epoch, **metrics, "report": json.dumps(report)})
-
-
-def epochs_to_the_best_of_random(seeds: int = 3, trials: int = 20) -> list[dict[str, float]]:
-    """For each seed, the epochs that TPE with ASHA needs for the best score of a random search without stopping."""
-    found = []
-    with _temporary_workplace() as folder:
-        for seed in range(seeds):
-            base = _base(folder, f"seed={seed}", "optim.epochs=9")
-            domains = {
-                "pruning.ratios": increasing(0.0, 0.5),
-                "wml.alpha": ray.tune.uniform(0.0, 1.0),
-                "wml.mirror_step_size": ray.tune.loguniform(0.001, 1.0),
-                "optim.learning_rate": ray.tune.loguniform(0.003, 1.0),
-            }
-            space = make_space(base, domains, {ACCURACY: "max"})
-            plain = SearchConfig(study=f"random{seed}", trials=trials, sampler="random", scheduler="none", seed=seed)
-            tuned = SearchConfig(study=f"tpe{seed}", trials=3 * trials, seed=seed)
-            best, epochs = _best_and_epochs(space, plain)
-            needed, reached = _epochs_until(space, tuned, best)
-            found.append({"seed": seed, "best": best, "random": epochs, "tpe_asha": needed, "reached": reached})
-    return found
-
-
-def _best_and_epochs(space: Space, settings: SearchConfig) -> tuple[float, int]:
-    trials = tune(space, settings).study.trials  # type: ignore[union-attr]
-    return float(trials[ACCURACY].max()), int(trials["epochs"].sum())
-
-
-def _epochs_until(space: Space, settings: SearchConfig, target: float) -> tuple[int, float]:
-    """Epochs trained by all trials until the first complete one reaches `target`, and its score."""
-
-    class Reached(Exception):
-        pass
-
-    reached: list[tuple[int, float]] = []
-
-    def check(study: RunningStudy) -> None:
-        best = study.best()
-        if best is not None and study.values(best)[0] >= target:
-            reached.append((study.epochs, study.values(best)[0]))
-            raise Reached
-
-    try:
-        result = tune(space, settings, check)
-    except Exception:
-        if not reached:
-            raise
-        return reached[0]
-    assert result.study is not None
-    return int(result.study.trials["epochs"].sum()), float(result.study.trials[ACCURACY].max())
 
 
 def main() -> None:

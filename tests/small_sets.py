@@ -76,6 +76,7 @@ def make_image_folder(root, parts=("train", "val"), images_a_class=12):
     return root
 
 
-def image_folder(root, **data):
+def image_folder(root, channels_last=True, **data):
     settings = {"name": "imagefolder", "root": str(root), "batch_size": 5, "resolution": 8, "loader_workers": 0}
-    return load_dataset(parse_config({"data": {**settings, "flip": True, **data}}))
+    optim = {"channels_last": channels_last}
+    return load_dataset(parse_config({"data": {**settings, "flip": True, **data}, "optim": optim}))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from small_sets import ALONE, image_folder, listed, make_image_folder, one_line, over_workers, same
+from torchvision.transforms import v2
 
 from wml_ray.errors import UserError
 
@@ -35,6 +36,30 @@ def test_streamed_training_images_are_cropped_anew_each_epoch(tmp_path):
     epochs = [torch.cat([x for x, _ in dataset.train_batches(epoch, ALONE)]) for epoch in (1, 2)]
     seen = torch.cat(epochs).flatten(1)
     assert len(seen.unique(dim=0)) == len(seen)
+
+
+def test_a_view_is_what_torchvision_crops_and_flips_with_its_seed(tmp_path):
+    dataset = image_folder(make_image_folder(tmp_path), flip=True)
+    transform = v2.Compose([v2.RandomResizedCrop(8, antialias=True), v2.RandomHorizontalFlip()])
+    before = torch.get_rng_state()
+    views = [dataset.files.__getitems__([(index, (7, index))])[0][0] for index in range(24)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for index, views_VHWC in enumerate(views):
+        image, _ = next(dataset.images.read([index], 10**6))
+        for seed, view_HWC in zip((7, index), views_VHWC, strict=True):
+            torch.manual_seed(seed)
+            assert torch.equal(view_HWC.permute(2, 0, 1), transform(image))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_inputs_are_pixels_less_the_mean_over_the_deviation(tmp_path, channels_last):
+    dataset = image_folder(make_image_folder(tmp_path), channels_last=channels_last)
+    inputs, _ = next(dataset.evaluation_batches("test", ALONE))
+    pixels, _ = dataset.pixels(dataset.splits["test"])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(inputs, (pixels.float() - mean) / std)
+    assert inputs.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @pytest.mark.parametrize(

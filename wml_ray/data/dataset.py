@@ -113,12 +113,17 @@ class Dataset(ABC):
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation on the device, cached: a copy for each batch would stall the GPU."""
-        mean, std = (torch.tensor(values, device=self.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        return mean, std
+        mean_C, std_C = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
+        return mean_C, std_C
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean_C11, std_C11 = self._statistics
-        normalised = (images - mean_C11) / std_C11
-        if self.config.optim.channels_last:
-            normalised = normalised.contiguous(memory_format=torch.channels_last)
-        return normalised
+        """Stored images, uint8 (B, C, H, W), as normalised float32, in the memory format of training."""
+        mean_C, std_C = self._statistics
+        if not self.config.optim.channels_last:
+            images = images.contiguous().float()
+            return images.sub_(mean_C[:, None, None]).div_(std_C[:, None, None])
+        images_BHWC = images.permute(0, 2, 3, 1).contiguous().float()
+        rows = images_BHWC.flatten(2)  # of W * C values: the CPU does not vectorise over C of them
+        width = images.shape[-1]
+        rows.sub_(mean_C.repeat(width)).div_(std_C.repeat(width))
+        return images_BHWC.permute(0, 3, 1, 2)

@@ -215,7 +215,10 @@ def _decode(file: str | BytesIO, max_pixels: int) -> Tensor:
 
 
 def decoded(image: PilImage) -> Tensor:
-    """A PIL image as uint8 RGB (3, H, W), rotated by its EXIF orientation."""
+    """A PIL image as uint8 RGB (3, H, W), rotated by its EXIF orientation.
+
+    Pixels stay in Pillow's order, channels last: torchvision resizes them faster, to the same values.
+    """
     import torch
     from PIL import ImageOps
 
@@ -224,7 +227,7 @@ def decoded(image: PilImage) -> Tensor:
         pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
     else:
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _too_many_pixels(max_pixels: int) -> ValueError:

@@ -38,7 +38,7 @@ class InMemoryDataset(Dataset):
 
     def _plain(self, indices: Tensor) -> Batch:
         images, labels = self.pixels(indices)
-        return self._normalised(images.float()), labels
+        return self._normalised(images), labels
 
     def _augmented(
         self, batches: NumberedBatches, key: tuple[object, ...], worker: WorkerRank, views: int = 1

@@ -66,7 +66,7 @@ class StreamedDataset(Dataset):
 
     def _plain(self, indices: Tensor) -> Batch:
         images, labels = self.pixels(indices)
-        return self._normalised(images.float()), labels
+        return self._normalised(images), labels
 
     def evaluation_batches(self, split: Split, worker: WorkerRank) -> Iterator[Batch]:
         batches = [
@@ -90,7 +90,7 @@ class StreamedDataset(Dataset):
 
     def _stream(self, batches: Any) -> Iterator[Batch]:
         for images, labels in self._decoded(batches):
-            yield self._normalised(images.float()), labels
+            yield self._normalised(images), labels
 
     def _decoded(self, batches: Any, workers: int | None = None) -> Iterator[Batch]:
         """Uint8 images (views * B, C, H, W), all first views first, and labels (B,), on the training device."""
@@ -101,9 +101,9 @@ class StreamedDataset(Dataset):
             pin_memory=self.device.type == "cuda",
         )
         try:
-            for images, labels in loader:  # images (B, views, C, H, W)
+            for images, labels in loader:  # images (B, views, H, W, C)
                 on_device = images.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-                yield on_device, labels.to(self.device, non_blocking=True)
+                yield on_device.permute(0, 3, 1, 2), labels.to(self.device, non_blocking=True)
         except UserError as error:  # the message of a loader process has its traceback before that of the error
             last = str(error).strip().splitlines()[-1]
             raise type(error)(re.sub(r"^wml_ray[.\w]+: ", "", last)) from None
@@ -123,25 +123,27 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
         from torchvision.transforms import v2
 
         self.images, self.max_pixels = images, config.max_pixels
-        resolution = config.resolution
-        self.training = v2.Compose(
-            [v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)]
-        )
-        self.evaluation = evaluation_transform(resolution)
+        self.crop = v2.RandomResizedCrop(config.resolution, antialias=True)
+        self.flip = v2.RandomHorizontalFlip(0.5 if config.flip else 0.0)
+        self.evaluation = evaluation_transform(config.resolution)
 
     def __getitems__(self, keys: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[Tensor, int]]:
-        """Views (views, C, H, W) and label of each image of a batch; a DataLoader calls this once a batch."""
+        """Views (views, H, W, C) and label of each image of a batch; a DataLoader calls this once a batch."""
         read = self.images.read([index for index, _ in keys], self.max_pixels)
-        return [(self._views(image, seeds), label) for (_, seeds), (image, label) in zip(keys, read, strict=True)]
+        with torch.random.fork_rng(devices=[]):
+            return [(self._views(image, seeds), label) for (_, seeds), (image, label) in zip(keys, read, strict=True)]
 
     def _views(self, image: Tensor, seeds: tuple[int, ...]) -> Tensor:
-        if not seeds:
-            evaluated: Tensor = self.evaluation(image)
-            return evaluated[None]
-        with torch.random.fork_rng(devices=[]):
-            return torch.stack([self._view(image, seed) for seed in seeds])
+        views = [self._view(image, seed) for seed in seeds] if seeds else [self.evaluation(image)]
+        return torch.stack([view.permute(1, 2, 0) for view in views])
 
     def _view(self, image: Tensor, seed: int) -> Tensor:
-        torch.manual_seed(seed)
-        view: Tensor = self.training(image)
+        """A random crop, resized, and flipped or not; (C, H, W) with the channels last in memory."""
+        from torchvision.transforms.v2 import functional as F
+
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also formats the stack, for a later CUDA
+        box = self.crop.make_params([image])
+        cropped = image[:, box["top"] :, box["left"] :][:, : box["height"], : box["width"]]
+        pixels_HWC = cropped.permute(1, 2, 0).contiguous()  # torchvision resizes these faster, to the same values
+        view: Tensor = self.flip(F.resize(pixels_HWC.permute(2, 0, 1), self.crop.size, antialias=True))
         return view

@@ -1,0 +1,109 @@
+"""The epochs that each sampler and scheduler needs until one complete trial has the best score of a random search.
+
+python benchmarks/samplers.py [SEEDS] [SAMPLER+SCHEDULER]...      without names, all of CANDIDATES
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from search import ACCURACY, base_config, temporary_workplace
+
+from wml_ray.cluster.space import make_space
+from wml_ray.search.ratios import increasing
+from wml_ray.search.settings import SearchConfig
+from wml_ray.search.space import Space
+from wml_ray.search.study import RunningStudy
+from wml_ray.verbs.tune import tune
+
+EPOCHS, TRIALS, SEEDS = 9, 20, 5
+CANDIDATES = (
+    "tpe+asha",
+    "tpe+hyperband",
+    "cmaes+asha",
+    "gp+median",
+    "random+asha",
+)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    found = epochs_to_the_best_of_random(int(words[0]) if words else SEEDS, words[1:] or CANDIDATES)
+    print("\n| sampler + scheduler | " + " | ".join(f"seed {row['seed']}" for row in found) + " | median |")
+    for name in words[1:] or CANDIDATES:
+        shares = [row[name] for row in found]
+        print(f"| {name} | " + " | ".join(_shown(share) for share in [*shares, statistics.median(shares)]) + " |")
+
+
+def epochs_to_the_best_of_random(
+    seeds: int = SEEDS, candidates: Sequence[str] = CANDIDATES[:1]
+) -> list[dict[str, Any]]:
+    """For each seed, the share of the epochs of a random search without stopping that each candidate needs.
+
+    A candidate that has not reached the best score of the random search after as many epochs gets infinity.
+    """
+    found = []
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the backbone, for the trials
+    with temporary_workplace() as folder:
+        for seed in range(seeds):
+            base = base_config(
+                folder, f"seed={seed}", f"optim.epochs={EPOCHS}", "model.backbone=small_resnet:half_resnet8"
+            )
+            domains = {
+                "pruning.ratios": increasing(0.0, 0.5),
+                "wml.alpha": ray.tune.uniform(0.0, 1.0),
+                "wml.mirror_step_size": ray.tune.loguniform(0.001, 1.0),
+                "optim.learning_rate": ray.tune.loguniform(0.003, 1.0),
+            }
+            space = make_space(base, domains, {ACCURACY: "max"})
+            plain = SearchConfig(
+                study=f"random{seed}", trials=TRIALS, sampler="random", scheduler="none", seed=seed + 100
+            )
+            trials = tune(space, plain).study.trials  # type: ignore[union-attr]
+            best, epochs = float(trials[ACCURACY].max()), int(trials["epochs"].sum())
+            row: dict[str, Any] = {"seed": seed, "best": best, "random": epochs}
+            for name in candidates:
+                sampler, scheduler = name.split("+")
+                settings: dict[str, Any] = {"sampler": sampler, "scheduler": scheduler, "trials": 3 * TRIALS}
+                study = SearchConfig(study=f"{sampler}-{scheduler}-{seed}", seed=seed, **settings)
+                row[name] = _epochs_until(space, study, best, epochs) / epochs
+                print(seed, name, _shown(row[name]), flush=True)
+            found.append(row)
+    return found
+
+
+def _epochs_until(space: Space, settings: SearchConfig, target: float, limit: int) -> float:
+    """Epochs trained by all trials until the first complete one has `target`; infinity if that takes over `limit`."""
+
+    class Ended(Exception):
+        pass
+
+    ended: list[float] = []
+
+    def check(study: RunningStudy) -> None:
+        best = study.best()
+        reached = best is not None and study.values(best)[0] >= target
+        if reached or study.epochs > limit:
+            ended.append(study.epochs if reached else float("inf"))
+            raise Ended
+
+    try:
+        tune(space, settings, check)
+    except Exception:
+        if not ended:
+            raise
+    return ended[0] if ended else float("inf")
+
+
+def _shown(share: float) -> str:
+    return "> 1" if share > 1 else f"{share:.2f}"
+
+
+if __name__ == "__main__":
+    main()
