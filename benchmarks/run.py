@@ -6,9 +6,9 @@ python benchmarks/run.py [weights|kl|step|ray|search|start ...]; without names, 
 from __future__ import annotations
 
 import json
+import math
 import operator
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def search(record: dict[str, Any]) -> Iterator[Row]:
         yield f"driver, a trial, {sampler}: last 100 of 1000 / first 100", growth, "<= 1.3"
     found = record["epochs_to_the_best_of_random"] = samplers.epochs_to_the_best_of_random()
     name = f"epochs of TPE + ASHA / of random, to its best: median of {len(found)} seeds"
-    yield name, statistics.median(one["tpe+asha"] for one in found), "<= 0.3"
+    yield name, samplers.median_share(found, "tpe+asha"), "<= 0.3"
 
 
 def start(record: dict[str, Any]) -> Iterator[Row]:
@@ -110,7 +110,8 @@ def main() -> None:
     ratios = record.setdefault("ratios", {})
     for benchmark in chosen:
         for name, value, limit in benchmark(record):
-            ratios[name] = {"value": round(value, 4), "limit": limit, "met": _met(value, limit)}
+            rounded = round(value, 4) if math.isfinite(value) else None  # JSON has no infinity
+            ratios[name] = {"value": rounded, "limit": limit, "met": _met(value, limit)}
             mark = "" if ratios[name]["met"] else "   MISSED"
             print(f"{name:<56} {value:8.3f}   {limit}{mark}", flush=True)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,12 +5,14 @@ python benchmarks/samplers.py [SEEDS] [SAMPLER+SCHEDULER]...      without names,
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray.tune
 from search import ACCURACY, base_config, temporary_workplace
@@ -37,8 +39,8 @@ def main() -> None:
     found = epochs_to_the_best_of_random(int(words[0]) if words else SEEDS, words[1:] or CANDIDATES)
     print("\n| sampler + scheduler | " + " | ".join(f"seed {row['seed']}" for row in found) + " | median |")
     for name in words[1:] or CANDIDATES:
-        shares = [row[name] for row in found]
-        print(f"| {name} | " + " | ".join(_shown(share) for share in [*shares, statistics.median(shares)]) + " |")
+        shares = [*(row[name] for row in found), median_share(found, name)]
+        print(f"| {name} | " + " | ".join(map(_shown, shares)) + " |")
 
 
 def epochs_to_the_best_of_random(
@@ -46,11 +48,11 @@ def epochs_to_the_best_of_random(
 ) -> list[dict[str, Any]]:
     """For each seed, the share of the epochs of a random search without stopping that each candidate needs.
 
-    A candidate that has not reached the best score of the random search after as many epochs gets infinity.
+    A candidate that has not reached the best score of the random search after as many epochs has None.
     """
     found = []
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the backbone, for the trials
-    with temporary_workplace() as folder:
+    importable = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # the backbone
+    with mock.patch.dict(os.environ, PYTHONPATH=importable), temporary_workplace() as folder:
         for seed in range(seeds):
             base = base_config(
                 folder, f"seed={seed}", f"optim.epochs={EPOCHS}", "model.backbone=small_resnet:half_resnet8"
@@ -72,25 +74,31 @@ def epochs_to_the_best_of_random(
                 sampler, scheduler = name.split("+")
                 settings: dict[str, Any] = {"sampler": sampler, "scheduler": scheduler, "trials": 3 * TRIALS}
                 study = SearchConfig(study=f"{sampler}-{scheduler}-{seed}", seed=seed, **settings)
-                row[name] = _epochs_until(space, study, best, epochs) / epochs
+                needed = _epochs_until(space, study, best, epochs)
+                row[name] = needed and needed / epochs
                 print(seed, name, _shown(row[name]), flush=True)
             found.append(row)
     return found
 
 
-def _epochs_until(space: Space, settings: SearchConfig, target: float, limit: int) -> float:
-    """Epochs trained by all trials until the first complete one has `target`; infinity if that takes over `limit`."""
+def median_share(found: Sequence[dict[str, Any]], name: str) -> float:
+    """The median over the seeds; infinity where most seeds have none."""
+    return statistics.median(math.inf if row[name] is None else row[name] for row in found)
+
+
+def _epochs_until(space: Space, settings: SearchConfig, target: float, limit: int) -> int | None:
+    """Epochs trained by all trials until the first complete one has `target`; None if that takes over `limit`."""
 
     class Ended(Exception):
         pass
 
-    ended: list[float] = []
+    ended: list[int | None] = []
 
     def check(study: RunningStudy) -> None:
         best = study.best()
         reached = best is not None and study.values(best)[0] >= target
         if reached or study.epochs > limit:
-            ended.append(study.epochs if reached else float("inf"))
+            ended.append(study.epochs if study.epochs <= limit else None)
             raise Ended
 
     try:
@@ -98,11 +106,11 @@ def _epochs_until(space: Space, settings: SearchConfig, target: float, limit: in
     except Exception:
         if not ended:
             raise
-    return ended[0] if ended else float("inf")
+    return ended[0] if ended else None
 
 
-def _shown(share: float) -> str:
-    return "> 1" if share > 1 else f"{share:.2f}"
+def _shown(share: float | None) -> str:
+    return "> 1" if share is None or share == math.inf else f"{share:.2f}"
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_a_view_is_what_torchvision_crops_and_flips_with_its_seed(tmp_path):
         image, _ = next(dataset.images.read([index], 10**6))
         for seed, view_HWC in zip((7, index), views_VHWC, strict=True):
             torch.manual_seed(seed)
-            assert torch.equal(view_HWC.permute(2, 0, 1), transform(image))
+            assert torch.equal(view_HWC.permute(2, 0, 1), transform(image.contiguous()))
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -58,6 +58,7 @@ def test_inputs_are_pixels_less_the_mean_over_the_deviation(tmp_path, channels_l
     pixels, _ = dataset.pixels(dataset.splits["test"])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
     assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
     assert torch.equal(inputs, (pixels.float() - mean) / std)
     assert inputs.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 

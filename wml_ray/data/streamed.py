@@ -62,11 +62,15 @@ class StreamedDataset(Dataset):
         self.files = ImageFiles(images, config.data)
 
     def pixels(self, indices: Tensor) -> Batch:
-        return next(self._decoded([[(index, ()) for index in indices.tolist()]], workers=0))
+        images, labels = self._at(indices)
+        return images.contiguous(), labels
 
     def _plain(self, indices: Tensor) -> Batch:
-        images, labels = self.pixels(indices)
+        images, labels = self._at(indices)
         return self._normalised(images), labels
+
+    def _at(self, indices: Tensor) -> Batch:
+        return next(self._decoded([[(index, ()) for index in indices.tolist()]], workers=0))
 
     def evaluation_batches(self, split: Split, worker: WorkerRank) -> Iterator[Batch]:
         batches = [
@@ -143,7 +147,6 @@ class ImageFiles(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also formats the stack, for a later CUDA
         box = self.crop.make_params([image])
-        cropped = image[:, box["top"] :, box["left"] :][:, : box["height"], : box["width"]]
-        pixels_HWC = cropped.permute(1, 2, 0).contiguous()  # torchvision resizes these faster, to the same values
+        pixels_HWC = F.crop(image, **box).permute(1, 2, 0).contiguous()  # resized faster so, to the same values
         view: Tensor = self.flip(F.resize(pixels_HWC.permute(2, 0, 1), self.crop.size, antialias=True))
         return view
