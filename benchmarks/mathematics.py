@@ -35,7 +35,7 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(tree.parameters(), 1e-6, momentum=0.9, nesterov=True)
     weights_M = torch.full((num_peers,), 1 / num_peers, dtype=torch.float64)
     inner, whole = _batch(1), _batch(2)
-    images = round(SAME_POINT.outer_share * BATCH)
+    images = SAME_POINT.outer_images(BATCH)
     outer = whole[0][:images], whole[1][:images]
 
     def training_step() -> None:

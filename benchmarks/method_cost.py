@@ -9,7 +9,6 @@ Memory: what building the method and three steps on 128 images of 3 x 32 x 32 ad
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def steps_of(name: str, spec: ImageSpec, images: int) -> Callable[[int], None]:
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, nesterov=True)
     inputs = torch.randn(images * model.num_views, *spec.shape).contiguous(memory_format=torch.channels_last)
     targets = torch.randint(spec.num_classes, (images,))
-    fewer = math.ceil(config.wml.outer_share * images)
+    fewer = config.wml.outer_images(images)
     outer = inputs[:fewer], targets[:fewer]
 
     def run(steps: int) -> None:

@@ -25,13 +25,7 @@ from wml_ray.search.study import RunningStudy
 from wml_ray.verbs.tune import tune
 
 EPOCHS, TRIALS, SEEDS = 9, 20, 5
-CANDIDATES = (
-    "tpe+asha",
-    "tpe+hyperband",
-    "cmaes+asha",
-    "gp+median",
-    "random+asha",
-)
+CANDIDATES = ("tpe+asha", "tpe+hyperband", "cmaes+asha", "gp+median", "random+asha")
 
 
 def main() -> None:
@@ -54,16 +48,7 @@ def epochs_to_the_best_of_random(
     importable = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # the backbone
     with mock.patch.dict(os.environ, PYTHONPATH=importable), temporary_workplace() as folder:
         for seed in range(seeds):
-            base = base_config(
-                folder, f"seed={seed}", f"optim.epochs={EPOCHS}", "model.backbone=small_resnet:half_resnet8"
-            )
-            domains = {
-                "pruning.ratios": increasing(0.0, 0.5),
-                "wml.alpha": ray.tune.uniform(0.0, 1.0),
-                "wml.mirror_step_size": ray.tune.loguniform(0.001, 1.0),
-                "optim.learning_rate": ray.tune.loguniform(0.003, 1.0),
-            }
-            space = make_space(base, domains, {ACCURACY: "max"})
+            space = _space(folder, seed)
             plain = SearchConfig(
                 study=f"random{seed}", trials=TRIALS, sampler="random", scheduler="none", seed=seed + 100
             )
@@ -79,6 +64,17 @@ def epochs_to_the_best_of_random(
                 print(seed, name, _shown(row[name]), flush=True)
             found.append(row)
     return found
+
+
+def _space(folder: Path, seed: int) -> Space:
+    overrides = [f"seed={seed}", f"optim.epochs={EPOCHS}", "model.backbone=small_resnet:half_resnet8"]
+    domains = {
+        "pruning.ratios": increasing(0.0, 0.5),
+        "wml.alpha": ray.tune.uniform(0.0, 1.0),
+        "wml.mirror_step_size": ray.tune.loguniform(0.001, 1.0),
+        "optim.learning_rate": ray.tune.loguniform(0.003, 1.0),
+    }
+    return make_space(base_config(folder, *overrides), domains, {ACCURACY: "max"})
 
 
 def median_share(found: Sequence[dict[str, Any]], name: str) -> float:

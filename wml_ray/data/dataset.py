@@ -7,7 +7,6 @@ share of every global batch, so the number of workers changes no batch.
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -24,7 +23,6 @@ from wml_ray.networks.spec import ImageSpec
 
 NumberedBatches = Iterable[tuple[int, Tensor]]  # step of the epoch, indices
 SALIENCY_BATCH = 64  # largest batch of a pass through the unpruned tree
-FEWEST_OUTER_IMAGES = 8  # for the statistics of BatchNorm, where a batch has as many
 EVAL_BATCH = 512  # images that a worker evaluates at once
 
 
@@ -58,9 +56,9 @@ class Dataset(ABC):
     def outer_batch_size(self) -> int:
         """Number of images of a global batch for the outer loss."""
         wml = self.config.wml
-        share = wml.outer_share if self.config.method.name == "wml" and wml.weights == "learned" else 1.0
-        wanted = max(math.ceil(share * self.batch_size), FEWEST_OUTER_IMAGES)
-        return min(wanted, self.batch_size, len(self.splits["outer"]))
+        learned = self.config.method.name == "wml" and wml.weights == "learned"
+        wanted = wml.outer_images(self.batch_size) if learned else self.batch_size
+        return min(wanted, len(self.splits["outer"]))
 
     def train_batches(self, epoch: int, worker: WorkerRank, first: int = 0, views: int = 1) -> Iterator[Batch]:
         """This worker's share of each batch of an epoch, from step `first`, in an order drawn from seed and epoch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ TEACHER_METHODS = ("kd", "rkd", "fitnets", "ctsl_mkt")
 """The methods with a frozen teacher."""
 FAMILY_TEACHER_METHODS = ("ctsl_mkt",)
 """Those whose peers go on from all peers of the teacher."""
+FEWEST_OUTER_IMAGES = 8  # for the statistics of BatchNorm, where a batch has as many
 
 
 def is_own_method(name: str) -> bool:
@@ -157,6 +159,10 @@ class WmlConfig(Section):
     stop_gradient_teacher: bool = Field(True, description="let no gradient flow into the teaching peer")
 
     own_views: bool = Field(False, description="train each peer on an augmented view of its own of every image")
+
+    def outer_images(self, batch_size: int) -> int:
+        """The number of images of an outer batch, of training batches of `batch_size`."""
+        return min(max(math.ceil(self.outer_share * batch_size), FEWEST_OUTER_IMAGES), batch_size)
 
 
 class IndependentConfig(Section):
