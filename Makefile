@@ -21,7 +21,8 @@ quickstart: install
 
 install: .venv/installed
 
-# uv takes a fifth of pip's time. It does not read pip's configuration, so pip installs where uv fails.
+# uv takes a fifth of pip's time. It does not read pip's configuration, so pip installs where uv fails. Bytecode is compiled
+# (15 s), as pip does: where PYTHONDONTWRITEBYTECODE is set, each process would compile PyTorch again (2 to 4 s).
 .venv/installed: export PATH := $(PATH):$(CURDIR)/$(BIN)
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); ok or sys.exit("wml_ray needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
@@ -29,7 +30,7 @@ install: .venv/installed
 	@echo "installing the locked dependencies into .venv (about 6 GB with PyTorch's CUDA libraries)"
 	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock >.venv/uv.lock
 	@command -v uv >/dev/null || $(BIN)/pip install --require-hashes -r .venv/uv.lock || true
-	uv pip install --python $(BIN)/python --require-hashes -r requirements.lock \
+	uv pip install --compile-bytecode --python $(BIN)/python --require-hashes -r requirements.lock \
 		|| $(BIN)/pip install --require-hashes -r requirements.lock
 	$(BIN)/pip install --no-deps --no-build-isolation --editable .
 	@touch $@
