@@ -13,19 +13,23 @@ from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.spec import ImageSpec
+from wml_ray.training.threads import choose_threads, torch_threads
 
 SPEC = ImageSpec(3, 32, 10)
 BATCH = 64
 SAME_POINT, EXACT, GAMMA = WmlConfig(unroll="same_point"), WmlConfig(unroll="exact"), 0.1
 STEP = StepContext(step=0, epoch=0, total_epochs=1, learning_rate=GAMMA)
+BFLOAT16 = STEP._replace(precision="bfloat16")
 
 
 def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 16)) -> dict[str, dict[str, float]]:
     """Seconds of Eq. 5 by one tangent pass, by M + 1 backward passes, and of one training step, on a ResNet-20 tree.
 
-    The outer batch has the default share of the images, and all of them in `same_point, whole`.
+    The outer batch has the default share of the images, and all of them in `same_point, whole`. One thread, as a run of
+    this size takes.
     """
-    return {str(num_peers): _weight_gradient_times_s(num_peers) for num_peers in peers}
+    with torch_threads(choose_threads(SPEC.resolution, BATCH, cores=2)):
+        return {str(num_peers): _weight_gradient_times_s(num_peers) for num_peers in peers}
 
 
 def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
@@ -38,9 +42,11 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
     images = SAME_POINT.outer_images(BATCH)
     outer = whole[0][:images], whole[1][:images]
 
-    def training_step() -> None:
+    def training_step(bfloat16: bool = False) -> None:
         optimizer.zero_grad(set_to_none=True)
-        inner_loss(tree(inner[0]), inner[1], weights_M, SAME_POINT).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            logits_MBK = tree(inner[0])
+        inner_loss(logits_MBK, inner[1], weights_M, SAME_POINT).backward()
         optimizer.step()
 
     return interleaved_medians_s(
@@ -50,6 +56,8 @@ def _weight_gradient_times_s(num_peers: int) -> dict[str, float]:
             "exact": lambda: weight_gradient(tree, inner, outer, weights_M, EXACT, STEP),
             "backward_passes": lambda: by_backward_passes(tree, inner, outer, weights_M),
             "training_step": training_step,
+            "same_point, bfloat16": lambda: weight_gradient(tree, inner, outer, weights_M, SAME_POINT, BFLOAT16),
+            "training_step, bfloat16": lambda: training_step(bfloat16=True),
         },
         rounds=5,
     )

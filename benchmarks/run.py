@@ -33,6 +33,8 @@ def weights(record: dict[str, Any]) -> Iterator[Row]:
         yield f"M = {peers}: same_point / (M + 1 backward passes)", t["same_point"] / t["backward_passes"], limit
         yield f"M = {peers}: exact / (M + 1 backward passes)", t["exact"] / t["backward_passes"], limit
         yield f"M = {peers}: same_point, in training steps", t["same_point"] / t["training_step"], "<= 1.5"
+        in_bfloat16 = t["same_point, bfloat16"] / t["training_step, bfloat16"]
+        yield f"M = {peers}: the same, both in bfloat16", in_bfloat16, "<= 1.5"
         yield f"M = {peers}: the same, outer_share = 1", t["same_point, whole"] / t["training_step"], "<= 2.5"
         yield f"M = {peers}: exact, in training steps", t["exact"] / t["training_step"], "<= 2.5"
         if before is not None:

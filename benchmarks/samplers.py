@@ -1,14 +1,14 @@
 """The epochs that each sampler and scheduler needs until one complete trial has the best score of a random search.
 
-python benchmarks/samplers.py [SEEDS] [SAMPLER+SCHEDULER]...      without names, all of CANDIDATES
+python benchmarks/samplers.py [--seeds N] [--epochs N] [SAMPLER+SCHEDULER]...      without names, all of CANDIDATES
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,20 @@ CANDIDATES = ("tpe+asha", "tpe+hyperband", "cmaes+asha", "gp+median", "random+as
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    found = epochs_to_the_best_of_random(int(words[0]) if words else SEEDS, words[1:] or CANDIDATES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("candidates", nargs="*", default=CANDIDATES)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of a trial that is not stopped")
+    options = parser.parse_args()
+    found = epochs_to_the_best_of_random(options.seeds, options.candidates, options.epochs)
     print("\n| sampler + scheduler | " + " | ".join(f"seed {row['seed']}" for row in found) + " | median |")
-    for name in words[1:] or CANDIDATES:
+    for name in options.candidates:
         shares = [*(row[name] for row in found), median_share(found, name)]
         print(f"| {name} | " + " | ".join(map(_shown, shares)) + " |")
 
 
 def epochs_to_the_best_of_random(
-    seeds: int = SEEDS, candidates: Sequence[str] = CANDIDATES[:1]
+    seeds: int = SEEDS, candidates: Sequence[str] = CANDIDATES[:1], trial_epochs: int = EPOCHS
 ) -> list[dict[str, Any]]:
     """For each seed, the share of the epochs of a random search without stopping that each candidate needs.
 
@@ -48,13 +52,14 @@ def epochs_to_the_best_of_random(
     importable = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # the backbone
     with mock.patch.dict(os.environ, PYTHONPATH=importable), temporary_workplace() as folder:
         for seed in range(seeds):
-            space = _space(folder, seed)
+            space = _space(folder, seed, trial_epochs)
             plain = SearchConfig(
                 study=f"random{seed}", trials=TRIALS, sampler="random", scheduler="none", seed=seed + 100
             )
             trials = tune(space, plain).study.trials  # type: ignore[union-attr]
             best, epochs = float(trials[ACCURACY].max()), int(trials["epochs"].sum())
             row: dict[str, Any] = {"seed": seed, "best": best, "random": epochs}
+            print(seed, f"random: {best:.4f} in {epochs} epochs", flush=True)
             for name in candidates:
                 sampler, scheduler = name.split("+")
                 settings: dict[str, Any] = {"sampler": sampler, "scheduler": scheduler, "trials": 3 * TRIALS}
@@ -66,8 +71,8 @@ def epochs_to_the_best_of_random(
     return found
 
 
-def _space(folder: Path, seed: int) -> Space:
-    overrides = [f"seed={seed}", f"optim.epochs={EPOCHS}", "model.backbone=small_resnet:half_resnet8"]
+def _space(folder: Path, seed: int, epochs: int) -> Space:
+    overrides = [f"seed={seed}", f"optim.epochs={epochs}", "model.backbone=small_resnet:half_resnet8"]
     domains = {
         "pruning.ratios": increasing(0.0, 0.5),
         "wml.alpha": ray.tune.uniform(0.0, 1.0),

@@ -127,6 +127,16 @@ def test_float32_is_close_to_float64():
     torch.testing.assert_close(single, exact, rtol=1e-4, atol=1e-5)
 
 
+def test_in_bfloat16_the_gradient_is_that_of_float32_rounded():
+    tree, (x, y), (outer_x, outer_y) = pruned_tree().float(), batch(32, 1), batch(32, 2)
+    batches = (x.float(), y), (outer_x.float(), outer_y)
+    single, half = (
+        weight_gradient(tree, *batches, OMEGA, SAME_POINT, at_rate(0.3)._replace(precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert 0 < (half - single).norm() < 0.02 * single.norm()
+
+
 def test_equal_peers_keep_equal_weights_to_the_bit():
     torch.manual_seed(0)
     networks = stages(SPEC)

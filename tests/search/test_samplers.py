@@ -6,6 +6,7 @@ from ray import tune as ray_tune_api
 from studies import ACCURACY, small_space
 
 from wml_ray.errors import UserError
+from wml_ray.search.bounded_tpe import BEST_TRIALS, LEARNED_TRIALS, thinned
 from wml_ray.search.optuna_study import OptunaStudy, TrialRecord, check_sampler
 from wml_ray.search.ratios import increasing
 from wml_ray.search.settings import SearchConfig
@@ -72,3 +73,38 @@ def test_a_seed_determines_the_points_and_they_come_closer_to_the_best_one(sampl
     assert points[0] != search(sampler, NUMBERS, trials=1, seed=1)[0]
     distances = [max(abs(value - 0.6) for value in point.values()) for point in points]
     assert chosen(distances[-3:]) < near < max(distances[:5])
+
+
+def ended_study(directions, values, pruned=()):
+    study = optuna.create_study(directions=directions)
+    distributions = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
+    for number, value in enumerate(values):
+        end = {"state": optuna.trial.TrialState.PRUNED} if number in pruned else {"values": value}
+        study.add_trial(optuna.trial.create_trial(params={"x": 0.5}, distributions=distributions, **end))
+    return study
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_thinned_study_keeps_the_best_trials_and_every_second_other_one_with_the_last(direction):
+    best = 1000.0 if direction == "maximize" else -1000.0
+    values = [[best + number] if number < BEST_TRIALS else [float(number)] for number in range(200)]
+    kept = [trial.values[0] for trial in thinned(ended_study([direction], values)).trials]
+    assert kept == [value for [value] in values[:BEST_TRIALS]] + [float(number) for number in range(51, 200, 2)]
+
+
+def test_a_thinned_study_with_two_objectives_keeps_its_front_and_stopped_trials_count_as_others():
+    values = [[1.0, 0.0], [0.0, 1.0], *[[0.5 - number / 100, 0.4] for number in range(8)]]
+    kept = thinned(ended_study(["maximize", "maximize"], values, pruned={3, 5, 7, 9})).trials
+    assert [trial.values for trial in kept] == [values[0], values[1], values[2], None, None, None, None]
+
+
+def test_tpe_still_finds_the_best_region_in_a_study_longer_than_it_learns_from():
+    """The good trials are the oldest, and two of three others are left out of what TPE learns from."""
+    old = [dict.fromkeys(NUMBERS, 0.6 + 0.0002 * number) for number in range(50)]
+    others = [{"wml.alpha": number % 7 / 10, "optim.momentum": number % 3 / 10} for number in range(3 * LEARNED_TRIALS)]
+    records = [
+        TrialRecord(f"s/{number}", point, "COMPLETE", [1.0 if number < len(old) else 0.0], {})
+        for number, point in enumerate([*old, *others])
+    ]
+    points = search("tpe", NUMBERS, len(records) + 10, records=records)[len(records) :]
+    assert all(abs(value - 0.6) < 0.15 for point in points for value in point.values())

@@ -90,6 +90,14 @@ def test_precision_auto_is_bit_equal_to_the_precision_that_it_names():
     assert all(torch.equal(one, other) for one, other in zip(*(run.tree.parameters() for run in runs), strict=True))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_method_is_told_the_precision_of_the_run(precision, monkeypatch):
+    told = set()
+    monkeypatch.setattr(Dml, "after_step", lambda self, context, *batches: told.add(context.precision))
+    fitted("method.name=dml", "optim.epochs=1", f"optim.precision={precision}")
+    assert told == {precision}
+
+
 def test_independent_training_is_as_if_each_peer_trained_alone():
     """Sharing, teaching and learned weights off: peer 0 moves by its own gradient at 1/M of the learning rate."""
     off = ["model.sharing=[2,2,2,2]", "wml.alpha=0", "wml.weights=fixed", "wml.balance=paper"]

@@ -28,6 +28,7 @@ class StepContext(NamedTuple):
     epoch: int  # epochs done
     total_epochs: int
     learning_rate: float
+    precision: str = "float32"  # type of the forward pass: float32, bfloat16 or float16
 
     def ramp(self, share: float) -> float:
         """exp(-5 (1 - e / R)^2) at epoch e, with R = `share` of all epochs; 1 from R on (Laine & Aila, ICLR 2017)."""

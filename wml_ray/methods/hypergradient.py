@@ -11,6 +11,7 @@ from wml_ray.distributed import mean_over_workers, means_in_rank_order
 from wml_ray.methods.base import Batch, StepContext
 from wml_ray.methods.losses import ensemble_loss, inner_loss, peer_losses
 from wml_ray.methods.settings import WmlConfig
+from wml_ray.networks.forward_mode import FusedBatchNormTangents
 from wml_ray.networks.peer_tree import functional_forward
 from wml_ray.networks.trunk_gradient import gradient_scales
 
@@ -31,10 +32,11 @@ def weight_gradient(
     number of peers of a copy where gradients are (`trunk_gradient`). dL2/dtheta is taken at theta - gamma dL1/dtheta if
     `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta - gamma dL1/dtheta). "same_point"
     takes it at theta, which saves one forward and backward pass.
-    All M inner products are the tangent of L_a along gamma v, v = dL2/dtheta, one forward-mode pass. When
-    torch.distributed is initialised, v is averaged over the workers, weighted by their numbers of images; then 2M
-    numbers are reduced, and every worker returns the same bits. The model keeps its parameters, gradients, mode and
-    buffers.
+    All M inner products are the tangent of L_a along gamma v, v = dL2/dtheta, one forward-mode pass. Where
+    `context.precision` is bfloat16 all passes are under autocast; their rounding is a tenth of the difference between
+    two batches, or less. When torch.distributed is initialised, v is averaged over the workers, weighted by their
+    numbers of images; then 2M numbers are reduced, and every worker returns the same bits. The model keeps its
+    parameters, gradients, mode and buffers.
 
     Raises:
         ValueError: shapes do not fit.
@@ -45,28 +47,31 @@ def weight_gradient(
     theta = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     step_sizes = {name: gamma * scale for name, scale in gradient_scales(model, theta).items()}
 
+    def logits_MBK(parameters: dict[str, Tensor], inputs: Tensor, own_views: bool = False) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=context.precision == "bfloat16"):
+            return functional_forward(model, parameters, inputs, own_views)
+
     with torch.random.fork_rng([inner_inputs.device] if inner_inputs.is_cuda else []):
         outer_theta = theta
         if settings.unroll == "exact":
             leaves = _leaves(theta)
-            logits = functional_forward(model, leaves, inner_inputs, settings.own_views)
+            logits = logits_MBK(leaves, inner_inputs, settings.own_views)
             loss = inner_loss(logits, inner_targets, weights_M, settings, kl_share)
             descent = mean_over_workers(_gradient_sum(loss, inner_targets, list(leaves.values())), inner_targets)
             outer_theta = {name: theta[name] - step_sizes[name] * g for name, g in zip(theta, descent, strict=True)}
         leaves = _leaves(outer_theta)
         omega_M = weights_M.detach().clone().requires_grad_()
-        loss = ensemble_loss(functional_forward(model, leaves, outer_inputs), outer_targets, omega_M)
+        loss = ensemble_loss(logits_MBK(leaves, outer_inputs), outer_targets, omega_M)
         direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
         v = mean_over_workers(v, outer_targets)
     # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
     # Attention's other kernels have no forward mode.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FusedBatchNormTangents():
         duals = {
             name: forward_ad.make_dual(theta[name], step_sizes[name] * t) for name, t in zip(theta, v, strict=True)
         }
-        losses_M = peer_losses(
-            functional_forward(model, duals, inner_inputs, settings.own_views), inner_targets, settings, kl_share
-        )
+        logits = logits_MBK(duals, inner_inputs, settings.own_views)
+        losses_M = peer_losses(logits, inner_targets, settings, kl_share)
         tangent_M = forward_ad.unpack_dual(losses_M).tangent
     if tangent_M is None:  # no parameter reaches the losses
         tangent_M = torch.zeros_like(losses_M)

@@ -60,7 +60,7 @@ class Wml(Method):
         return tuple(f"weights/peer{index}" for index in range(num_peers))
 
     def after_step(self, context: StepContext, batch: Batch, outer_batch: Batch | None) -> None:
-        """Eqs. 5 and 7 where an outer batch is given. Always in float32: a tangent in 16 bits is mostly noise."""
+        """Eqs. 5 and 7 where an outer batch is given."""
         if outer_batch is None:
             return
         gradient_M = weight_gradient(self.tree, batch, outer_batch, self.weights_M, self.settings, context)

@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState as OptunaState
 
 from wml_ray.errors import UserError, number_of, root_cause
+from wml_ray.search.bounded_tpe import BoundedTPE
 from wml_ray.search.settings import SearchConfig
 from wml_ray.search.space import Space, count_values
 from wml_ray.storage.retry import StorageUnavailable, retry_for
@@ -90,7 +91,7 @@ def make_sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampl
         if name == "nsga2":  # at least five generations; the first is random
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(max(trials // 5, 4), 50))
         # constant_liar counts running trials as bad, so that concurrent trials are spread over the space
-        return optuna.samplers.TPESampler(
+        return BoundedTPE(
             seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=trials <= LIAR_TRIALS
         )
 

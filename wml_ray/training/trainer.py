@@ -225,7 +225,7 @@ class Trainer:
         """The context of step `step` of the current epoch."""
         number = self.epoch * self.dataset.steps_per_epoch + step
         rate = learning_rate(self.config.optim, number, self.dataset.steps_per_epoch)
-        return StepContext(number, self.epoch, self.config.optim.epochs, rate)
+        return StepContext(number, self.epoch, self.config.optim.epochs, rate, self.precision)
 
     def _wrapped(self) -> nn.Module:
         model: nn.Module = self.method
