@@ -20,10 +20,10 @@ def settings(sampler, trials=6, seed=0):
     return SearchConfig(study="s", trials=trials, sampler=sampler, seed=seed)
 
 
-def search(sampler, domains, trials, seed=0, records=()):
+def search(sampler, domains, trials, seed=0, records=(), planned=None):
     """The points of a study in which each trial's value is the share of the space that its numbers leave."""
     space, storage = small_space(domains=domains), optuna.storages.InMemoryStorage()
-    study = OptunaStudy(space, settings(sampler, trials, seed), storage, started=len(records))
+    study = OptunaStudy(space, settings(sampler, planned or trials, seed), storage, started=len(records))
     study.sync(records, "token")
     points = [record.point for record in records]
     for number in range(len(records), trials):
@@ -98,7 +98,8 @@ def test_a_thinned_study_with_two_objectives_keeps_its_front_and_stopped_trials_
     assert [trial.values for trial in kept] == [values[0], values[1], values[2], None, None, None, None]
 
 
-def test_tpe_still_finds_the_best_region_in_a_study_longer_than_it_learns_from():
+@pytest.mark.parametrize("planned", [None, 10], ids=["long", "short, started from a long one"])
+def test_tpe_still_finds_the_best_region_in_a_study_longer_than_it_learns_from(planned):
     """The good trials are the oldest, and two of three others are left out of what TPE learns from."""
     old = [dict.fromkeys(NUMBERS, 0.6 + 0.0002 * number) for number in range(50)]
     others = [{"wml.alpha": number % 7 / 10, "optim.momentum": number % 3 / 10} for number in range(3 * LEARNED_TRIALS)]
@@ -106,5 +107,5 @@ def test_tpe_still_finds_the_best_region_in_a_study_longer_than_it_learns_from()
         TrialRecord(f"s/{number}", point, "COMPLETE", [1.0 if number < len(old) else 0.0], {})
         for number, point in enumerate([*old, *others])
     ]
-    points = search("tpe", NUMBERS, len(records) + 10, records=records)[len(records) :]
+    points = search("tpe", NUMBERS, len(records) + 10, records=records, planned=planned)[len(records) :]
     assert all(abs(value - 0.6) < 0.15 for point in points for value in point.values())

@@ -144,7 +144,7 @@ class WmlConfig(Section):
     outer_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.25,
         description="images of a batch of the outer loss, as a share of `data.batch_size`, at least 8 where it is as "
-        "many; an update costs about 1.2 + outer_share float32 training steps; a larger share has less noise, and is "
+        "many; an update costs about 1.1 + outer_share training steps; a larger share has less noise, and is "
         "for many workers, each of which takes BatchNorm statistics of its own part",
     )
     holdout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(

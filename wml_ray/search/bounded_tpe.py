@@ -22,29 +22,35 @@ class BoundedTPE(optuna.samplers.TPESampler):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._in_excerpt_or_left_out: set[int] = set()  # numbers of the study's trials
+        # constant_liar would write to the trial that is asked for, which the excerpt does not have
+        self._of_excerpt = optuna.samplers.TPESampler(**{**settings, "constant_liar": False})
         self._excerpt: optuna.Study | None = None
+        self._seen: set[int] = set()  # numbers of the study's trials that are in the excerpt, or were
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As TPE, from the excerpt."""
-        return super().sample_relative(self._learned(study), trial, search_space)
+        if excerpt := self._excerpt_of(study):
+            return self._of_excerpt.sample_relative(excerpt, trial, search_space)
+        return super().sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """As TPE, from the excerpt."""
-        return super().sample_independent(self._learned(study), trial, param_name, param_distribution)
+        if excerpt := self._excerpt_of(study):
+            return self._of_excerpt.sample_independent(excerpt, trial, param_name, param_distribution)
+        return super().sample_independent(study, trial, param_name, param_distribution)
 
-    def _learned(self, study: optuna.Study) -> optuna.Study:
+    def _excerpt_of(self, study: optuna.Study) -> optuna.Study | None:
         ended = study.get_trials(deepcopy=False, states=ENDED)
         if len(ended) <= LEARNED_TRIALS:
-            return study
+            return None
         excerpt = self._excerpt or _empty_copy(study)
         for trial in ended:
-            if trial.number not in self._in_excerpt_or_left_out:
-                self._in_excerpt_or_left_out.add(trial.number)
+            if trial.number not in self._seen:
+                self._seen.add(trial.number)
                 excerpt.add_trial(trial)
                 if len(excerpt.get_trials(deepcopy=False)) == LEARNED_TRIALS:
                     excerpt = thinned(excerpt)
