@@ -12,6 +12,7 @@ from wml_ray.checkpoints.load import build_tree
 from wml_ray.cli.main import main
 from wml_ray.config.load import parse_config
 from wml_ray.methods.base import Method
+from wml_ray.methods.wml import Wml
 from wml_ray.settings import Section
 from wml_ray.training.prediction import Network, exposed_s, gradient_buckets
 from wml_ray.verbs.plan import plan
@@ -78,6 +79,14 @@ def test_the_exact_update_of_omega_all_reduces_twice():
     config = tiny_config("scale.workers=2", "scale.cpus_per_worker=1")
     once, twice = (plan(config, bandwidth_gbit=1.0, **{"wml.unroll": how}).step for how in ("same_point", "exact"))
     assert twice.update.all_reduce_s == 2 * once.update.all_reduce_s
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_and_an_update_are_timed_in_the_precision_of_the_run(precision, monkeypatch):
+    told = set()
+    monkeypatch.setattr(Wml, "after_step", lambda self, context, *batches: told.add(context.precision))
+    plan(tiny_config("scale.workers=2", f"optim.precision={precision}"), bandwidth_gbit=1.0)
+    assert told == {precision}
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def measure_step_s(
     Images are noise, nothing is exchanged, and no parameter changes.
     """
     trainer = Trainer(config, method, dataset, torch.device(device))
-    context = StepContext(0, 0, config.optim.epochs, learning_rate=0.0)
+    context = StepContext(0, 0, config.optim.epochs, learning_rate=0.0, precision=trainer.precision)
     batch = _noise(dataset, len(worker.share_of(torch.arange(config.data.batch_size))), method.num_views, device)
     outer_batch = _noise(dataset, len(worker.share_of(torch.arange(dataset.outer_batch_size))), 1, device)
 
