@@ -13,7 +13,7 @@ from wml_ray.methods.settings import WmlConfig
 from wml_ray.networks.backbones import build_stages
 from wml_ray.networks.peer_tree import PeerTree, functional_forward
 from wml_ray.networks.spec import ImageSpec
-from wml_ray.training.threads import choose_threads, torch_threads
+from wml_ray.training.threads import torch_threads
 
 SPEC = ImageSpec(3, 32, 10)
 BATCH = 64
@@ -28,7 +28,7 @@ def weight_gradient_against_backward_passes(peers: tuple[int, ...] = (2, 4, 8, 1
     The outer batch has the default share of the images, and all of them in `same_point, whole`. One thread, as a run of
     this size takes.
     """
-    with torch_threads(choose_threads(SPEC.resolution, BATCH, cores=2)):
+    with torch_threads(1):
         return {str(num_peers): _weight_gradient_times_s(num_peers) for num_peers in peers}
 
 

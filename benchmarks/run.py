@@ -107,13 +107,13 @@ def start(record: dict[str, Any]) -> Iterator[Row]:
 def main() -> None:
     chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, search, start]
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    machine = _machine()
-    print(machine, flush=True)
+    print(_machine(), flush=True)
     ratios = record.setdefault("ratios", {})
     for benchmark in chosen:
+        record.setdefault("machines", {})[benchmark.__name__] = _machine()
         for name, value, limit in benchmark(record):
             rounded = round(value, 4) if math.isfinite(value) else None  # JSON has no infinity
-            ratios[name] = {"value": rounded, "limit": limit, "met": _met(value, limit), "machine": machine}
+            ratios[name] = {"value": rounded, "limit": limit, "met": _met(value, limit)}
             mark = "" if ratios[name]["met"] else "   MISSED"
             print(f"{name:<56} {value:8.3f}   {limit}{mark}", flush=True)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")

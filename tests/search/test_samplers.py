@@ -75,27 +75,44 @@ def test_a_seed_determines_the_points_and_they_come_closer_to_the_best_one(sampl
     assert chosen(distances[-3:]) < near < max(distances[:5])
 
 
-def ended_study(directions, values, pruned=()):
-    study = optuna.create_study(directions=directions)
-    distributions = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
+def ended_trials(values, stopped=()):
+    """Trials that end with these values; those of `stopped`, number -> epoch, are stopped there instead."""
+    distributions, trials = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}, []
     for number, value in enumerate(values):
-        end = {"state": optuna.trial.TrialState.PRUNED} if number in pruned else {"values": value}
-        study.add_trial(optuna.trial.create_trial(params={"x": 0.5}, distributions=distributions, **end))
-    return study
+        end = {"values": value}
+        if number in stopped:
+            end = {"state": optuna.trial.TrialState.PRUNED, "intermediate_values": {stopped[number]: value[0]}}
+        trials.append(optuna.trial.create_trial(params={"x": 0.5}, distributions=distributions, **end))
+    return trials
 
 
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
-def test_a_thinned_study_keeps_the_best_trials_and_every_second_other_one_with_the_last(direction):
-    best = 1000.0 if direction == "maximize" else -1000.0
-    values = [[best + number] if number < BEST_TRIALS else [float(number)] for number in range(200)]
-    kept = [trial.values[0] for trial in thinned(ended_study([direction], values)).trials]
-    assert kept == [value for [value] in values[:BEST_TRIALS]] + [float(number) for number in range(51, 200, 2)]
+def kept_by(trials, *directions):
+    kept = thinned(trials, [optuna.study.StudyDirection[direction] for direction in directions])
+    return [index for index, trial in enumerate(trials) if any(trial is other for other in kept)]
 
 
-def test_a_thinned_study_with_two_objectives_keeps_its_front_and_stopped_trials_count_as_others():
-    values = [[1.0, 0.0], [0.0, 1.0], *[[0.5 - number / 100, 0.4] for number in range(8)]]
-    kept = thinned(ended_study(["maximize", "maximize"], values, pruned={3, 5, 7, 9})).trials
-    assert [trial.values for trial in kept] == [values[0], values[1], values[2], None, None, None, None]
+@pytest.mark.parametrize("direction", ["MAXIMIZE", "MINIMIZE"])
+def test_the_best_trials_and_every_second_other_one_with_the_last_are_kept(direction):
+    best = 1000.0 if direction == "MAXIMIZE" else -1000.0
+    values = [[best + number] if number < BEST_TRIALS else [float(number)] for number in range(300)]
+    expected = [*range(BEST_TRIALS), *range(BEST_TRIALS + 1, 300, 2)]
+    assert kept_by(ended_trials(values), direction) == expected
+
+
+def test_of_two_objectives_the_front_is_kept_and_no_more_than_half_of_a_longer_one():
+    values = [[1.0, 0.0], [0.0, 1.0], *[[-1.0 - number, -1.0] for number in range(300)]]
+    assert {0, 1} <= set(kept_by(ended_trials(values), "MAXIMIZE", "MAXIMIZE"))
+    front = [[float(number), -float(number)] for number in range(LEARNED_TRIALS)]
+    assert len(kept_by(ended_trials(front), "MAXIMIZE", "MAXIMIZE")) == BEST_TRIALS + (LEARNED_TRIALS - BEST_TRIALS) / 2
+
+
+def test_stopped_trials_are_kept_after_complete_ones_the_longest_and_then_the_best_first():
+    values = [[0.0]] * 10 + [[1.0 + number] for number in range(290)]
+    stopped = dict.fromkeys(range(10, 300), 1) | dict.fromkeys(range(10, 60), 27)
+    best = {*range(10), *range(10, 60), *range(260, 300)}
+    kept = kept_by(ended_trials(values, stopped), "MAXIMIZE")
+    assert best <= set(kept)
+    assert len(kept) == BEST_TRIALS + 100
 
 
 @pytest.mark.parametrize("planned", [None, 10], ids=["long", "short, started from a long one"])
@@ -109,3 +126,21 @@ def test_tpe_still_finds_the_best_region_in_a_study_longer_than_it_learns_from(p
     ]
     points = search("tpe", NUMBERS, len(records) + 10, records=records, planned=planned)[len(records) :]
     assert all(abs(value - 0.6) < 0.15 for point in points for value in point.values())
+
+
+def test_tpe_learns_from_trials_that_end_after_so_many_others():
+    """All earlier trials are equally bad, so only the new ones show a region."""
+    bad = [{"wml.alpha": number % 7 / 20, "optim.momentum": number % 3 / 10} for number in range(LEARNED_TRIALS + 50)]
+    records = [TrialRecord(f"s/{number}", point, "COMPLETE", [0.0], {}) for number, point in enumerate(bad)]
+    search_settings = settings("tpe", len(bad) + 100)
+    study = OptunaStudy(small_space(domains=NUMBERS), search_settings, optuna.storages.InMemoryStorage(), len(bad))
+    study.sync(records, "token")
+    found = []
+    for number in range(60):
+        if 10 <= number < 40:
+            study.enqueue(dict.fromkeys(NUMBERS, 0.8 + 0.001 * number))
+        trial = study.ask()
+        found.append(trial.params)
+        value = float(min(trial.params.values()) > 0.7)
+        study.finish(trial, TrialRecord(f"s/{len(bad) + number}", trial.params, "COMPLETE", [value], {}))
+    assert all(value > 0.7 for point in found[-10:] for value in point.values())

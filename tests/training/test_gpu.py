@@ -23,6 +23,19 @@ def test_the_weight_gradient_equals_that_on_the_cpu(unroll):
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-8, atol=1e-10)
 
 
+def test_in_bfloat16_and_channels_last_the_weight_gradient_is_near_that_in_float32():
+    tree = pruned_tree().float().cuda().to(memory_format=torch.channels_last)
+    batches = [
+        (x.float().cuda().to(memory_format=torch.channels_last), y.cuda()) for x, y in (batch(32, 1), batch(32, 2))
+    ]
+    settings = eq_1(alpha=0.4, unroll="same_point")
+    single, half = (
+        weight_gradient(tree, *batches, OMEGA.cuda(), settings, at_rate(0.3)._replace(precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert (half - single).norm() < 0.02 * single.norm()
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_run_on_the_gpu_learns(workplace, precision):
     outcome = train(tiny_config("scale.gpu=true", f"optim.precision={precision}", "optim.epochs=4"), ignore)

@@ -33,10 +33,10 @@ def weight_gradient(
     `settings.unroll` is "exact": g is then the derivative of omega -> L2(omega, theta - gamma dL1/dtheta). "same_point"
     takes it at theta, which saves one forward and backward pass.
     All M inner products are the tangent of L_a along gamma v, v = dL2/dtheta, one forward-mode pass. Where
-    `context.precision` is bfloat16 all passes are under autocast; their rounding is a tenth of the difference between
-    two batches, or less. When torch.distributed is initialised, v is averaged over the workers, weighted by their
-    numbers of images; then 2M numbers are reduced, and every worker returns the same bits. The model keeps its
-    parameters, gradients, mode and buffers.
+    `context.precision` is bfloat16 all passes are under autocast; a float16 run takes them in float32, as no loss is
+    scaled here. When torch.distributed is initialised, v is averaged over the workers, weighted by their numbers of
+    images; then 2M numbers are reduced, and every worker returns the same bits. The model keeps its parameters,
+    gradients, mode and buffers.
 
     Raises:
         ValueError: shapes do not fit.
