@@ -154,7 +154,7 @@ def test_the_commands_of_the_readme_train_from_shards_on_s3(workplace, bucket, c
     ]
     assert [words[0] for words in lines] == ["shard", "train"]
     for words in lines:
-        faster = ["data.resolution=16", f"data.cache_path={workplace}/cache", "optim.epochs=1"]
+        faster = [f"data.cache_path={workplace}/cache", "optim.epochs=1"]
         assert main([*words, *(faster if words[0] == "train" else [])]) == 0, capsys.readouterr().err
 
 

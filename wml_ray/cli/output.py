@@ -101,7 +101,10 @@ def show_run(run: Run) -> None:
     if run.tracked:
         print_line(f"MLflow      {run.tracked.command}")
     if not run.trained_now:
-        print_line(f"train anew  change a key (seed=1), name another experiment (run.name=...), or delete {folder}")
+        seed = run.config.seed + 1
+        print_line(
+            f"train anew  change a key (seed={seed}), name another experiment (run.name=...), or delete {folder}"
+        )
     if run.undelivered:
         warn_undelivered(folder / "result.json")
 

@@ -11,8 +11,8 @@ from optuna.distributions import BaseDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-LEARNED_TRIALS = 1000  # with one objective a suggestion from so many takes 10 ms; from 10,000 it would take 200
-BEST_TRIALS = 100  # at least the good group of TPE: a tenth of the trials, and of one objective at most 25
+LEARNED_TRIALS = 400  # a suggestion from 10,000 would take 200 ms
+BEST_TRIALS = 40  # at least the good group of TPE: a tenth of the trials, and of one objective at most 25
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 NAME = "excerpt"  # of the study in memory
 
