@@ -107,10 +107,10 @@ def start(record: dict[str, Any]) -> Iterator[Row]:
 def main() -> None:
     chosen = [globals()[name] for name in sys.argv[1:]] or [weights, kl, step, ray, search, start]
     record: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    print(_machine(), flush=True)
-    ratios = record.setdefault("ratios", {})
+    machine, ratios = _machine(), record.setdefault("ratios", {})
+    print(machine, flush=True)
     for benchmark in chosen:
-        record.setdefault("machines", {})[benchmark.__name__] = _machine()
+        record.setdefault("machines", {})[benchmark.__name__] = machine
         for name, value, limit in benchmark(record):
             rounded = round(value, 4) if math.isfinite(value) else None  # JSON has no infinity
             ratios[name] = {"value": rounded, "limit": limit, "met": _met(value, limit)}

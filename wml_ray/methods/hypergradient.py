@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
@@ -64,17 +66,13 @@ def weight_gradient(
         loss = ensemble_loss(logits_MBK(leaves, outer_inputs), outer_targets, omega_M)
         direct_sum_M, *v = _gradient_sum(loss, outer_targets, [omega_M, *leaves.values()])
         v = mean_over_workers(v, outer_targets)
+
+    def losses_M(parameters: dict[str, Tensor]) -> Tensor:
+        logits = logits_MBK(parameters, inner_inputs, settings.own_views)
+        return peer_losses(logits, inner_targets, settings, kl_share)
+
     # Outside the fork the random state is that of the start of the inner pass: dropout draws the same masks again.
-    # Attention's other kernels have no forward mode.
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FusedBatchNormTangents():
-        duals = {
-            name: forward_ad.make_dual(theta[name], step_sizes[name] * t) for name, t in zip(theta, v, strict=True)
-        }
-        logits = logits_MBK(duals, inner_inputs, settings.own_views)
-        losses_M = peer_losses(logits, inner_targets, settings, kl_share)
-        tangent_M = forward_ad.unpack_dual(losses_M).tangent
-    if tangent_M is None:  # no parameter reaches the losses
-        tangent_M = torch.zeros_like(losses_M)
+    tangent_M = _tangent(losses_M, theta, {name: step_sizes[name] * t for name, t in zip(theta, v, strict=True)})
     tangent_sum_M = tangent_M.to(direct_sum_M) * len(inner_targets)
     direct_M, tangent_M = means_in_rank_order((direct_sum_M, outer_targets), (tangent_sum_M, inner_targets))
     return direct_M - tangent_M
@@ -92,6 +90,17 @@ def log_mirror_descent(log_weights_M: Tensor, gradient_M: Tensor, step_size: flo
 
 def _leaves(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def _tangent(
+    function: Callable[[dict[str, Tensor]], Tensor], parameters: dict[str, Tensor], direction: dict[str, Tensor]
+) -> Tensor:
+    """The derivative of `function` at `parameters` along `direction`, by one forward-mode pass."""
+    # Attention's other kernels have no forward mode.
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), FusedBatchNormTangents():
+        duals = {name: forward_ad.make_dual(p, direction[name]) for name, p in parameters.items()}
+        values, tangent = forward_ad.unpack_dual(function(duals))
+    return torch.zeros_like(values) if tangent is None else tangent  # None: no parameter reaches the values
 
 
 def _gradient_sum(loss: Tensor, targets: Tensor, leaves: list[Tensor]) -> list[Tensor]:

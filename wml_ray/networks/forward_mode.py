@@ -26,25 +26,16 @@ class FusedBatchNormTangents(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        function = _batch_norm if func is F.batch_norm else func
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.batch_norm and kwargs["training"]:  # it names all but its first three arguments here
+            return _normalised(args[0], kwargs["weight"], kwargs["bias"], kwargs["eps"])
+        return func(*args, **kwargs)
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     if weight is None:  # without a float32 weight the kernel would keep statistics of bfloat16 inputs in bfloat16
-        weight = input.new_ones(input.shape[1], dtype=torch.promote_types(input.dtype, torch.float32))
-    normalised: Tensor = _TrainingBatchNorm.apply(input, weight, bias, eps)[0]
+        weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+    normalised: Tensor = _TrainingBatchNorm.apply(x, weight, bias, eps)[0]
     return normalised
 
 

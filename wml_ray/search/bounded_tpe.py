@@ -85,14 +85,14 @@ def thinned(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection])
 
 def _ranks(trials: Sequence[FrozenTrial], signs: np.ndarray[Any, np.dtype[np.float64]]) -> list[tuple[float, ...]]:
     """A tuple for each trial, smaller where it is better."""
-    complete = [index for index, trial in enumerate(trials) if trial.state == TrialState.COMPLETE]
-    losses_ND = np.array([trials[index].values for index in complete]).reshape(-1, len(signs)) * signs
+    complete = [trial.values for trial in trials if trial.state == TrialState.COMPLETE]
+    losses_ND = np.array(complete).reshape(-1, len(signs)) * signs
     not_worse_NN = (losses_ND[:, None] <= losses_ND).all(-1)
-    dominators_N = (not_worse_NN & ~not_worse_NN.T).sum(0)  # of one objective: the number of better trials
-    ranks: list[tuple[float, ...]] = [_stopped_rank(trial, signs) for trial in trials]
-    for index, dominators in zip(complete, dominators_N.tolist(), strict=True):
-        ranks[index] = (0.0, dominators)
-    return ranks
+    dominators = iter((not_worse_NN & ~not_worse_NN.T).sum(0).tolist())  # of one objective: how many trials are better
+    return [
+        (0.0, next(dominators)) if trial.state == TrialState.COMPLETE else _stopped_rank(trial, signs)
+        for trial in trials
+    ]
 
 
 def _stopped_rank(trial: FrozenTrial, signs: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, ...]:
